@@ -1,0 +1,186 @@
+"""A whole trained change as a value: what a file holds, with no model inside."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fusion.adapters.layer import AdapterLayer
+from fusion.errors import FusionError, TokenConflict
+from fusion.spectral.delta import Delta
+from fusion.spectral.slices import SpectralSlice
+
+TOKEN = re.compile(r"<[a-z0-9_-]+>")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What the user teaches: the word for it in prompts, and the ordinary word it starts from."""
+
+    token: str  # "<dog>"
+    noun: str = ""  # "dog"
+    vectors: int = 1  # embedding rows, so the number of text positions the token takes
+
+    def __post_init__(self) -> None:
+        if not TOKEN.fullmatch(self.token):
+            raise TokenConflict(
+                f"'{self.token}' cannot be a concept token: write it in angle brackets with a-z, 0-9, - and _ only, "
+                "like <dog>."
+            )
+        if self.vectors < 1:
+            raise TokenConflict(f"{self.token} needs at least 1 embedding vector, got {self.vectors}.")
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The tokenizer's words for its vectors, in diffusers' convention: <dog>, <dog>_1, <dog>_2 …"""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.vectors)))
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """The base model an adapter was trained on."""
+
+    family: str  # "sd1", "sd2" or "sdxl"
+    name: str  # last part of the folder or hub id
+    prediction: str  # "epsilon" or "v_prediction"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an adapter came to be."""
+
+    tool: str = ""
+    steps: int = 0
+    seed: int = 0
+    parents: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    name: str
+    base: BaseInfo | None  # None: imported from a format that does not say
+    concepts: tuple[Concept, ...] = ()
+    provenance: Provenance = Provenance()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One separately trained change: layers of one type, with its strength and its gate.
+
+    `gate` lists the tokens whose positions let the branch act; empty, it acts everywhere.
+    """
+
+    name: str
+    type: str  # a row of ADAPTERS
+    layers: Mapping[str, AdapterLayer]  # canonical layer name -> layer
+    slices: tuple[SpectralSlice, ...] = ()
+    targets: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Branches, the embeddings of their concept tokens, and where it all comes from."""
+
+    info: AdapterInfo
+    branches: tuple[Branch, ...]
+    tokens: Mapping[str, Mapping[str, Tensor]]  # token -> component -> (vectors, dim)
+
+    def __post_init__(self) -> None:
+        names = [branch.name for branch in self.branches]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise TokenConflict(f"Two branches of '{self.info.name}' are called {sorted(twice)[0]!r}; rename one.")
+        known = {concept.token for concept in self.info.concepts}
+        for branch in self.branches:
+            if unknown := set(branch.gate) - known:
+                raise TokenConflict(f"Branch {branch.name!r} is gated by {sorted(unknown)[0]}, which has no concept.")
+
+    @property
+    def layers(self) -> Mapping[str, AdapterLayer]:
+        """The layers of an adapter of one branch."""
+        if len(self.branches) != 1:
+            raise FusionError(
+                f"'{self.info.name}' has {len(self.branches)} branches; read .branches, or .deltas() for their sum."
+            )
+        return self.branches[0].layers
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every layer any branch changes, in the order of first appearance."""
+        return tuple(dict.fromkeys(name for branch in self.branches for name in branch.layers))
+
+    @property
+    def gated(self) -> bool:
+        """Whether any branch acts at its own tokens only."""
+        return any(branch.gate for branch in self.branches)
+
+    @property
+    def slices(self) -> tuple[SpectralSlice, ...]:
+        return tuple(part for branch in self.branches for part in branch.slices)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of ΔW over all layers."""
+        return max((delta.rank for delta in self.deltas().values()), default=0)
+
+    def deltas(self) -> dict[str, Delta]:
+        """ΔW of every layer: Σ strength · Δ over branches, as if every gate were open. float32, no gradient."""
+        total: dict[str, Delta] = {}
+        with torch.no_grad():
+            for branch in self.branches:
+                for name, layer in branch.layers.items():
+                    delta = float32(layer).delta().detach() * branch.strength
+                    total[name] = total[name] + delta if name in total else delta
+        return total
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable tensors of all layers; token embeddings not among them."""
+        for branch in self.branches:
+            for layer in branch.layers.values():
+                yield from layer.parameters()
+
+    def digest(self) -> str:
+        """SHA-256 over everything that changes a picture: strengths, gates, layers and embeddings."""
+        sha = hashlib.sha256()
+        for branch in self.branches:
+            sha.update(repr((branch.type, branch.gate, branch.strength)).encode())
+            for name in sorted(branch.layers):
+                for key, tensor in sorted(branch.layers[name].state_dict().items()):
+                    sha.update(f"{name}.{key}".encode() + content(tensor))
+        for token in sorted(self.tokens):
+            for component, rows in sorted(self.tokens[token].items()):
+                sha.update(f"{token} {component}".encode() + content(rows))
+        return sha.hexdigest()
+
+    def renamed(self, tokens: Mapping[str, str]) -> "Adapter":
+        """The same adapter answering to other tokens: `{"<dog>": "<rex>"}`. Raises TokenConflict on an unknown one."""
+        owned = [concept.token for concept in self.info.concepts]
+        if unknown := [token for token in tokens if token not in owned]:
+            raise TokenConflict(f"'{self.info.name}' has no token {unknown[0]}; it has {', '.join(owned) or 'none'}.")
+        new = {token: tokens.get(token, token) for token in owned}
+        concepts = tuple(replace(c, token=new[c.token]) for c in self.info.concepts)
+        branches = tuple(
+            replace(b, name=new.get(b.name, b.name), gate=tuple(new[t] for t in b.gate)) for b in self.branches
+        )
+        return Adapter(
+            replace(self.info, concepts=concepts), branches, {new[t]: rows for t, rows in self.tokens.items()}
+        )
+
+
+def float32(layer: AdapterLayer) -> AdapterLayer:
+    """The layer itself when it computes in float32 or better, else a float32 copy: half files, full-precision maths."""
+    state = layer.state_dict()
+    if all(torch.promote_types(t.dtype, torch.float32) == t.dtype for t in state.values()):
+        return layer
+    return type(layer).from_tensors({name: tensor.float() for name, tensor in state.items()})
+
+
+def content(tensor: Tensor) -> bytes:
+    """Shape, dtype and exact bits."""
+    raw = tensor.detach().cpu().contiguous()
+    return f"{tuple(raw.shape)} {raw.dtype}".encode() + raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b""

@@ -1,0 +1,126 @@
+"""The contract of all adapter types: a trainable change to one frozen weight W (O, I).
+
+Shapes: O out_features, I in_features, R slice length, K directions of a spectrum.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fusion.spectral.delta import Delta
+from fusion.spectral.slices import SpectralSlice
+from fusion.spectral.spectrum import Spectrum, decompose, take
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a fresh layer may be told beyond its weight and slice; a type reads what concerns it."""
+
+    seed: int = 0  # of random starts (lora)
+    guard: int = 64  # guarded: how many leading directions of the base stay out of reach, beside the own slice
+
+
+class AdapterLayer(nn.Module, ABC):
+    """A trainable change to one frozen weight W (O, I).
+
+    Contract, tested for every entry of ADAPTERS:
+      1. a fresh layer changes nothing: delta().dense() is exactly zero, in every dtype;
+      2. every parameter is trainable, every buffer is saved;
+      3. state_dict() is all that a file needs: from_tensors(state_dict()) has the same delta().
+    """
+
+    # What a slice index means for this type: two adapters can only collide if they mean the same.
+    slice_of: ClassVar[str | None]  # "spectrum", "shared basis", or None: the type owns no directions
+
+    @classmethod
+    @abstractmethod
+    def fresh(
+        cls,
+        weight: Tensor,
+        directions: SpectralSlice,
+        *,
+        spectrum: Spectrum | None = None,
+        options: LayerOptions = LayerOptions(),
+    ) -> Self:
+        """An untrained layer for `weight`; `spectrum` saves the SVD when the caller has it."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The layer whose state_dict() these are. Raises KeyError on a missing tensor."""
+
+    @abstractmethod
+    def delta(self) -> Delta:
+        """ΔW in factors, differentiable in the parameters."""
+
+    def learning_rate_gains(self, reference: Tensor) -> dict[str, float]:
+        """How much faster each parameter must learn for its slice to learn as fast as the head of the spectrum.
+
+        `reference`: the base's largest singular values, as many as the slice is long. 1 where σ plays no part.
+        """
+        return {name: 1.0 for name, _ in self.named_parameters()}
+
+
+class Basis(nn.Module):
+    """The frozen spectrum of an adapter's slice, stored in its file: U (O, R), S (R,), V (I, R)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def __init__(self, spectrum: Spectrum) -> None:
+        super().__init__()
+        for name, tensor in zip(Spectrum._fields, spectrum, strict=True):
+            self.register_buffer(name, tensor.detach())
+
+    def spectrum(self) -> Spectrum:
+        return Spectrum(self.U, self.S, self.V)
+
+
+class SpectralLayer(AdapterLayer):
+    """A layer that works on a slice of its weight's spectrum. Subclasses add parameters, zero at the start."""
+
+    slice_of = "spectrum"
+
+    def __init__(self, basis: Spectrum) -> None:
+        super().__init__()
+        self.basis = Basis(basis)
+
+    @classmethod
+    def fresh(
+        cls,
+        weight: Tensor,
+        directions: SpectralSlice,
+        *,
+        spectrum: Spectrum | None = None,
+        options: LayerOptions = LayerOptions(),
+    ) -> Self:
+        return cls(take(spectrum or decompose(weight), directions))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        layer = cls(Spectrum(*(tensors[f"basis.{name}"] for name in Spectrum._fields)))
+        adopt(layer, tensors)
+        return layer
+
+    def gain(self, reference: Tensor) -> float:
+        """Root-mean-square σ of the head of the spectrum over that of this slice."""
+        return float(reference.square().mean().sqrt() / self.basis.S.square().mean().sqrt().clamp(min=1e-12))
+
+
+def adopt(layer: AdapterLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Make the given tensors the layer's parameters, in their own dtype."""
+    for name, parameter in list(layer.named_parameters()):
+        value = tensors[name]
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+        layer.register_parameter(name, nn.Parameter(value))
+
+
+def zeros(*shape: int, like: Tensor) -> nn.Parameter:
+    """A trainable tensor of zeros on the device and in the dtype of `like`."""
+    return nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))

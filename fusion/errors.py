@@ -1,0 +1,46 @@
+"""Everything that can go wrong by a user's hand: one kind each, one or two sentences, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusionError(Exception):
+    """Base of all errors a user can cause; its text says what, which one, the numbers, and what to do next."""
+
+
+class ConfigError(FusionError):
+    """A setting is unknown, of the wrong kind, or contradicts another."""
+
+
+class DatasetError(FusionError):
+    """A picture, caption or mask cannot be used."""
+
+
+class FormatError(FusionError):
+    """A file is not what it claims to be, or is incomplete."""
+
+
+class SliceConflict(FusionError):
+    """Two adapters own the same singular directions, or a slice does not fit a weight."""
+
+
+class BaseMismatch(FusionError):
+    """An adapter belongs to another base model."""
+
+
+class TokenConflict(FusionError):
+    """Two concepts use one token, or a token cannot be used."""
+
+
+class GatingError(FusionError):
+    """A token gate cannot be honoured here."""
+
+
+class UnknownName(FusionError):
+    """A name that is in none of our tables."""
+
+
+def closest(word: str, options: Iterable[str]) -> str:
+    """A suggestion to append to an error: `"; did you mean 'rank'?"`, or nothing when no option is near."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""What we know of Stable Diffusion: names of layers, families, tokens, and how an adapter gets into a pipeline."""

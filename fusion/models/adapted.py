@@ -1,0 +1,160 @@
+"""Layers with adapters attached: W x + Σ strength · up (down x), each branch behind its gate.
+
+Shapes: O out_features, I in_features, Q rank of a delta, N rows of the input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusion.errors import GatingError
+from fusion.models.prompts import Scope
+from fusion.spectral.delta import Delta
+
+
+@dataclass
+class Knob:
+    """A branch's strength, shared by all its layers and turned at run time."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When a branch acts: at the rows where its tokens stand, or in the pictures whose prompt holds them."""
+
+    tokens: tuple[str, ...]
+    scope: Callable[[], Scope]
+    by_picture: bool  # rows are whole pictures: dimension 0 of the input
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """Rows of `x` (flattened but for the last dimension, or whole pictures) to act on; None: none."""
+        scope = self.scope()
+        rows = scope.open_rows(self.tokens)
+        if rows is not None and scope.size != (x.shape[0] if self.by_picture else x.shape[:-1].numel()):
+            raise GatingError(
+                f"The gate of {', '.join(self.tokens)} was read from {scope.size} rows, but this layer was given an "
+                f"input of shape {tuple(x.shape)}. Call the whole pipeline, or attach with gating='none'."
+            )
+        return rows
+
+
+class LayerBranch:
+    """One branch on one layer: where its ΔW comes from, how strong, and its gate (None: always open)."""
+
+    def __init__(self, source: Callable[[], Delta] | Delta, knob: Knob, gate: Gate | None) -> None:
+        self.source, self.knob, self.gate = source, knob, gate
+        self._cast: Delta | None = None  # fixed factors where they were used last; the source stays float32
+
+    @property
+    def fixed(self) -> bool:
+        return isinstance(self.source, Delta)
+
+    def factors(self, x: Tensor) -> Delta:
+        """ΔW on the device and in the dtype of `x`."""
+        if not isinstance(self.source, Delta):
+            return self.source().to(x.device, x.dtype)
+        if self._cast is None or self._cast.up.device != x.device or self._cast.up.dtype != x.dtype:
+            self._cast = self.source.to(x.device, x.dtype)
+        return self._cast
+
+
+class _Adapted:
+    """What adapted linear layers and 1x1 convolutions share: the base module, and the branches by key."""
+
+    base: nn.Module
+    branches: dict[int, LayerBranch]
+    _joined: tuple[tuple[object, ...], Delta] | None
+
+    def start(self, base: nn.Module) -> None:
+        # Past nn.Module's registry: state-dict keys, .parameters() and .to() stay those of the base layer.
+        object.__setattr__(self, "base", base)
+        self.branches, self._joined = {}, None
+
+    def add(self, key: int, branch: LayerBranch) -> None:
+        self.branches[key] = branch
+        self._joined = None
+
+    def remove(self, key: int) -> None:
+        del self.branches[key]
+        self._joined = None
+
+    def open_delta(self, x: Tensor) -> tuple[Delta, float] | None:
+        """All branches without a gate as one ΔW and the strength it still needs; None if nothing acts."""
+        acting = [b for b in self.branches.values() if b.gate is None and b.knob.value != 0]
+        if len(acting) <= 1:
+            return (acting[0].factors(x), acting[0].knob.value) if acting else None
+        if not all(branch.fixed for branch in acting):
+            return _join([(b.factors(x), b.knob.value) for b in acting]), 1.0
+        key = (x.device, x.dtype, tuple(b.knob.value for b in acting))
+        if self._joined is None or self._joined[0] != key:
+            self._joined = key, _join([(b.factors(x), b.knob.value) for b in acting])
+        return self._joined[1], 1.0
+
+    def gated(self, x: Tensor) -> list[tuple[LayerBranch, Gate, Tensor]]:
+        """The gated branches that act on this input, with the rows they act on."""
+        acting = [(b, b.gate) for b in self.branches.values() if b.gate is not None and b.knob.value != 0]
+        return [(b, gate, rows) for b, gate in acting if (rows := gate.rows(x)) is not None]
+
+
+def _join(parts: list[tuple[Delta, float]]) -> Delta:
+    up = torch.cat([delta.up * strength for delta, strength in parts], dim=1)  # (O, ΣQ)
+    return Delta(up, torch.cat([delta.down for delta, _ in parts], dim=0))  # (ΣQ, I)
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """A linear layer and the branches attached to it. Shares the base layer's Parameters."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        nn.Linear.__init__(self, base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.start(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if (acting := self.open_delta(x)) is not None:
+            delta, strength = acting
+            hidden = F.linear(x, delta.down).flatten(0, -2)  # (N, Q)
+            # One fused product: no (N, O) temporary for the branch, none for its strength.
+            out = torch.addmm(y.flatten(0, -2), hidden, delta.up.T.to(hidden.dtype), alpha=strength)
+            y = out.view(y.shape)
+        for branch, gate, rows in self.gated(x):
+            delta = branch.factors(x)
+            picked = (x if gate.by_picture else x.flatten(0, -2)).index_select(0, rows)
+            change = F.linear(F.linear(picked, delta.down), delta.up) * branch.knob.value
+            flat = y if gate.by_picture else y.flatten(0, -2)
+            y = flat.index_add(0, rows, change.to(y.dtype)).view(y.shape)
+        return y
+
+
+class AdaptedConv1x1(_Adapted, nn.Conv2d):
+    """A 1x1 convolution (O, I, 1, 1) and the branches attached to it, each a (O, I) matrix per pixel."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        nn.Conv2d.__init__(self, base.in_channels, base.out_channels, 1, bias=base.bias is not None, device="meta")
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.start(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if (acting := self.open_delta(x)) is not None:
+            y = y + _convolve(x, acting[0]).to(y.dtype) * acting[1]
+        for branch, _, rows in self.gated(x):
+            change = _convolve(x.index_select(0, rows), branch.factors(x)) * branch.knob.value
+            y = y.index_add(0, rows, change.to(y.dtype))
+        return y
+
+
+def _convolve(x: Tensor, delta: Delta) -> Tensor:
+    return F.conv2d(F.conv2d(x, delta.down[:, :, None, None]), delta.up[:, :, None, None])
+
+
+def adapted(base: nn.Module) -> AdaptedLinear | AdaptedConv1x1:
+    """`base` with room for branches."""
+    if isinstance(base, nn.Conv2d):
+        return AdaptedConv1x1(base)
+    assert isinstance(base, nn.Linear)
+    return AdaptedLinear(base)

@@ -1,0 +1,232 @@
+"""Adapters into pipelines: attach and detach, reversible and exact; bake, one-way.
+
+Knows nothing of files or of training; the training loop attaches live layers by the same code.
+"""
+
+import itertools
+import logging
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusion.adapters.adapter import Adapter, Branch, float32
+from fusion.adapters.layer import SpectralLayer
+from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, UnknownName, closest
+from fusion.models.adapted import Gate, Knob, LayerBranch, adapted
+from fusion.models.names import Site, component_of, sites
+from fusion.models.prompts import PromptReader
+from fusion.models.targets import sees_tokens
+from fusion.models.tokens import ConceptTokens, embedding_of, make_permanent, text_encoders
+from fusion.spectral.spectrum import residual
+
+logger = logging.getLogger(__name__)
+
+FINE_TUNE, FOREIGN = 0.02, 0.3  # residuals above which a base is called a relative, and a stranger
+GATINGS = ("tokens", "none")
+
+_keys = itertools.count()
+
+
+class Installation:
+    """All that is attached to one pipeline: adapted layers, concept tokens, the hook that reads prompts."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.sites = sites(pipe)
+        self.reader = PromptReader({name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()})
+        self.tokens = ConceptTokens(pipe, self.reader)
+        self.gates = 0  # gated branches attached: without any, the UNet's prompts need not be recognised
+        self.layers: dict[str, Any] = {}  # canonical name -> AdaptedLinear or AdaptedConv1x1
+        self.attachments = 0
+        self._hook = pipe.unet.register_forward_pre_hook(self._read_prompts, with_kwargs=True)
+
+    def _read_prompts(self, _unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.gates:
+            embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+            self.reader.begin_unet(embeds[0] if isinstance(embeds, tuple) else embeds)
+
+    def layer(self, name: str) -> Any:
+        """The adapted layer at `name`, put there if need be."""
+        if name not in self.layers:
+            site = self.sites[name]
+            self.layers[name] = adapted(site.module)
+            setattr(site.parent, site.attribute, self.layers[name])
+        return self.layers[name]
+
+    def release(self, name: str, key: int) -> None:
+        """Take one branch off; the last one off puts the base module back."""
+        layer = self.layers[name]
+        layer.remove(key)
+        if not layer.branches:
+            site = self.sites[name]
+            setattr(site.parent, site.attribute, site.module)
+            del self.layers[name]
+
+    def close(self) -> None:
+        self._hook.remove()
+        self.tokens.close()
+
+
+_installations: "weakref.WeakKeyDictionary[Any, Installation]" = weakref.WeakKeyDictionary()
+_baked: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """An adapter in a pipeline. `detach()` restores the same module objects; also a context manager."""
+
+    def __init__(self, pipe: Any, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
+        self.adapter, self._pipe = adapter, pipe
+        if pipe not in _installations:
+            _installations[pipe] = Installation(pipe)
+        self._here = _installations[pipe]
+        self._knobs: dict[str, Knob] = {}
+        self._placed: list[tuple[str, int]] = []
+        self._gated = sum(bool(gate) for gate in gates.values())
+        self._key: int | None = next(_keys)
+        self._here.attachments += 1
+        self._here.gates += self._gated
+        try:
+            self._here.tokens.add(self._key, adapter.info.concepts, adapter.tokens)
+            for branch in adapter.branches:
+                self._place(branch, gates[branch.name], live=live)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _place(self, branch: Branch, gate: tuple[str, ...], *, live: bool) -> None:
+        key, knob, reader = next(_keys), Knob(branch.strength), self._here.reader
+        self._knobs[branch.name] = knob
+        for name, layer in branch.layers.items():
+            with torch.no_grad():
+                source = layer.delta if live else float32(layer).delta().detach()
+            seen, component = sees_tokens(name), component_of(name)
+            when = Gate(gate, lambda c=component, s=seen: reader.scope(c, s), not seen) if gate else None
+            self._here.layer(name).add(key, LayerBranch(source, knob, when))
+            self._placed.append((name, key))
+
+    def strength(self, name: str, value: float) -> None:
+        """Set the strength of the branch or concept token `name`, or of the whole adapter by its name. Linear."""
+        chosen = [k for b, k in zip(self.adapter.branches, self._knobs.values(), strict=True) if name in (b.name, *b.gate)]
+        if name == self.adapter.info.name:
+            chosen = list(self._knobs.values())
+        if not chosen:
+            known = [*self._knobs, *(t for b in self.adapter.branches for t in b.gate), self.adapter.info.name]
+            raise UnknownName(f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}.")
+        for knob in chosen:
+            knob.value = float(value)
+
+    def detach(self) -> None:
+        """Take the adapter out again, exactly. A second call does nothing."""
+        if self._key is None:
+            return
+        for name, key in self._placed:
+            self._here.release(name, key)
+        self._here.tokens.remove(self._key)
+        self._here.gates -= self._gated
+        self._here.attachments -= 1
+        if not self._here.attachments:
+            self._here.close()
+            del _installations[self._pipe]
+        self._placed, self._key = [], None
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+
+def attach(pipe: Any, adapter: Adapter, gating: str | None = None, *, live: bool = False) -> Attachment:
+    """Attach an adapter to a pipeline; several may be attached at once, and detached in any order.
+
+    `gating`: None as the file says, "tokens" to gate every branch by the adapter's own tokens, "none" to let all act
+    everywhere. `live`: compute ΔW from the layers at every call (training) instead of once.
+    Raises BaseMismatch for a foreign base, TokenConflict for a token in use, GatingError where a gate is impossible.
+    """
+    gates = effective_gates(adapter, gating)
+    check_base(pipe, adapter)
+    return Attachment(pipe, adapter, gates, live=live)
+
+
+def effective_gates(adapter: Adapter, gating: str | None) -> dict[str, tuple[str, ...]]:
+    """Branch name -> the tokens of its gate, under a gating asked for at attach."""
+    if gating is not None and gating not in GATINGS:
+        raise ConfigError(f"gating is 'tokens' or 'none', got '{gating}'{closest(gating, GATINGS)}")
+    if gating is None:
+        return {branch.name: branch.gate for branch in adapter.branches}
+    if gating == "none":
+        return {branch.name: () for branch in adapter.branches}
+    own = tuple(concept.token for concept in adapter.info.concepts)
+    if not own:
+        raise GatingError(f"'{adapter.info.name}' has no concept token, so nothing can gate it; use gating='none'.")
+    return {branch.name: branch.gate or own for branch in adapter.branches}
+
+
+def check_base(pipe: Any, adapter: Adapter) -> None:
+    """Compare every layer's stored basis with the pipeline's weights.
+
+    Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above, or where layers are missing or differ in
+    shape. Types without a basis are checked by shape.
+    """
+    found, worst, where = sites(pipe), 0.0, ""
+    trained_on = f"It was trained on {adapter.info.base.name}." if adapter.info.base else "Its base is not known."
+    for branch in adapter.branches:
+        for name, layer in branch.layers.items():
+            if name not in found:
+                raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
+            weight = matrix(found[name])
+            if tuple(weight.shape) != (shape := layer.delta().detach().shape):
+                raise BaseMismatch(
+                    f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} in "
+                    f"the adapter. {trained_on}"
+                )
+            if isinstance(layer, SpectralLayer):
+                distance = residual(weight, type(layer.basis.spectrum())(*(t.float() for t in layer.basis.spectrum())))
+                worst, where = max((worst, where), (distance, name))
+    if worst > FOREIGN:
+        raise BaseMismatch(
+            f"'{adapter.info.name}' does not fit this base: residual {worst:.2f} at {where} (limit {FOREIGN}). {trained_on}"
+        )
+    if worst > FINE_TUNE:
+        logger.warning(
+            "'%s' was trained on a relative of this base (residual %.3f at %s, same base < %s); results may differ. %s",
+            adapter.info.name, worst, where, FINE_TUNE, trained_on,
+        )  # fmt: skip
+
+
+def matrix(site: Site) -> torch.Tensor:
+    """The base weight at a site as (O, I)."""
+    weight = site.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().flatten(1)
+
+
+def bake(pipe: Any, adapter: Adapter, gating: str | None = None) -> None:
+    """Add an adapter into the base's own weights and vocabulary. One-way; `pipe.save_pretrained` keeps it.
+
+    Raises GatingError for a gated adapter unless gating="none", since a weight cannot know which token it is given;
+    FusionError if this adapter is baked in already, or anything is attached.
+    """
+    if any(effective_gates(adapter, gating).values()):
+        raise GatingError(
+            f"'{adapter.info.name}' is gated by {', '.join(t for b in adapter.branches for t in b.gate)}; baked weights "
+            "would act on every token. Attach it instead, or accept that with gating='none'."
+        )
+    if pipe in _installations:
+        raise FusionError("Adapters are attached to this pipeline; detach them before baking.")
+    done, digest = _baked.setdefault(pipe, set()), adapter.digest()
+    if digest in done:
+        raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
+    check_base(pipe, adapter)
+    found = sites(pipe)
+    with torch.no_grad():
+        for name, delta in adapter.deltas().items():
+            weight = found[name].module.weight
+            assert isinstance(weight, torch.Tensor)
+            changed = weight.float() + delta.to(weight.device).dense().reshape(weight.shape)
+            weight.copy_(changed)
+    make_permanent(pipe, adapter.info.concepts, adapter.tokens)
+    done.add(digest)

@@ -1,0 +1,56 @@
+"""The singular directions of one weight: W = U diag(S) Vᵀ.
+
+Shapes: O out_features, I in_features, K directions kept, largest first.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusion.spectral.slices import SpectralSlice
+
+
+class Spectrum(NamedTuple):
+    """Some singular directions of a weight (O, I); column i belongs to the i-th of them."""
+
+    U: Tensor  # (O, K) orthonormal columns
+    S: Tensor  # (K,) descending, >= 0
+    V: Tensor  # (I, K) orthonormal columns: V, never its transpose
+
+
+def decompose(weight: Tensor, depth: int | None = None) -> Spectrum:
+    """The first `depth` directions of `weight` (O, I), all of them by default, in float32 or better.
+
+    A full SVD, because randomised ones get slices in the middle of slowly decaying spectra wrong. Singular vectors
+    are unique only up to sign: each uᵢ is turned so that its entry of largest magnitude is positive, which makes
+    repeated calls agree. Different hardware may still differ, which is why adapters carry their basis.
+    """
+    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    largest = U.abs().argmax(dim=0, keepdim=True)  # (1, K)
+    sign = torch.sign(U.gather(0, largest)).squeeze(0)  # (K,), never 0: a unit vector has a non-zero entry
+    kept = slice(0, depth)
+    U, S, V = (U * sign)[:, kept], S[kept], (Vh.T * sign)[:, kept]
+    return Spectrum(U.contiguous(), S.contiguous(), V.contiguous())
+
+
+def take(spectrum: Spectrum, directions: SpectralSlice) -> Spectrum:
+    """The basis of a slice: U (O, R), S (R,), V (I, R), copied.
+
+    Raises SliceConflict (from the slice) if the spectrum is too short for it.
+    """
+    directions.check_fits(spectrum.S.shape[0])
+    index = torch.tensor(directions.indices, device=spectrum.S.device)
+    return Spectrum(*(t.index_select(-1, index).contiguous() for t in spectrum))
+
+
+def residual(weight: Tensor, basis: Spectrum) -> float:
+    """‖W V − U diag(S)‖ / ‖S‖: 0 if `basis` holds singular directions of `weight`, about √2 for a stranger.
+
+    About 1e-4 after a float16 round trip, 5e-3 for 1 % weight noise, 5e-2 for 10 %.
+    """
+    W = weight.detach().to(basis.V.device, basis.V.dtype)
+    if W.shape != (basis.U.shape[0], basis.V.shape[0]):
+        return float("inf")
+    return float(torch.linalg.norm(W @ basis.V - basis.U * basis.S) / torch.linalg.norm(basis.S))
