@@ -1,7 +1,6 @@
 """A whole trained change as a value: what a file holds, with no model inside."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fusion.adapters.layer import AdapterLayer
+from fusion.config import TOKEN
 from fusion.errors import FusionError, TokenConflict
 from fusion.spectral.delta import Delta
 from fusion.spectral.slices import SpectralSlice
-
-TOKEN = re.compile(r"<[a-z0-9_-]+>")
 
 
 @dataclass(frozen=True)

@@ -42,4 +42,5 @@ def model_of(pipe: Pipeline) -> nn.Module:
 
 
 def model_config(module: nn.Module) -> dict[str, Any]:
-    return dict(getattr(getattr(module, "_orig_mod", module), "config"))
+    inner: Any = getattr(module, "_orig_mod", module)
+    return dict(inner.config)

@@ -16,7 +16,7 @@ from torch import nn
 from fusion.adapters.adapter import Adapter, Branch, float32
 from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, UnknownName, closest
-from fusion.models.adapted import Gate, Knob, LayerBranch, adapted
+from fusion.models.branches import Gate, Knob, LayerBranch, adapted
 from fusion.models.names import Site, component_of, sites
 from fusion.models.prompts import PromptReader
 from fusion.models.targets import sees_tokens
@@ -109,11 +109,17 @@ class Attachment:
 
     def strength(self, name: str, value: float) -> None:
         """Set the strength of the branch or concept token `name`, or of the whole adapter by its name. Linear."""
-        chosen = [k for b, k in zip(self.adapter.branches, self._knobs.values(), strict=True) if name in (b.name, *b.gate)]
+        chosen = [
+            k for b, k in zip(self.adapter.branches, self._knobs.values(), strict=True) if name in (b.name, *b.gate)
+        ]
         if name == self.adapter.info.name:
             chosen = list(self._knobs.values())
         if not chosen:
-            known = [*self._knobs, *(t for b in self.adapter.branches for t in b.gate), self.adapter.info.name]
+            known = [
+                *self._knobs,
+                *(t for b in self.adapter.branches for t in b.gate),
+                self.adapter.info.name,
+            ]
             raise UnknownName(f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}.")
         for knob in chosen:
             knob.value = float(value)
@@ -180,15 +186,16 @@ def check_base(pipe: Any, adapter: Adapter) -> None:
             weight = matrix(found[name])
             if tuple(weight.shape) != (shape := layer.delta().detach().shape):
                 raise BaseMismatch(
-                    f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} in "
-                    f"the adapter. {trained_on}"
+                    f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} "
+                    f"in the adapter. {trained_on}"
                 )
             if isinstance(layer, SpectralLayer):
                 distance = residual(weight, type(layer.basis.spectrum())(*(t.float() for t in layer.basis.spectrum())))
                 worst, where = max((worst, where), (distance, name))
     if worst > FOREIGN:
         raise BaseMismatch(
-            f"'{adapter.info.name}' does not fit this base: residual {worst:.2f} at {where} (limit {FOREIGN}). {trained_on}"
+            f"'{adapter.info.name}' does not fit this base: residual {worst:.2f} at {where} (limit {FOREIGN}). "
+            f"{trained_on}"
         )
     if worst > FINE_TUNE:
         logger.warning(
@@ -212,8 +219,8 @@ def bake(pipe: Any, adapter: Adapter, gating: str | None = None) -> None:
     """
     if any(effective_gates(adapter, gating).values()):
         raise GatingError(
-            f"'{adapter.info.name}' is gated by {', '.join(t for b in adapter.branches for t in b.gate)}; baked weights "
-            "would act on every token. Attach it instead, or accept that with gating='none'."
+            f"'{adapter.info.name}' is gated by {', '.join(t for b in adapter.branches for t in b.gate)}; baked "
+            "weights would act on every token. Attach it instead, or accept that with gating='none'."
         )
     if pipe in _installations:
         raise FusionError("Adapters are attached to this pipeline; detach them before baking.")

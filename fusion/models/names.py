@@ -1,8 +1,8 @@
 """Canonical layer names <-> live modules. The only place that knows how module paths vary.
 
-`unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`, `text_encoder.encoder.layers.0.self_attn.q_proj`: component,
-then the path, without the levels that come and go (`text_model.` of older transformers, `_orig_mod.` of torch.compile,
-`module.` of data parallelism).
+`unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`, `text_encoder.encoder.layers.0.self_attn.q_proj`: the
+component, then the path, without the levels that come and go (`text_model.` of older transformers, `_orig_mod.` of
+torch.compile, `module.` of data parallelism).
 """
 
 from collections.abc import Iterator
@@ -59,4 +59,7 @@ def _walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
     for path, parent in root.named_modules():
         for attribute, module in parent.named_children():
             if adaptable(module):
-                yield canonical(component, f"{path}.{attribute}" if path else attribute), Site(parent, attribute, module)
+                yield (
+                    canonical(component, f"{path}.{attribute}" if path else attribute),
+                    Site(parent, attribute, module),
+                )

@@ -2,7 +2,8 @@
 
 Pipelines repeat, concatenate and reorder prompt embeddings before the UNet sees them (guidance, batches, negative
 prompts, several images per prompt, SDXL's two encoders side by side). So the UNet's prompts are recognised by content:
-attention in CLIP is causal, hence the last row of an encoded prompt depends on every token of it and serves as its name.
+attention in CLIP is causal, hence the last row of an encoded prompt depends on every token of it and serves as its
+name.
 
 Shapes: B prompts, T text positions, D embedding width.
 """
@@ -63,7 +64,8 @@ class PromptReader:
         """A text encoder starts on B prompts of T positions."""
         rows = {
             token: torch.tensor(
-                [b * length + p for b, prompt in enumerate(prompts) for p in prompt.get(token, ())], device=device
+                [b * length + p for b, prompt in enumerate(prompts) for p in prompt.get(token, ())],
+                device=device,
             )
             for token in dict.fromkeys(token for prompt in prompts for token in prompt)
         }
@@ -90,7 +92,9 @@ class PromptReader:
             return
         chunks, rest = divmod(embeds.shape[1], max(self._length, 1))
         if rest or embeds.shape[2] != sum(self.widths.values()):
-            raise GatingError(_strange(f"Prompt embeddings of shape {tuple(embeds.shape)} do not fit the text encoders"))
+            raise GatingError(
+                _strange(f"Prompt embeddings of shape {tuple(embeds.shape)} do not fit the text encoders")
+            )
         at: dict[str, list[int]] = {}
         pictures: dict[str, list[int]] = {}
         for c in range(chunks):

@@ -23,11 +23,11 @@ from fusion.models.prompts import Positions, PromptReader
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-def text_encoders(pipe: Any) -> dict[str, nn.Module]:
+def text_encoders(pipe: Any) -> dict[str, Any]:
     return {name: module for name, module in components(pipe).items() if name in TOKENIZERS}
 
 
-def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
+def embedding_of(text_encoder: Any) -> nn.Embedding:
     """The token embedding, whatever the layout of the class around it."""
     return getattr(text_encoder, "_orig_mod", text_encoder).get_input_embeddings()
 
@@ -40,7 +40,10 @@ def initial_rows(pipe: Any, concept: Concept) -> dict[str, Tensor]:
     """
     rows: dict[str, Tensor] = {}
     for component, encoder in text_encoders(pipe).items():
-        tokenizer, weight = getattr(pipe, TOKENIZERS[component]), embedding_of(encoder).weight.detach().float()
+        tokenizer, weight = (
+            getattr(pipe, TOKENIZERS[component]),
+            embedding_of(encoder).weight.detach().float(),
+        )
         ids = tokenizer(concept.noun, add_special_tokens=False).input_ids if concept.noun else []
         pieces = weight[ids] if ids else weight.mean(dim=0, keepdim=True)  # (pieces, D)
         if concept.vectors == 1:

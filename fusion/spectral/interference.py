@@ -1,31 +1,44 @@
-"""How much two changes of one weight get in each other's way: exact, on factors.
+"""How much changes of weights get in each other's way: exact, on factors.
 
 These are statements about weights. Orthogonal weights do not imply isolated behaviour; pictures have to be measured.
+
+Shapes: N changes compared. A Gram matrix may be summed over layers before it is read.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fusion.spectral.delta import Delta
 
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return float(numerator / denominator) if float(denominator) > 0 else 0.0
+_TINY = torch.finfo(torch.float64).tiny
 
 
-def cosine(first: Delta, second: Delta) -> float:
-    """⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖, in −1 … 1; 0 if either changes nothing."""
-    return _ratio(first.inner(second), first.norm() * second.norm())
+def gram(deltas: Sequence[Delta | None]) -> Tensor:
+    """⟨ΔWᵢ, ΔWⱼ⟩ of N changes of one weight, (N, N) float64; None changes nothing."""
+    matrix = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for i, first in enumerate(deltas):
+        for j, second in enumerate(deltas[: i + 1]):
+            if first is not None and second is not None:
+                matrix[i, j] = matrix[j, i] = first.inner(second)
+    return matrix
 
 
-def retention(total: Delta, part: Delta) -> float:
-    """⟨ΔW, ΔWᵢ⟩ / ‖ΔWᵢ‖²: how much of a part survives in the total. 1 nothing lost; the mean of N gives about 1/N."""
-    return _ratio(total.inner(part), part.inner(part))
+def cosines(gram: Tensor) -> Tensor:
+    """⟨ΔWᵢ, ΔWⱼ⟩ / ‖ΔWᵢ‖‖ΔWⱼ‖, (N, N) in −1 … 1; 0 where either changes nothing."""
+    norm = gram.diagonal().clamp(min=0).sqrt()
+    return gram / torch.outer(norm, norm).clamp(min=_TINY)
 
 
-def energy_ratio(total: Delta, parts: list[Delta]) -> float:
-    """‖ΔW‖ / max ‖ΔWᵢ‖: well above 1, a sum is cooking the weight harder than any adapter was trained to."""
-    return _ratio(total.norm(), torch.stack([part.norm() for part in parts]).max())
+def retention(gram: Tensor) -> Tensor:
+    """⟨ΣΔW, ΔWᵢ⟩ / ‖ΔWᵢ‖², (N,): how much of each change is found in the sum. 1: nothing lost, nothing added."""
+    return gram.sum(dim=1) / gram.diagonal().clamp(min=_TINY)
+
+
+def energy_ratio(gram: Tensor) -> float:
+    """‖ΣΔW‖ / max ‖ΔWᵢ‖: well above 1, the sum cooks the weights harder than any adapter was trained to."""
+    return float((gram.sum().clamp(min=0) / gram.diagonal().max().clamp(min=_TINY)).sqrt())
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
@@ -38,4 +51,4 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
 def _span(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the column span, (N, rank)."""
     U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return U[:, S > S.max() * 1e-9] if S.numel() else U
+    return U[:, S.max() * 1e-9 < S] if S.numel() else U

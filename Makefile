@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make install` builds from requirements.lock; the other targets call it when
+# it is missing or older than the lock. Another interpreter: make install PYTHON=python3.13
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := install
+.PHONY: install demo test check format app bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make install PYTHON=..."; exit 1; }
+	@echo "Installing into .venv (some minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: install
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+app: install
+	$(BIN)/python -m app
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+# What was trained or drawn (out/) stays.
+clean:
+	rm -rf .venv build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

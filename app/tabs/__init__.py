@@ -1,0 +1,8 @@
+"""One file per tab: what it shows, and its handlers as plain functions of the session and values."""
+
+from typing import Any
+
+# Events that only move things on the page: no spinner, no place in the published API.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Events that use the pipeline wait for each other.
+ONE_AT_A_TIME: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "pipeline"}

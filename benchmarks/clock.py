@@ -1,0 +1,56 @@
+"""Fair timing on a machine one may have to share: alternatives take turns, in another order every round."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of several runs of one thing."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        """The run that was disturbed least."""
+        return min(self.seconds)
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], float]], rounds: int, log: Callable[[str], None]
+) -> dict[str, Timing]:
+    """Run every task once a round, and once before to warm up; a task returns the seconds it took."""
+    names, seconds = list(work), {name: [] for name in work}
+    for turn in range(rounds + 1):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            took = work[name]()
+            if turn:
+                seconds[name].append(took)
+        log(f"round {turn} of {rounds}, load {os.getloadavg()[0]:.1f}")
+    return {name: Timing(tuple(runs)) for name, runs in seconds.items()}
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds `call` takes, without a garbage collection in between."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def paired(one: Timing, other: Timing) -> float:
+    """Median over rounds of one / other: runs of the same round share what the machine was doing."""
+    return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))

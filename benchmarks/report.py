@@ -1,0 +1,58 @@
+"""Markdown: tables by section, one section replaceable without the others, the machine named."""
+
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+TITLE = "# Benchmarks"
+
+
+@dataclass
+class Section:
+    """What one measurement has to say."""
+
+    title: str
+    text: str
+    tables: list[str] = field(default_factory=list[str])
+
+    def markdown(self) -> str:
+        return "\n\n".join([f"## {self.title}", self.text, *self.tables])
+
+
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bar(value: float, limit: float, unit: str = "×") -> str:
+    """A value held against its bar: `0.96× (bar 1.03×: met)`."""
+    return f"{value:.2f}{unit} (bar {limit:g}{unit}: {'met' if value <= limit else '**missed**'})"
+
+
+def machine() -> str:
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]} "
+        f"with {torch.get_num_threads()} threads, load {os.getloadavg()[1]:.1f} over five minutes."
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(path: Path, sections: Iterable[Section]) -> None:
+    """Write sections into `path`; those it holds under other titles stay, in their places."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = {part.partition("\n")[0]: f"## {part.strip()}" for part in ("\n" + old).split("\n## ")[1:]}
+    for section in sections:
+        kept[section.title] = section.markdown()
+    path.write_text("\n\n".join([TITLE, *kept.values()]) + "\n", encoding="utf-8")

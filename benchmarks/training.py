@@ -1,0 +1,104 @@
+"""A training step and its peak memory: our adapters beside PEFT's LoRA and the dense formulation."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.bases import Base
+from benchmarks.clock import Timing, interleaved, paired
+from benchmarks.memory import held_bytes, peak_bytes
+from benchmarks.report import Section, bar, table
+from benchmarks.variants import VARIANTS, Variant
+
+ROUNDS = 9
+GATED = "additive, token-gated"
+
+
+class Steps:
+    """The training steps of one variant, on the same batch as everybody's."""
+
+    def __init__(self, base: Base, variant: Variant) -> None:
+        generator = torch.Generator().manual_seed(1)
+        size = (1, 4, base.latents, base.latents)
+        self.noisy, self.noise = (torch.randn(size, generator=generator) for _ in range(2))
+        self.time = torch.tensor([500])
+        self.pipe, self.variant = base.pipe, variant
+        self.cached = self.encode("a photo of a dog").detach()
+        self.optimizer = torch.optim.AdamW(variant.parameters) if variant.parameters else None
+
+    def encode(self, prompt: str) -> Tensor:
+        words = self.pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+        return self.pipe.text_encoder(words.input_ids)[0]  # (1, T, D)
+
+    def step(self) -> None:
+        """Forward, backward and update."""
+        if self.variant.prompt:
+            text = self.encode(self.variant.prompt)
+        else:
+            text = self.cached.requires_grad_(self.optimizer is None)
+        predicted = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
+        torch.nn.functional.mse_loss(predicted, self.noise).backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        text.grad = None if text.is_leaf else text.grad
+
+    def seconds(self) -> float:
+        with self.variant.installed():
+            start = time.perf_counter()
+            self.step()
+            return time.perf_counter() - start
+
+    def peak(self) -> int:
+        """Bytes beyond the base: what the variant keeps, its optimizer's state, and the most a step holds at once."""
+        with self.variant.installed():
+            return held_bytes(self.variant.kept) + peak_bytes(lambda: (self.step(), self.step()))
+
+
+def measure(base: Base, log: Callable[[str], None]) -> Section:
+    variants = {name: make(base) for name, make in VARIANTS.items()}
+    # Memory first: an optimizer that has stepped before has its state already.
+    memory = {}
+    for name, variant in variants.items():
+        memory[name] = Steps(base, variant).peak()
+        log(f"memory of {name}: {memory[name] / 1e6:.0f} MB")
+    steps = {name: Steps(base, variant) for name, variant in variants.items()}
+    timing = interleaved({name: s.seconds for name, s in steps.items()}, 2 if base.toy else ROUNDS, log)
+    trained = {name: sum(p.numel() for p in variant.parameters) for name, variant in variants.items()}
+    return _section(base, timing, memory, trained)
+
+
+def _section(base: Base, timing: dict[str, Timing], memory: dict[str, int], trained: dict[str, int]) -> Section:
+    weights = [*base.pipe.unet.parameters(), *base.pipe.text_encoder.parameters()]
+    whole = held_bytes(weights)
+    lora = "PEFT LoRA"
+    rows = [
+        [
+            name,
+            f"{trained[name] / 1e6:.2f} M",
+            f"{timing[name].median:.2f} s",
+            f"{timing[name].least:.2f} s",
+            f"{paired(timing[name], timing[lora]):.2f}×",
+            f"{memory[name] / 1e6:,.0f} MB",
+            f"{memory[name] / memory[lora]:.2f}×",
+            f"{(whole + memory[name]) / (whole + memory[lora]):.2f}×",
+        ]
+        for name in timing
+    ]
+    columns = ["variant", "trained", "median", "least", "to LoRA", "memory beyond the base", "to LoRA", "with the base"]
+    bars = [
+        ["additive to PEFT LoRA, time", bar(paired(timing["additive"], timing[lora]), 1.03)],
+        ["additive to dense, time", bar(paired(timing["additive"], timing["dense"]), 0.4)],
+        ["rotational to PEFT LoRA, time", bar(paired(timing["rotational"], timing[lora]), 1.05)],
+        ["additive to PEFT LoRA, memory", bar(memory["additive"] / memory[lora], 1.03)],
+        ["rotational to PEFT LoRA, memory", bar(memory["rotational"] / memory[lora], 1.03)],
+    ]
+    text = (
+        f"Forward, backward and AdamW at {base.latents}×{base.latents} latents, batch 1, float32, rank {base.rank} on the "
+        f"{len(base.layers(gated=False, unet_only=True))} projections of the UNet's attention, text cached. The "
+        "token-gated adapter has its own default targets (text encoder, cross-attention keys and values), encodes its "
+        "prompt in the step and trains its token too. Ratios are medians over rounds, in which all took turns."
+    )
+    return Section("Training step", text, [table(columns, rows), table(["bar", "measured"], bars)])

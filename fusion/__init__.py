@@ -1,0 +1,97 @@
+"""Teach Stable Diffusion personal concepts as spectral adapters, and use them together in one picture.
+
+errors, config          what can go wrong by a user's hand; strict settings
+spectral/               the mathematics: spectrum, slices, Delta, rotation, interference
+adapters/  methods/     trainable changes to one weight; ways to make several changes one
+models/                 what we know of Stable Diffusion: names, targets, tokens, gates, attach and bake
+formats/                adapters in files, our own and other people's; the library folder
+composition/            fuse, and compatibility before it
+generation              pipeline + adapters + prompt -> pictures with recipes
+training/  evaluation/  pictures -> adapter; adapters -> numbers
+cli/                    one file per verb
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion.adapters import ADAPTERS as ADAPTERS
+    from fusion.adapters.adapter import Adapter as Adapter
+    from fusion.adapters.adapter import Concept as Concept
+    from fusion.composition.fusing import fuse as fuse
+    from fusion.composition.measures import interference as interference
+    from fusion.composition.verdict import compatibility as compatibility
+    from fusion.errors import FusionError as FusionError
+    from fusion.evaluation.report import evaluate as evaluate
+    from fusion.formats.exporting import export as export
+    from fusion.formats.library import Library as Library
+    from fusion.formats.native import save as save
+    from fusion.formats.reading import load as load
+    from fusion.generation import Cancelled as Cancelled
+    from fusion.generation import Picture as Picture
+    from fusion.generation import Recipe as Recipe
+    from fusion.generation import generate as generate
+    from fusion.generation import recipe_of as recipe_of
+    from fusion.methods import METHODS as METHODS
+    from fusion.models.bases import open_pipeline as open_pipeline
+    from fusion.models.bases import pocket as pocket
+    from fusion.models.injection import attach as attach
+    from fusion.models.injection import bake as bake
+    from fusion.spectral.slices import SpectralSlice as SpectralSlice
+    from fusion.training.config import TrainingConfig as TrainingConfig
+    from fusion.training.loop import TrainStep as TrainStep
+    from fusion.training.loop import train as train
+
+# Public name -> the module it lives in, imported on first use: `import fusion` costs nothing and needs no torch.
+_PUBLIC = {
+    "ADAPTERS": "fusion.adapters",
+    "Adapter": "fusion.adapters.adapter",
+    "Cancelled": "fusion.generation",
+    "Concept": "fusion.adapters.adapter",
+    "FusionError": "fusion.errors",
+    "Library": "fusion.formats.library",
+    "METHODS": "fusion.methods",
+    "Picture": "fusion.generation",
+    "Recipe": "fusion.generation",
+    "SpectralSlice": "fusion.spectral.slices",
+    "TrainStep": "fusion.training.loop",
+    "TrainingConfig": "fusion.training.config",
+    "attach": "fusion.models.injection",
+    "bake": "fusion.models.injection",
+    "compatibility": "fusion.composition.verdict",
+    "evaluate": "fusion.evaluation.report",
+    "export": "fusion.formats.exporting",
+    "fuse": "fusion.composition.fusing",
+    "generate": "fusion.generation",
+    "interference": "fusion.composition.measures",
+    "load": "fusion.formats.reading",
+    "open_pipeline": "fusion.models.bases",
+    "pocket": "fusion.models.bases",
+    "recipe_of": "fusion.generation",
+    "save": "fusion.formats.native",
+    "train": "fusion.training.loop",
+}
+__all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
+_PACKAGES = (
+    "adapters",
+    "composition",
+    "evaluation",
+    "formats",
+    "generation",
+    "methods",
+    "models",
+    "spectral",
+    "training",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"fusion.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fusion' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

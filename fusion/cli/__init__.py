@@ -1,0 +1,87 @@
+"""The command line: one file per verb, each a public function of the library.
+
+A verb's module has `add_arguments(parser)` and `run(args) -> int | None`; only `run` imports what is heavy, so help is
+immediate. Printing belongs here and nowhere else in the library.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module, metadata
+
+from fusion.cli.console import Parser, UsageError, listening, quiet
+from fusion.errors import FusionError, closest
+
+VERBS = {
+    "train": "teach a concept from a folder of pictures",
+    "fuse": "make several adapters one",
+    "generate": "draw pictures, with adapters or without",
+    "inspect": "say what adapter files hold and how they get along",
+    "export": "write an adapter as a LoRA for other programs",
+    "evaluate": "measure adapters in weights and in model output",
+}
+EXAMPLE = """a first session:
+  fusion train --instance_data_dir assets/concepts/owl --token "<owl>" --noun owl --output_dir out/owl
+  fusion fuse out/owl/owl.safetensors out/robot/robot.safetensors -o out/both.safetensors
+  fusion generate out/both.safetensors --prompt "a <owl> beside a <robot>"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 a FusionError (one line), 2 wrong usage, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb = choose(words[:1])
+        args = arguments(verb, words[1:])
+    except SystemExit as leaving:  # argparse has printed help or an error
+        return int(leaving.code or 0)
+    with listening(verbose=args.verbose), warnings.catch_warnings():
+        if not args.verbose:
+            quiet()
+        try:
+            return import_module(f"fusion.cli.{verb}").run(args) or 0
+        except FusionError as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def choose(first: list[str]) -> str:
+    """The verb; help, version and mistakes leave by SystemExit as argparse does."""
+    table = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
+    parser = Parser(
+        prog="fusion",
+        usage="fusion <command> [options]",
+        description="Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture.",
+        epilog=f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"spectral-fusion {version()}")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    verb = parser.parse_args(first).command
+    if verb is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if verb not in VERBS:
+        parser.error(f"there is no command '{verb}'{closest(verb, VERBS)}")
+    return verb
+
+
+def arguments(verb: str, words: Sequence[str]) -> argparse.Namespace:
+    module = import_module(f"fusion.cli.{verb}")
+    parser = Parser(prog=f"fusion {verb}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="also show what the libraries underneath have to say")
+    args = parser.parse_intermixed_args(words)
+    args.words = [verb, *words]
+    return args
+
+
+def version() -> str:
+    try:
+        return metadata.version("spectral-fusion")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

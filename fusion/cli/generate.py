@@ -1,0 +1,147 @@
+"""Draw pictures of a prompt. Every PNG carries its whole recipe, and --from draws it again."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from fusion.cli.console import UsageError, add_base_arguments, advance, bar, open_base
+from fusion.errors import FormatError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = 'fusion generate [ADAPTER ...] --prompt "..." [options]'
+    parser.epilog = 'example: fusion generate pets.safetensors --prompt "a <dog> beside a <cat>" --num_images 4 -o out'
+    add = parser.add_argument
+    add("adapters", nargs="*", type=Path, metavar="ADAPTER", help="adapter files; none draws what the base knows")
+    add("--prompt", metavar="TEXT", help='what to draw, with the adapters\' tokens: "a <dog> on a beach"')
+    add("--negative_prompt", metavar="TEXT", help="what to stay away from")
+    add("--from", dest="source", type=Path, metavar="PNG", help="repeat the recipe in this picture; flags override it")
+    add("-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="folder, or .png file (default: out)")
+    add("--strength", nargs="+", type=float, metavar="X", help="one number for each adapter (default: 1)")
+    add("--gating", choices=("tokens", "none"), help="override how the adapters are gated")
+    drawing = parser.add_argument_group("drawing", "what is not given comes from the base")
+    add = drawing.add_argument
+    add("--seed", type=int, metavar="N", help="of the first picture, the next ones count up (default: 0)")
+    add("--num_images", dest="batch", type=int, metavar="N", help="how many pictures (default: 1)")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance_scale", type=float, metavar="X", help="how closely to follow the prompt")
+    add("--guidance_rescale", type=float, metavar="X", help="0 to 1: take back the contrast that guidance adds")
+    add("--scheduler", metavar="NAME", help="ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ...")
+    add("--width", type=int, metavar="PIXELS", help="width of the picture")
+    add("--height", type=int, metavar="PIXELS", help="height of the picture")
+    add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
+    add("--image_strength", type=float, metavar="X", help="0 to 1: how far to leave it (default: 0.6)")
+    add_base_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from fusion.generation import Recipe, generate, recipe_of
+
+    recipe: Recipe | None = recipe_of(args.source) if args.source else None
+    if recipe is None and args.prompt is None:
+        raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
+    adapters, files, strengths = choose_adapters(args, recipe)
+    image = starting_picture(args.image, recipe)
+    pipe = open_base(choose_base(args.base, recipe), args, args.dtype)
+
+    def pick(name: str, default: Any = None) -> Any:
+        """The flag if given, else the recipe's value."""
+        given = getattr(args, name)
+        return given if given is not None else getattr(recipe, name, default)
+
+    with bar() as progress:
+        pictures = generate(
+            pipe,
+            pick("prompt"),
+            adapters=adapters,
+            strengths=strengths,
+            negative_prompt=pick("negative_prompt"),
+            seed=pick("seed", 0),
+            batch=pick("batch", 1),
+            steps=pick("steps"),
+            guidance_scale=pick("guidance_scale"),
+            guidance_rescale=pick("guidance_rescale"),
+            scheduler=pick("scheduler"),
+            width=pick("width"),
+            height=pick("height"),
+            image=image,
+            image_strength=pick("image_strength") or 0.6,
+            gating=pick("gating"),
+            on_step=lambda step, total, _preview: advance(progress, step, total),
+        )
+    if recipe is not None and args.seed is None and args.batch is None:
+        pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
+    for path in write(pictures, files, args.output):
+        print(f"wrote {path}")
+    first = pictures[0].recipe
+    print(f"{first.width}x{first.height}, {first.steps} steps, seed {first.seed + first.index}, on {first.base}")
+
+
+def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
+    """The adapters given, else the recipe's own files, unchanged since."""
+    from fusion.formats.reading import load
+
+    if args.adapters or recipe is None:
+        return [load(path) for path in args.adapters], args.adapters, args.strength
+    files = [find(used, args.source) for used in recipe.adapters]
+    adapters = [load(path) for path in files]
+    for used, path, adapter in zip(recipe.adapters, files, adapters, strict=True):
+        if (digest := adapter.digest()) != used.digest:
+            raise FormatError(
+                f"'{path}' is not the adapter this picture was drawn with: its contents are {digest[:12]}, the recipe "
+                f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
+            )
+    return adapters, files, args.strength or [used.strength for used in recipe.adapters]
+
+
+def find(used: Any, picture: Path) -> Path:
+    """The file of an adapter in a recipe: where it was, or beside the picture."""
+    if used.file is None:
+        raise FormatError(f"The recipe does not say where '{used.name}' is; name the adapter's file before --from.")
+    for path in (Path(used.file), picture.parent / Path(used.file).name):
+        if path.is_file():
+            return path
+    raise FormatError(f"'{used.file}' is gone, and '{picture}' needs it; name the adapter's file before --from.")
+
+
+def starting_picture(path: Path | None, recipe: Any) -> Any:
+    if path is None:
+        if recipe is not None and recipe.image:
+            raise UsageError("This picture was drawn from another one; name it with --image.")
+        return None
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error
+
+
+def choose_base(base: str | None, recipe: Any) -> str | None:
+    if base is None and recipe is not None and recipe.base != "pocket":
+        raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
+    return base
+
+
+def write(pictures: list[Any], files: list[Path], output: Path) -> list[Path]:
+    """Save every picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
+    from dataclasses import replace
+
+    paths: list[Path] = []
+    for picture in pictures:
+        used = picture.recipe.adapters
+        named = tuple(replace(u, file=str(f)) for u, f in zip(used, files, strict=True))
+        picture = replace(picture, recipe=replace(picture.recipe, adapters=named))
+        paths.append(picture.save(place(output, picture.recipe, several=len(pictures) > 1)))
+    return paths
+
+
+def place(output: Path, recipe: Any, *, several: bool) -> Path:
+    seed = recipe.seed + recipe.index
+    if output.suffix.lower() == ".png":
+        return output.with_stem(f"{output.stem}-{seed}") if several else output
+    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+    candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())

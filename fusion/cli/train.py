@@ -1,0 +1,149 @@
+"""Teach a concept from a folder of pictures.
+
+Settings come from flags, then from the file given with --config, then from the base's own fusion.toml, then from the
+defaults below, which suit Stable Diffusion 1.5. --print_config shows what applies.
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from fusion.cli.console import UsageError, advance, bar, example, open_base, short, size
+from fusion.config import read_base_defaults
+from fusion.errors import ConfigError
+from fusion.training.config import GROUPS, TrainingConfig
+
+PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = 'fusion train --instance_data_dir DIR --token "<name>" --noun WORD [options]'
+    parser.epilog = "example: fusion train --config owl.toml --rank 4 --validation_prompt 'a {token} in the snow'"
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, same names as the flags")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as TOML, and stop")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+    starts, group = {first: title for title, first in GROUPS.items()}, parser
+    for name, field in TrainingConfig.model_fields.items():
+        group = parser.add_argument_group(starts[name]) if name in starts else group
+        note = "" if field.is_required() or field.default in (None, "") else f" (default: {shown(field.default)})"
+        how = kind(field.annotation)
+        choices = f" One of {', '.join(how['choices'])}." if how.get("metavar") == "NAME" else ""
+        text = ((field.description or "") + choices + note).replace("%", "%%")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **how)
+
+
+def kind(annotation: Any) -> dict[str, Any]:
+    """How argparse reads the values of a field."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    only = next(k for k in kinds if k is not type(None))
+    if any(get_origin(k) is list for k in kinds):
+        return {"nargs": "+", "metavar": "TEXT"}
+    if get_origin(only) is Literal:
+        return {"choices": get_args(only), "metavar": "|".join(get_args(only)) if len(get_args(only)) < 4 else "NAME"}
+    if only is bool:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
+        return {"nargs": "?", "const": True, "type": truth, "metavar": "true|false"}
+    return {"type": only, "metavar": {int: "N", float: "X", Path: "PATH"}.get(only, "TEXT")}
+
+
+def truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not '{word}'")
+    return word.lower() == "true"
+
+
+def shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def configure(args: argparse.Namespace) -> TrainingConfig:
+    """Flags over file. Raises UsageError: a wrong setting is a wrong command."""
+    flags = {name: rooted(name, value) for name, value in vars(args).items() if name in TrainingConfig.model_fields}
+    try:
+        if args.config:
+            return TrainingConfig.from_toml(args.config, flags)
+        return TrainingConfig.model_validate(flags)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+def rooted(name: str, value: Any) -> Any:
+    """Paths on the command line start from here, whatever folder the settings file is in."""
+    if name not in TrainingConfig.places():
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() or name not in TrainingConfig.names_or_paths else value
+
+
+def run(args: argparse.Namespace) -> None:
+    config = configure(args)
+    if args.print_config:
+        from fusion.models.bases import pocket
+
+        print(as_toml(config, read_base_defaults(config.pretrained_model_name_or_path or pocket(), "training")))
+        return
+    base, dtype = config.pretrained_model_name_or_path, PRECISION[config.mixed_precision]
+    pipe = open_base(base, args, dtype, revision=config.revision, variant=config.variant)
+    last, target = follow(pipe, config, args.words)
+    slices = ", ".join(map(str, last.adapter.slices))
+    where = f" on slice {slices}" if slices else ""
+    print(f"wrote {target} ({size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
+    on = ["--base", base] if base else []
+    print(f"next: {example('generate', target, *on, '--prompt', f'a {config.token}')}")
+
+
+def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Path]:
+    """Train with a progress bar; returns the last step and the adapter's file."""
+    from fusion.formats.native import save
+    from fusion.training.loop import train
+
+    print(f"teaching {config.token} from {short(config.instance_data_dir)}", flush=True)
+    step, checkpoint, previews, recent = None, None, [], deque[float](maxlen=25)
+    target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
+    try:
+        with closing(train(pipe, config)) as steps, bar() as progress:
+            for step in steps:
+                recent.append(step.loss)
+                advance(progress, step.step, step.total, f"loss {sum(recent) / len(recent):.4f}")
+                checkpoint = step.checkpoint or checkpoint
+                previews = keep(step, config) or previews
+                if step.step == step.total:  # while the slice is still reserved
+                    save(step.adapter, target, dtype=config.save_precision)
+    except KeyboardInterrupt:
+        print(f"stopped after step {step.step if step else 0}. {resumption(checkpoint, words)}", file=sys.stderr)
+        raise
+    if step is None:
+        raise ConfigError(f"There is nothing left to train: {config.max_train_steps} steps are done already.")
+    if previews:  # beside the adapter, where galleries of other programs look for its picture
+        previews[0].save(target.with_suffix(".png"))
+    return step, target
+
+
+def keep(step: Any, config: TrainingConfig) -> list[Any]:
+    """Write a step's previews to the samples folder."""
+    folder = short(config.output_dir) / "samples"
+    for number, image in enumerate(step.images):
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{config.name}-{step.step:05d}-{number}.png")
+    return step.images
+
+
+def resumption(checkpoint: Path | None, words: list[str]) -> str:
+    if checkpoint is None:
+        return "There is no checkpoint yet; --checkpointing_steps N writes one every N steps."
+    again = [] if "--resume_from_checkpoint" in words else ["--resume_from_checkpoint", "latest"]
+    return f"Continue after {checkpoint.name} with:\n  {example(*words, *again)}"
+
+
+def as_toml(config: TrainingConfig, base: Mapping[str, Any]) -> str:
+    """What the user has set, and as comments what applies to the rest: the base's own defaults, then ours."""
+    given = config.settings()
+    ours = {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
+    rest = {name: value for name, value in {**ours, **base}.items() if name not in given}
+    lines = config.updated(rest).to_toml().splitlines()
+    left = [f"# {line}" for line in lines if line.partition(" ")[0] not in given]
+    return "\n".join([config.to_toml(), "# Not set, so this applies:", *left])

@@ -1,0 +1,132 @@
+"""Several adapters become one, in one exact step. Closed: adapters in, an adapter out.
+
+Knows nothing of files or pictures.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance
+from fusion.adapters.lora import LoraLayer
+from fusion.composition.conflicts import check_bases, check_tokens, quoted, slice_clashes
+from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
+from fusion.methods import METHODS
+from fusion.methods.method import LinearMethod
+from fusion.models.injection import effective_gates
+from fusion.spectral.delta import Delta
+
+logger = logging.getLogger(__name__)
+
+
+def fuse(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float] | None = None,
+    method: str = "direct_sum",
+    *,
+    gating: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    allow_overlap: bool = False,
+    name: str | None = None,
+) -> Adapter:
+    """One adapter that does what all of `adapters` do.
+
+    Linear methods keep every branch with its basis, its gate and its strength times the method's weight: exact, and
+    any concept can be taken out again. Other methods merge the changes of each layer into one, which no gate can tell
+    apart. `rank` or `energy` compress that merged change (and so also merge under a linear method).
+    `gating` as in attach: "none" drops the gates, "tokens" gates every branch by its adapter's own tokens.
+    `allow_overlap` lets direct_sum add adapters whose slices overlap.
+
+    Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName.
+    """
+    if not adapters:
+        raise ConfigError("There is nothing to fuse; give at least one adapter.")
+    if method not in METHODS:
+        raise UnknownName(
+            f"No fusion method is called '{method}'{closest(method, METHODS)} There are: {quoted(METHODS)}."
+        )
+    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
+    if len(values) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters need as many strengths, got {len(values)}.")
+    regated = [_with_gates(adapter, gating) for adapter in adapters]
+    check_bases(regated)
+    check_tokens(regated)
+    if method == "direct_sum" and not allow_overlap and (clashes := slice_clashes(regated)):
+        raise SliceConflict(f"{clashes[0].sentence()} {clashes[0].advice()}")
+    merge = rank is not None or energy is not None or not isinstance(METHODS[method], LinearMethod)
+    if merge and any(adapter.gated for adapter in regated):
+        logger.warning(
+            "Merged into one change per layer, '%s' cannot be gated: it acts on every token.", name or method
+        )
+    fused = _merged(regated, values, method) if merge else _side_by_side(regated, values, method)
+    if rank is not None or energy is not None:
+        fused = _compressed(fused, rank, energy)
+    info = _fused_info(regated, values, method, name)
+    return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
+
+
+def _side_by_side(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
+    """A linear method, carried out branch by branch."""
+    linear = METHODS[method]
+    assert isinstance(linear, LinearMethod)
+    branches = [
+        replace(branch, strength=branch.strength * weight, name=_label(adapter, branch))
+        for adapter, weight in zip(adapters, linear.weights(strengths), strict=True)
+        for branch in adapter.branches
+    ]
+    return tuple(_unique(branches))
+
+
+def _merged(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
+    """Any method, carried out layer by layer on whole changes."""
+    changes = [adapter.deltas() for adapter in adapters]
+    layers: dict[str, LoraLayer] = {}
+    for layer in dict.fromkeys(n for change in changes for n in change):
+        shape = next(change[layer].shape for change in changes if layer in change)
+        # An adapter that leaves a layer alone still takes part: it is one of the N that `average` counts.
+        parts = [change.get(layer) or Delta.zero(*shape) for change in changes]
+        merged = METHODS[method](layer, parts, strengths)
+        layers[layer] = LoraLayer(merged.up, merged.down)
+    slices = tuple(dict.fromkeys(part for adapter in adapters for part in adapter.slices))
+    targets = tuple(dict.fromkeys(t for adapter in adapters for branch in adapter.branches for t in branch.targets))
+    return (Branch("+".join(a.info.name for a in adapters), "lora", layers, slices, targets),)
+
+
+def _compressed(branches: tuple[Branch, ...], rank: int | None, energy: float | None) -> tuple[Branch, ...]:
+    (branch,) = branches
+    small = {name: layer.delta().detach().compress(rank, energy) for name, layer in branch.layers.items()}
+    return (replace(branch, layers={name: LoraLayer(delta.up, delta.down) for name, delta in small.items()}),)
+
+
+def _with_gates(adapter: Adapter, gating: str | None) -> Adapter:
+    gates = effective_gates(adapter, gating)
+    return replace(adapter, branches=tuple(replace(b, gate=gates[b.name]) for b in adapter.branches))
+
+
+def _label(adapter: Adapter, branch: Branch) -> str:
+    return branch.name if len(adapter.branches) > 1 else adapter.info.name
+
+
+def _unique(branches: list[Branch]) -> Iterable[Branch]:
+    """Branches with distinct names: the second 'dog' becomes 'dog-2'."""
+    seen: set[str] = set()
+    for branch in branches:
+        name, count = branch.name, 2
+        while name in seen:
+            name, count = f"{branch.name}-{count}", count + 1
+        seen.add(name)
+        yield replace(branch, name=name)
+
+
+def _fused_info(adapters: list[Adapter], strengths: list[float], method: str, name: str | None) -> AdapterInfo:
+    return AdapterInfo(
+        name=name or "+".join(adapter.info.name for adapter in adapters),
+        base=next((adapter.info.base for adapter in adapters if adapter.info.base), None),
+        concepts=tuple(concept for adapter in adapters for concept in adapter.info.concepts),
+        provenance=Provenance(
+            tool="fuse",
+            parents=tuple(f"{a.info.name} {a.digest()[:12]}" for a in adapters),
+            settings={"method": method, "strengths": strengths},
+        ),
+    )

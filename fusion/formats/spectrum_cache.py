@@ -1,0 +1,82 @@
+"""Singular directions on disk: one SVD per weight, however many concepts are trained on it.
+
+A file per weight, named by the SHA-256 of its exact bits. U and V are stored direction by direction, so that the
+first directions are one run of bytes and nothing else is read.
+
+Shapes: O out_features, I in_features, K directions.
+"""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion.errors import FormatError
+from fusion.formats.safetensors_file import opened, raw_bytes, write_file
+from fusion.spectral.spectrum import Spectrum, decompose
+
+logger = logging.getLogger(__name__)
+
+KEPT = 128  # directions stored at least: 16 slices of 8
+_OFF_UNIT = 1e-3  # no singular vector in float32 has a length further from 1
+
+
+def cache_folder() -> Path:
+    """$FUSION_CACHE/spectra, or ~/.cache/spectral-fusion/spectra."""
+    root = os.environ.get("FUSION_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "spectral-fusion") / "spectra"
+
+
+def cached_spectrum(weight: Tensor, depth: int, folder: Path | None = None) -> Spectrum:
+    """The first `depth` directions of `weight` (O, I), or all if there are fewer, in float32 on its device.
+
+    Read from the cache if they are there; else decomposed and stored. A damaged file is replaced, a cache that cannot
+    be written is done without, both with a warning.
+    """
+    wanted = min(depth, *weight.shape)
+    path = (folder or cache_folder()) / f"{fingerprint(weight)}.safetensors"
+    found = _read(path, weight, wanted) if path.exists() else None
+    if found is None:
+        whole = decompose(weight, max(depth, KEPT))
+        _write(path, whole)
+        found = Spectrum(whole.U[:, :wanted], whole.S[:wanted], whole.V[:, :wanted])
+    return Spectrum(*(part.to(weight.device, torch.float32).contiguous() for part in found))
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256 of shape, dtype and every bit: a fine-tune of a base has another spectrum."""
+    sha = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    sha.update(raw_bytes(weight.cpu()))
+    return sha.hexdigest()
+
+
+def _read(path: Path, weight: Tensor, wanted: int) -> Spectrum | None:
+    """None if the file has too few directions, or is damaged."""
+    try:
+        with opened(path) as file:
+            shapes = {name: info.shape for name, info in file.header.tensors.items()}
+            stored = shapes["S"][0]
+            if shapes != {"U": (stored, weight.shape[0]), "S": (stored,), "V": (stored, weight.shape[1])}:
+                raise FormatError(f"'{path}' is the spectrum of another weight.")
+            if stored < wanted:
+                return None
+            U, S, V = (file.head(name, wanted) for name in Spectrum._fields)  # (K, O), (K,), (K, I)
+        lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in (U, V)])
+        # Written so that NaN fails.
+        if not ((lengths - 1).abs().max() < _OFF_UNIT and (S.diff() <= 0).all() and (S >= 0).all() and S[0].isfinite()):
+            raise FormatError(f"'{path}' holds no singular directions.")
+    except (FormatError, LookupError) as error:
+        logger.warning("A cached spectrum is damaged and is made again: %s", error)
+        return None
+    return Spectrum(U.T, S, V.T)
+
+
+def _write(path: Path, spectrum: Spectrum) -> None:
+    rows = {"U": spectrum.U.T, "S": spectrum.S, "V": spectrum.V.T}
+    try:
+        write_file(path, {name: part.cpu().float().contiguous() for name, part in rows.items()}, {})
+    except FormatError as error:
+        logger.warning("The spectrum cache cannot be used, every training will decompose the base again: %s", error)

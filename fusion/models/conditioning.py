@@ -1,0 +1,47 @@
+"""What the UNet is told besides the noisy latents, the same for all families, by the pipeline's own prompt encoding.
+
+Shapes: B prompts, T text positions, D embedding width, P pooled width, C H W latent size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TimeIds = tuple[int, ...]  # SDXL: original height, width, crop top, left, target height, width
+
+
+class Conditioning(NamedTuple):
+    states: Tensor  # (B, T, D)
+    pooled: Tensor | None  # (B, P) for SDXL
+
+    @classmethod
+    def join(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Several batches as one."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts, with gradients where the text encoders or token rows ask for them."""
+    made = pipe.encode_prompt(
+        list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return Conditioning(made[0], made[2] if len(made) > 2 else None)
+
+
+def predict(
+    pipe: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Sequence[TimeIds]
+) -> Tensor:
+    """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,); `time_ids` matter to SDXL only."""
+    added = None
+    if conditioning.pooled is not None:
+        sizes = torch.tensor(list(time_ids), device=noisy.device, dtype=conditioning.pooled.dtype)
+        added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
+    return pipe.unet(
+        noisy.to(pipe.unet.dtype),
+        timesteps,
+        encoder_hidden_states=conditioning.states,
+        added_cond_kwargs=added,
+    ).sample

@@ -1,0 +1,78 @@
+"""What is said about pictures: caption texts, and metadata.jsonl."""
+
+import json
+import re
+from pathlib import Path
+
+from fusion.errors import DatasetError
+from fusion.training.config import worded
+from fusion.training.folders import MASKS, METADATA
+from fusion.training.pictures import SUFFIXES
+
+
+def caption_for(text: str, token: str, trigger: str = "") -> str:
+    """A caption as training uses it: one line, the token in place of placeholders.
+
+    `trigger` is what another trainer's data call the concept, "sks dog": where the token is missing, the whole
+    phrase or else its first word becomes the token.
+    """
+    text = " ".join(worded(text, token).split())
+    for phrase in (trigger, trigger.partition(" ")[0]) if trigger else ():
+        if token not in text:
+            text = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", token, text)
+    return text
+
+
+def read_text(file: Path, name: str) -> str:
+    """A text file in UTF-8. Raises DatasetError calling it `name`."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{name} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+
+
+def read_metadata(folder: Path, problems: list[str]) -> dict[Path, str | None]:
+    """Pictures and their captions from the folder's metadata.jsonl, if there is one.
+
+    Each line is {"file_name": "dog.png", "text": "a {token} asleep"}, the text optional, other keys ignored: the
+    ImageFolder form of Hugging Face datasets. What is wrong is appended to `problems`, with its line.
+    """
+    file = folder / METADATA
+    texts, lines = dict[Path, str | None](), dict[Path, int]()
+    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    for number, line in enumerate(read_text(file, METADATA).split("\n") if file.exists() else [], start=1):
+        try:
+            if not line.strip():
+                continue
+            path, text = _entry(folder, line)
+            if path in lines:
+                raise DatasetError(f"'{path.name}' stands in line {lines[path]} already.")
+            lines[path], texts[path] = number, text
+        except DatasetError as error:
+            problems.append(f"{METADATA}, line {number}: {error}")
+    return texts
+
+
+def _entry(folder: Path, line: str) -> tuple[Path, str | None]:
+    """One line: a picture inside the folder, and its caption if it has one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"not valid JSON: {error}.") from None
+    name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(text, str | None):
+        raise DatasetError('it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.')
+    path = folder / name
+    try:
+        # A downloaded folder must not make us read files elsewhere.
+        inside = path.resolve().is_relative_to(folder.resolve()) and ".." not in Path(name).parts
+        usable = inside and path.is_file() and path.suffix.lower() in SUFFIXES and path.parent.name != MASKS
+    except (OSError, ValueError):  # a name no file can have
+        inside, usable = True, False
+    if not inside:
+        raise DatasetError(f"'{name}' leads out of the folder; put the picture inside.")
+    if not usable:
+        raise DatasetError(f"'{name}' is no picture in this folder.")
+    return path, text

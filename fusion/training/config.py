@@ -1,0 +1,268 @@
+"""What a training is told. Names are those of the diffusers training scripts where these have one."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from fusion.config import TOKEN, StrictModel, listing, read_toml, to_toml
+from fusion.errors import ConfigError
+
+PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
+
+# For help that can be read: group -> its first field; the others follow in the order of the class.
+GROUPS = {
+    "base": "pretrained_model_name_or_path",
+    "concept": "token",
+    "pictures": "instance_data_dir",
+    "adapter": "adapter_type",
+    "optimisation": "learning_rate",
+    "prior preservation": "with_prior_preservation",
+    "speed and memory": "mixed_precision",
+    "previews": "validation_prompt",
+    "run": "output_dir",
+}
+
+
+def worded(text: str, token: str) -> str:
+    """A prompt with every placeholder replaced by the token."""
+    for placeholder in PLACEHOLDERS:
+        text = text.replace(placeholder, token)
+    return text
+
+
+class TrainingConfig(StrictModel):
+    """Settings of one training. Defaults follow the paper's runs on Stable Diffusion 1.5 (arXiv 2405.13952).
+
+    Flat and frozen. What the user has not set may come from the base's `fusion.toml`: `with_base_defaults`.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    names_or_paths: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path", "resume_from_checkpoint")
+
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder or hub id. Default: the embedded pocket base."""
+    revision: str | None = None
+    """Branch, tag or commit of a base from the hub."""
+    variant: str | None = None
+    """Variant of the base's files, such as fp16."""
+
+    token: str
+    """The concept's word in prompts, in angle brackets: <dog>."""
+    noun: str = ""
+    """Ordinary word the token's embedding starts from, such as dog. Helps a lot."""
+    num_vectors: int = Field(1, ge=1)
+    """Embedding rows, and so text positions, the token takes."""
+
+    instance_data_dir: Path
+    """Folder of pictures of the concept, with captions in name.txt or metadata.jsonl if there are any."""
+    instance_prompt: str = "a {token}"
+    """Caption of the pictures that have none of their own; {token} stands for the token."""
+    caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
+    """Ending of caption files."""
+    repeats: int = Field(1, ge=1)
+    """How often each picture is seen per epoch, times N in folders called N_name."""
+    resolution: int | None = Field(None, ge=8, multiple_of=8)
+    """Side of the square training pictures, in pixels. Default: the base's own."""
+    center_crop: bool = True
+    """Cut out the middle of each picture. If false, a place drawn anew each time."""
+    random_flip: bool = False
+    """Mirror half of the pictures. Not for faces, letters or logos."""
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = "lanczos"
+    """How pictures are resized."""
+    use_masks: bool = True
+    """Use masks where there are any: masks/name.png, white where the concept is."""
+    unmasked_weight: float = Field(0.1, ge=0, le=1)
+    """What the loss counts outside a mask, where inside is 1. At 0 backgrounds run wild."""
+
+    adapter_type: str = "additive"
+    """A row of fusion.ADAPTERS, such as additive, guarded, rotational or lora."""
+    rank: int = Field(8, ge=1)
+    """Singular directions the concept owns in each layer."""
+    slice: int | None = Field(None, ge=0)
+    """Which slice of the spectrum, 0 the strongest. Default: the library's next free one."""
+    layout: Literal["contiguous", "strided"] = "contiguous"
+    """Slices as blocks of neighbours, as in the paper, or strided: all of about equal energy."""
+    slots: int = Field(8, ge=1)
+    """How many slices a strided layout is dealt to."""
+    targets: list[str] | None = None
+    """Layers to adapt, such as unet.attn2.to_k or text_encoder. Default: what suits the gating."""
+    gating: Literal["tokens", "none"] = "tokens"
+    """With tokens the adapter acts at its own token only, so that concepts do not disturb each other."""
+    guard: int = Field(64, ge=0)
+    """Guarded type: how many leading directions stay out of reach, for other concepts."""
+    balance_slices: bool = False
+    """Raise the learning rate of slices of small singular values, which learn slower."""
+    library: Path | None = None
+    """Folder of adapters whose slices are taken; the next free one is reserved there. Default: output_dir."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Learning rate of the UNet's layers."""
+    text_encoder_lr: float = Field(1e-5, ge=0)
+    """Learning rate of the text encoders' layers; 0 freezes them."""
+    token_lr: float = Field(1e-3, ge=0)
+    """Learning rate of the token's embedding; 0 freezes it."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "linear"
+    """How learning rates fall; linear reaches zero at the last step."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps over which learning rates rise from zero."""
+    lr_num_cycles: int = Field(1, ge=1)
+    """Restarts of cosine_with_restarts."""
+    max_train_steps: int = Field(1250, ge=1)
+    """Optimizer steps in all."""
+    train_batch_size: int = Field(2, ge=1)
+    """Pictures per forward pass and process."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per step: larger batches for time instead of memory."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's memory of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's memory of squared gradients."""
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's pull towards no change; not on the token."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's guard against division by zero."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Larger gradients are scaled down to this norm; 0 leaves them."""
+    snr_gamma: float | None = Field(None, gt=0)
+    """Min-SNR weighting (arXiv 2303.09556), usually 5. Default: all timesteps count alike."""
+    noise_offset: float = Field(0.0, ge=0)
+    """Noise added per channel, for very dark or bright pictures. The paper has 0.01."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts. Default: what its scheduler says."""
+    seed: int = Field(0, ge=0)
+    """Seed of noise, order and crops: equal seeds give equal adapters."""
+
+    with_prior_preservation: bool = False
+    """Also train on the base's own pictures of class_prompt, so that the noun keeps its meaning."""
+    class_data_dir: Path | None = None
+    """Folder of class pictures; missing ones are drawn into it. Default: a folder in output_dir."""
+    class_prompt: str | None = None
+    """What class pictures show, without the token, such as "a dog"."""
+    num_class_images: int = Field(100, ge=1)
+    """How many class pictures to have."""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """What class pictures count in the loss."""
+    sample_batch_size: int = Field(4, ge=1)
+    """Class pictures drawn at a time."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to save memory."""
+    cache_latents: bool = True
+    """Encode each picture once, before training; not done with random crops or flips."""
+
+    validation_prompt: str | list[str] | None = None
+    """Prompts of previews, such as "a {token} on a beach". Default: no previews."""
+    num_validation_images: int = Field(4, ge=1)
+    """Previews per prompt."""
+    validation_steps: int = Field(250, ge=1)
+    """Steps from one set of previews to the next."""
+
+    output_dir: Path = Path("out")
+    """Folder for the adapter, checkpoints, previews and logs."""
+    output_name: str | None = Field(None, pattern=r"^[^/\\.][^/\\]*$")
+    """Name of the adapter and its file. Default: the token without brackets."""
+    save_precision: Literal["float16", "float32"] = "float16"
+    """Precision of the adapter's file. float16 takes half the space and draws the same."""
+    checkpointing_steps: int = Field(500, ge=0)
+    """Steps from one checkpoint to the next; 0 writes none."""
+    checkpoints_total_limit: int | None = Field(None, ge=1)
+    """How many checkpoints to keep, the newest. Default: all."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to continue from, or "latest"."""
+    report_to: Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "swanlab"] | None = None
+    """Where to log loss and learning rate. Default: nowhere."""
+    logging_dir: Path | None = None
+    """Folder for those logs. Default: logs in output_dir."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if problems := list(self._contradictions()):
+            raise ConfigError(listing(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        prior, slots = self.with_prior_preservation, self.slots
+        if not TOKEN.fullmatch(self.token):
+            yield f"token '{self.token}' needs angle brackets around a-z, 0-9, - and _ only, like <dog>."
+        if self.gating == "tokens" and self.token not in self.worded(self.instance_prompt):
+            yield f"instance_prompt '{self.instance_prompt}' lacks {{token}}; write it where the concept stands."
+        if prior and not self.class_prompt:
+            yield "with_prior_preservation needs a class_prompt, such as 'a dog'."
+        if not prior and (self.class_prompt or self.class_data_dir):
+            yield "class_prompt and class_data_dir do nothing without with_prior_preservation = true."
+        if self.token in self.worded(self.class_prompt or ""):
+            yield f"class_prompt must not name {self.token}: class pictures show what is not the concept."
+        if self.lr_warmup_steps > self.max_train_steps:
+            yield f"lr_warmup_steps {self.lr_warmup_steps} is beyond max_train_steps {self.max_train_steps}."
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            yield "lr_scheduler 'constant' has no warm-up; choose 'constant_with_warmup', or no lr_warmup_steps."
+        if self.layout == "strided" and (self.slice or 0) >= slots:
+            yield f"slice {self.slice} does not exist among {slots} strided slots; the last is {slots - 1}."
+        if self.resume_from_checkpoint == "latest" and not self.checkpointing_steps:
+            yield "resume_from_checkpoint = 'latest' needs checkpointing_steps; set it, or name a checkpoint."
+        if self.targets == []:
+            yield "targets is empty; name a layer, or leave it out."
+
+    @classmethod
+    def from_toml(cls, path: str | Path, over: Mapping[str, Any] | None = None) -> Self:
+        """The settings in a file, those in `over` taking precedence. Raises ConfigError.
+
+        Relative paths in the file are relative to it; those in `over` should be absolute.
+        """
+        return read_toml(path, cls, over)
+
+    def to_toml(self) -> str:
+        """TOML that reads back as these settings."""
+        return to_toml(self)
+
+    def with_base_defaults(self, table: Mapping[str, Any]) -> Self:
+        """These settings, with the base's own wherever the user has set nothing.
+
+        `table` is [training] of the base's `fusion.toml`. A base is other people's work: it may say how to
+        learn, not which files to touch or what the concept is called. Raises ConfigError.
+        """
+        if overreach := sorted({"token", *self.places()} & table.keys()):
+            raise ConfigError(f"The base's fusion.toml sets '{overreach[0]}', which only you may; remove it.")
+        given = {name: value for name, value in self.settings().items() if value is not None}
+        try:
+            return type(self).model_validate({**table, **given})
+        except ConfigError as error:
+            raise ConfigError(f"With the base's fusion.toml: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """Of the adapter and its file."""
+        return self.output_name or self.token.strip("<>")
+
+    def worded(self, text: str) -> str:
+        """A prompt with every placeholder replaced by the token."""
+        return worded(text, self.token)
+
+    def validation_prompts(self) -> tuple[str, ...]:
+        """The prompts of previews, with the token in place."""
+        prompts = self.validation_prompt or []
+        return tuple(self.worded(text) for text in ([prompts] if isinstance(prompts, str) else prompts))
+
+    def logging_folder(self) -> Path:
+        return self.logging_dir or self.output_dir / "logs"
+
+    def class_folder(self) -> Path:
+        """Where class pictures are: a folder for each class prompt, shared by concepts of one noun."""
+        words = re.sub(r"\W+", "-", (self.class_prompt or "").lower()).strip("-")
+        return self.class_data_dir or self.output_dir / "class_images" / words
+
+    def caches_latents(self) -> bool:
+        """Whether every picture enters training the same way each time, and may be encoded once."""
+        return self.cache_latents and self.center_crop and not self.random_flip
+
+    def lasting_settings(self) -> dict[str, object]:
+        """What shaped the adapter, for its file, as JSON values: no paths, nothing of how the run was kept."""
+        passing = {*self.places(), "report_to", "checkpointing_steps", "checkpoints_total_limit"}
+        return self.model_dump(mode="json", exclude_none=True, exclude=passing)

@@ -1,0 +1,57 @@
+"""The denoising objective: what the UNet should have said, and how much each part of it counts.
+
+Shapes: B examples, C latent channels, H W latent size.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+
+def sample_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps in 0 … total−1, (B,): uniform, one in each of `count` equal strata, which calms the loss."""
+    offsets = torch.rand(count, generator=generator) + torch.randperm(count, generator=generator)
+    return (offsets / count * total).long().clamp(max=total - 1)
+
+
+def sample_noise(shape: torch.Size, noise_offset: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise (B, C, H, W); `noise_offset` adds a constant per channel, which teaches overall brightness."""
+    noise = torch.randn(shape, generator=generator)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return noise
+
+
+def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to predict: the noise, or the velocity (Salimans & Ho 2022)."""
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return noise
+
+
+def denoising_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error over a batch, a scalar in float32.
+
+    `weights` (B,) weigh examples; `mask` (B, 1, H, W) weighs places and is normalised per example, so that a small
+    subject counts as much as a large one.
+    """
+    error = (prediction.float() - target.float()).square()  # (B, C, H, W)
+    if mask is not None:
+        error = error * (mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
+    per_example = error.mean(dim=(1, 2, 3))  # (B,)
+    return (per_example if weights is None else per_example * weights).mean()
+
+
+def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR-γ weights (Hang et al. 2023, arXiv 2303.09556), (B,): min(SNR, γ) over SNR, or over SNR + 1 for v."""
+    snr = compute_snr(scheduler, timesteps)
+    divisor = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr.clamp(min=1e-8)
+    return snr.clamp(max=gamma) / divisor

@@ -1,0 +1,125 @@
+"""What a training starts from: a fresh adapter on its slice, attached live, and the groups its optimizer sees."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusion.adapters import ADAPTERS
+from fusion.adapters.adapter import Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
+from fusion.adapters.layer import AdapterLayer, LayerOptions
+from fusion.formats.library import Library
+from fusion.formats.spectrum_cache import cached_spectrum
+from fusion.models.families import base_info
+from fusion.models.injection import matrix
+from fusion.models.names import component_of, components, sites
+from fusion.models.targets import default_targets, resolve, sees_tokens
+from fusion.models.tokens import initial_rows
+from fusion.spectral.slices import SpectralSlice
+from fusion.training.config import TrainingConfig
+
+
+def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack) -> Adapter:
+    """An untrained adapter for `config`, on a free slice; a slice reserved in a library is held until `held` closes.
+
+    Raises UnknownName for a target that names no layer, SliceConflict for a slice that is taken or does not fit.
+    """
+    kind, info = ADAPTERS[config.adapter_type], base_info(pipe)
+    gated = config.gating == "tokens"
+    learning = [c for c in components(pipe) if c == "unet" or config.text_encoder_lr]
+    targets = tuple(config.targets or default_targets(learning, gated=gated))
+    places = sites(pipe)
+    names = resolve(targets, places)
+    narrowest = min(names, key=lambda name: min(matrix(places[name]).shape))
+    capacity = min(matrix(places[narrowest]).shape)
+    directions = choose_slice(config, kind, info, capacity, held)
+    directions.check_fits(capacity, narrowest)
+    options = LayerOptions(seed=config.seed, guard=config.guard)
+    layers = {name: fresh_layer(kind, matrix(places[name]), directions, options) for name in names}
+    concept = Concept(config.token, config.noun, config.num_vectors)
+    rows = {component: nn.Parameter(start) for component, start in initial_rows(pipe, concept).items()}
+    slices = (directions,) if kind.slice_of else ()
+    branch = Branch(config.name, config.adapter_type, layers, slices, targets, (config.token,) if gated else ())
+    provenance = Provenance(f"spectral-fusion {tool_version()}", 0, config.seed, (), config.lasting_settings())
+    return Adapter(AdapterInfo(config.name, info, (concept,), provenance), (branch,), {concept.token: rows})
+
+
+def choose_slice(
+    config: TrainingConfig, kind: type[AdapterLayer], base: BaseInfo, capacity: int, held: ExitStack
+) -> SpectralSlice:
+    """The slice the config names, or else the library's next free one."""
+    wanted = None
+    if config.slice is not None:
+        strided = config.layout == "strided"
+        wanted = (
+            SpectralSlice.strided(config.slice, config.rank, config.slots)
+            if strided
+            else SpectralSlice.contiguous(config.slice, config.rank)
+        )
+    if kind.slice_of is None:
+        return SpectralSlice(0, config.rank)
+    folder = config.library or config.output_dir
+    return held.enter_context(
+        Library(folder).reserve(
+            base,
+            config.rank,
+            capacity=capacity,
+            layout=config.layout,
+            slots=config.slots,
+            slice_of=kind.slice_of,
+            wanted=wanted,
+            replacing=config.token,
+        )
+    ).slice
+
+
+def fresh_layer(
+    kind: type[AdapterLayer], weight: Tensor, directions: SpectralSlice, options: LayerOptions
+) -> AdapterLayer:
+    """One untrained layer in float32; the SVD comes from the cache when the type needs one."""
+    exact = weight.float()
+    depth = max(directions.stop, options.guard)
+    spectrum = cached_spectrum(exact, depth) if kind.slice_of == "spectrum" else None
+    return kind.fresh(exact, directions, spectrum=spectrum, options=options)
+
+
+def parameter_groups(pipe: Any, adapter: Adapter, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Optimizer groups: UNet layers, text encoder layers and token rows at their own learning rates.
+
+    With `balance_slices` every spectral parameter gets its layer's own rate, so that a slice far down the spectrum
+    learns as fast as the first. Token rows are pulled by no weight decay: zero is no meaning of a word.
+    """
+    places = sites(pipe)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, layer in adapter.layers.items():
+        rate = config.learning_rate if component_of(name) == "unet" else config.text_encoder_lr
+        if not rate:
+            continue
+        gains = _gains(layer, matrix(places[name]), config.rank) if config.balance_slices else {}
+        for key, parameter in layer.named_parameters():
+            groups.setdefault(rate * gains.get(key, 1.0), []).append(parameter)
+    rows = [row for per_component in adapter.tokens.values() for row in per_component.values()]
+    decay = config.adam_weight_decay
+    made = [{"params": params, "lr": rate, "weight_decay": decay} for rate, params in groups.items()]
+    return [
+        *made,
+        *([{"params": rows, "lr": config.token_lr, "weight_decay": 0.0}] if config.token_lr else []),
+    ]
+
+
+def _gains(layer: AdapterLayer, weight: Tensor, rank: int) -> dict[str, float]:
+    return layer.learning_rate_gains(cached_spectrum(weight.float(), rank).S[:rank])
+
+
+def tokenless(layers: Sequence[str]) -> list[str]:
+    """Targeted layers that see no tokens: their gate opens for whole pictures."""
+    return [name for name in layers if not sees_tokens(name)]
+
+
+def tool_version() -> str:
+    try:
+        return version("spectral-fusion")
+    except PackageNotFoundError:
+        return "from source"

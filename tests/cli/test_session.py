@@ -1,0 +1,144 @@
+"""A whole session at the terminal, on a toy base in a folder: train, inspect, fuse, generate, export, evaluate."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from fusion.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / f"tiny-{request.param}"
+    tiny.pipeline(request.param).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for number in range(2):
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def train(base, pictures, tmp_path, monkeypatch):
+    """`fusion train` of three steps in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(token: str, *more: str) -> int:
+        words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", pictures, "--token", token]
+        settings = ["--noun", "dog", "--rank", "4", "--max_train_steps", "3", "--resolution", "16"]
+        return main(["train", *words, *settings, "--learning_rate", "0.1", *more])
+
+    return run
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
+    assert train("<dog>", "--validation_prompt", "a {token}", "--validation_steps", "3") == 0
+    shown = capsys.readouterr().out
+    assert "wrote out/dog.safetensors (" in shown and "<dog> on slice 0-3, 3 steps" in shown
+    assert f"next: fusion generate out/dog.safetensors --base {base} --prompt 'a <dog>'" in shown
+    assert (tmp_path / "out/dog.png").is_file() and list((tmp_path / "out/samples").glob("dog-00003-*.png"))
+    assert train("<cat>") == 0
+    assert "<cat> on slice 4-7" in capsys.readouterr().out  # output_dir is the library: dog's slice is taken
+
+    assert main(["inspect", "out", "--plot", "plot.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "dog  ████····" in shown and "cat  ····████" in shown and "\ncompatible: " in shown
+    assert pixels("plot.png").shape[1] > 500
+
+    assert main(["fuse", "out/dog.safetensors", "out/cat.safetensors", "-o", "pets.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("compatible: ") and "wrote pets.safetensors (" in shown and "a <dog> beside a <cat>" in shown
+
+    drawing = ["--base", base, "--steps", "2"]
+    assert main(["generate", "pets.safetensors", "--prompt", "a <dog> and a <cat>", *drawing]) == 0
+    assert "wrote out/a-dog-and-a-cat-0.png" in capsys.readouterr().out
+    assert main(["export", "pets.safetensors", "--to", "kohya", "-o", "lora.safetensors"]) == 0
+    assert "wrote lora.safetensors (" in capsys.readouterr().out
+    assert main(["inspect", "lora.safetensors"]) == 0
+
+
+def test_a_picture_is_drawn_again_from_its_recipe(train, base, tmp_path, capsys):
+    assert train("<dog>") == 0
+    prompt = ["--prompt", "a <dog>", "--base", base, "--steps", "2", "--strength", "0.5"]
+    assert main(["generate", "out/dog.safetensors", *prompt, "--num_images", "2", "--seed", "3", "-o", "first.png"]) == 0
+    assert main(["generate", "--from", "first-4.png", "--base", base, "-o", "again.png"]) == 0
+    assert (pixels("again.png") == pixels("first-4.png")).all()
+    assert main(["generate", "--from", "first-4.png", "--base", base, "-o", "other.png", "--seed", "9"]) == 0
+    assert not (pixels("other-9.png") == pixels("first-4.png")).all()
+
+    capsys.readouterr()
+    assert train("<dog>", "--seed", "1") == 0  # another adapter in the same place
+    assert main(["generate", "--from", "first-4.png", "--base", base]) == 1
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and "is not the adapter this picture was drawn with" in line
+    (tmp_path / "out/dog.safetensors").unlink()
+    assert main(["generate", "--from", "first-4.png", "--base", base]) == 1
+    assert "is gone" in capsys.readouterr().err
+
+
+def test_a_recipe_of_another_base_asks_for_it(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--prompt", "a dog", "--base", base, "--steps", "1", "-o", "dog.png"]) == 0
+    assert main(["generate", "--from", "dog.png"]) == 2
+    assert "--base" in capsys.readouterr().err
+
+
+def test_inspect_and_evaluate_speak_json(train, base, capsys):
+    assert train("<dog>") == train("<cat>") == 0
+    files = ["out/dog.safetensors", "out/cat.safetensors"]
+    capsys.readouterr()
+    assert main(["inspect", *files, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [a["branches"][0]["slices"] for a in told["adapters"]] == [[[0, 4, 1]], [[4, 4, 1]]]
+    assert told["compatibility"]["verdict"] == "compatible"
+    prompts = ["--prompts", "a {token}", "--concept_free", "a bird"]
+    assert main(["evaluate", *files, "--base", base, *prompts, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["gated"]["output_error"] == {"<dog>": 0, "<cat>": 0} and measured["gated"]["drift"] == 0
+    assert measured["ungated"]["drift"] > 0
+
+
+def test_one_token_twice_is_refused_until_renamed(train, capsys):
+    assert train("<dog>", "--output_name", "rex") == train("<dog>", "--output_name", "fido", "--slice", "1") == 0
+    fuse = ["fuse", "out/rex.safetensors", "out/fido.safetensors", "-o", "dogs.safetensors"]
+    capsys.readouterr()
+    assert main(fuse) == 1
+    assert "both use <dog>" in capsys.readouterr().err
+    assert main([*fuse, "--rename", "<dog>=<fido>"]) == 0
+    assert "<dog> <fido>" in capsys.readouterr().out
+    assert main([*fuse, "--rename", "<cat>=<fido>"]) == 2
+
+
+def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
+    from fusion.training import loop
+
+    whole = loop.train
+
+    def interrupted(pipe, config):
+        for step in whole(pipe, config):
+            yield step
+            if step.step == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert train("<dog>", "--checkpointing_steps", "1") == 130
+    shown = capsys.readouterr().err
+    assert "stopped after step 2. Continue after checkpoint-2 with:" in shown
+    assert "--resume_from_checkpoint latest" in shown
+    monkeypatch.setattr(loop, "train", whole)
+    assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 0
+    assert "3 steps" in capsys.readouterr().out

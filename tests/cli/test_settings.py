@@ -1,0 +1,87 @@
+"""`fusion train`: flags over the settings file over the base's defaults."""
+
+import tomllib
+
+import pytest
+
+from fusion.cli import arguments, main
+from fusion.cli.train import configure
+from fusion.training.config import TrainingConfig
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/pictures").mkdir()
+    path = tmp_path / "job/dog.toml"
+    path.write_text('token = "<dog>"\ninstance_data_dir = "pictures"\nrank = 2\nlearning_rate = 0.5\n')
+    return path
+
+
+def settings(*words: object) -> TrainingConfig:
+    return configure(arguments("train", [str(word) for word in words]))
+
+
+def test_flags_override_the_file(job):
+    config = settings("--config", job, "--rank", 4)
+    assert (config.rank, config.learning_rate, config.token) == (4, 0.5, "<dog>")
+
+
+def test_what_nobody_set_stays_open_for_the_bases_defaults(job):
+    config = settings("--config", job, "--rank", 4)
+    assert config.model_fields_set == {"token", "instance_data_dir", "rank", "learning_rate"}
+    assert config.with_base_defaults({"rank": 1, "max_train_steps": 7}).max_train_steps == 7
+    assert config.with_base_defaults({"rank": 1, "max_train_steps": 7}).rank == 4
+
+
+def test_a_flag_may_bring_what_the_file_lacks(job):
+    job.write_text('instance_data_dir = "pictures"\n')
+    assert settings("--config", job, "--token", "<cat>").token == "<cat>"
+
+
+def test_paths_in_a_file_are_relative_to_it_and_flags_to_the_working_folder(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = settings("--config", job, "--output_dir", "out", "--pretrained_model_name_or_path", "job")
+    assert config.instance_data_dir == job.parent / "pictures"
+    assert config.output_dir == tmp_path / "out"
+    assert config.pretrained_model_name_or_path == str(tmp_path / "job")
+
+
+@pytest.mark.parametrize(("words", "value"), [([], True), (["true"], True), (["false"], False)])
+def test_switches_are_bare_or_say_true_or_false(job, words, value):
+    assert settings("--config", job, "--random_flip", *words).random_flip is value
+
+
+def test_lists_are_several_words(job):
+    config = settings("--config", job, "--targets", "text_encoder", "unet.attn2", "--validation_prompt", "a {token}")
+    assert config.targets == ["text_encoder", "unet.attn2"]
+    assert config.validation_prompts() == ("a <dog>",)
+
+
+def test_unknown_keys_in_the_file_are_usage_errors_with_a_suggestion(job, capsys):
+    job.write_text(job.read_text() + "rnak = 8\n")
+    assert main(["train", "--config", str(job)]) == 2
+    assert "dog.toml" in (shown := capsys.readouterr().err) and "did you mean 'rank'?" in shown
+
+
+def test_print_config_round_trips(job, tmp_path, capsys):
+    flags = ["--rank", "4", "--random_flip", "--targets", "text_encoder", "--learning_rate", "1e-3"]
+    assert main(["train", "--config", str(job), *flags, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.toml"
+    again.write_text(printed)
+    assert settings("--config", again) == settings("--config", job, *flags)
+
+
+def test_print_config_shows_what_applies_to_the_rest(job, capsys):
+    base = job.parent / "base"
+    base.mkdir()
+    (base / "fusion.toml").write_text("[training]\nmax_train_steps = 77\nrank = 1\n")
+    words = ["--pretrained_model_name_or_path", str(base), "--print_config"]
+    assert main(["train", "--config", str(job), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "\n# max_train_steps = 77\n" in printed  # the base's
+    assert "\n# seed = 0\n" in printed  # ours
+    assert "\nrank = 2\n" in printed and "# rank" not in printed  # the user's
+    everything = tomllib.loads(printed.replace("\n# Not set, so this applies:", "").replace("\n# ", "\n"))
+    assert everything.keys() <= TrainingConfig.model_fields.keys()

@@ -1,0 +1,50 @@
+"""For every test: offline, silent about itself, deterministic, one thread."""
+
+import os
+import random
+import shutil
+
+# Before torch, gradio or the hub client read them; tests that start processes hand them on.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+import tiny
+
+torch.set_num_threads(1)
+settings.register_profile("laws", derandomize=True, deadline=None)
+settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def equal_seeds():
+    """A test that forgets to seed still draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def pipe(family):
+    """A fresh toy pipeline, once for each family."""
+    return tiny.pipeline(family)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the system's Chromium, for `playwright.chromium.launch(executable_path=...)`."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium on this machine: the browser tests need one")

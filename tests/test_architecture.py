@@ -1,0 +1,134 @@
+"""The shape of the house, read from the syntax trees: imports point downwards, third-party packages stay in
+their layer, the app sees only the public API, files stay small, names say something.
+
+A folder that does not exist yet is no failure; a module of `fusion/` that stands on no layer is one.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Lowest first. Names on one line are siblings: they may not import each other.
+LAYERS = [
+    ["errors"],
+    ["config", "spectral"],
+    ["adapters", "methods"],
+    ["formats", "models"],
+    ["composition", "generation", "library"],
+    ["training", "evaluation"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# Third-party packages by layer; the other layers may use whatever the library depends on, never the app's.
+ALLOWED = {
+    "errors": set(),
+    "config": {"pydantic"},
+    "spectral": {"torch"},
+    "adapters": {"torch"},
+    "methods": {"torch", "peft"},
+    "formats": {"torch", "safetensors"},
+}
+DEPENDENCIES = {
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub"),
+    *("pydantic", "jsonargparse", "filelock", "tqdm", "numpy", "PIL", "matplotlib"),
+}
+BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+FUSION = sorted(ROOT.glob("fusion/**/*.py"))
+APP = sorted(ROOT.glob("app/**/*.py"))
+# The package's own __init__ and __main__ stand above all layers.
+MODULES = [p for p in FUSION if p.parent != ROOT / "fusion" or not p.stem.startswith("__")]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT / "fusion").with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names imported anywhere in the file, relative imports resolved."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{source}.{alias.name}" for alias in node.names} | ({source} - {"fusion"})
+    return found
+
+
+def third_party(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"fusion", "app"}
+
+
+def public_definitions(path: Path) -> set[str]:
+    """Names of the functions and classes that a module defines at its top."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, kinds)}
+
+
+def lines(paths: list[Path]) -> dict[str, int]:
+    return {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_downwards(path):
+    own = layer_of(path)
+    assert own in RANK, f"{own} stands on no layer: add it to LAYERS"
+    assert "fusion" not in imports(path), "name the module: the package root is for users"
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("fusion.")} - {own}
+    assert used <= RANK.keys(), f"{sorted(used - RANK.keys())} are no modules of a layer"
+    for other in sorted(used):
+        assert RANK[other] < RANK[own], f"{own} may not import {other}: it is not a lower layer"
+
+
+@pytest.mark.parametrize("path", FUSION, ids=name_of)
+def test_third_party_packages_stay_in_their_layer(path):
+    allowed = ALLOWED.get(layer_of(path), DEPENDENCIES)
+    assert third_party(path) <= allowed, f"only {sorted(allowed) or 'the standard library'} may be used here"
+
+
+@pytest.mark.parametrize("path", APP, ids=name_of)
+def test_the_app_uses_only_the_public_api(path):
+    inside = sorted(name for name in imports(path) if name.startswith("fusion."))
+    assert not inside, f"write `import fusion`, not {inside}"
+
+
+def test_importing_fusion_imports_nothing_heavy():
+    if not (ROOT / "fusion/__init__.py").exists():
+        pytest.skip("fusion/__init__.py does not exist yet")
+    code = "import sys, fusion; print(*sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_sizes_stay_small():
+    sizes = lines(FUSION)
+    assert {name: count for name, count in sizes.items() if count > 350} == {}
+    assert sum(sizes.values()) < 4500
+    assert sum(lines(APP).values()) < 900
+
+
+@pytest.mark.parametrize("path", [*FUSION, *APP], ids=name_of)
+def test_names_say_something(path):
+    assert not {*path.relative_to(ROOT).with_suffix("").parts} & BANNED_NAMES
+    # `fusion.fuse` the function would hide `fusion.fuse` the module: modules are nouns, functions verbs.
+    assert path.stem not in public_definitions(path), "a public name hides its own module"
+
+
+def test_public_names_hide_no_module():
+    import fusion
+
+    modules = {path.stem for path in (ROOT / "fusion").iterdir() if not path.name.startswith("_")}
+    assert not {*getattr(fusion, "__all__", ())} & modules

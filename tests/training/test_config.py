@@ -1,0 +1,174 @@
+"""Laws of TrainingConfig: it reads back, it explains itself, it contradicts contradictions."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from PIL import Image
+
+from fusion.adapters import ADAPTERS
+from fusion.config import read_base_defaults
+from fusion.errors import ConfigError
+from fusion.training.config import GROUPS, TrainingConfig
+
+ROOT = Path(__file__).parent.parent.parent
+NEEDED = {"token": "<dog>", "instance_data_dir": "/data/dog"}
+FIELDS = TrainingConfig.model_fields
+# A value other than the default for every field, all of which agree.
+EVERY = NEEDED | {
+    "pretrained_model_name_or_path": "runwayml/sd", "revision": "main", "variant": "fp16", "noun": "dog",
+    "num_vectors": 2, "instance_prompt": "a photo of [trigger]", "caption_extension": ".caption", "repeats": 3,
+    "resolution": 512, "center_crop": False, "random_flip": True, "image_interpolation_mode": "bicubic",
+    "use_masks": False, "unmasked_weight": 0.5, "adapter_type": "lora", "rank": 4, "slice": 3, "layout": "strided",
+    "slots": 4, "targets": ["unet.attn2"], "gating": "none", "guard": 16, "balance_slices": True, "library": "/lib",
+    "learning_rate": 2e-4, "text_encoder_lr": 0.0, "token_lr": 1, "lr_scheduler": "cosine_with_restarts",
+    "lr_warmup_steps": 10, "lr_num_cycles": 2, "max_train_steps": 20, "train_batch_size": 1,
+    "gradient_accumulation_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "snr_gamma": 5.0, "noise_offset": 0.01,
+    "prediction_type": "v_prediction", "seed": 7, "with_prior_preservation": True, "class_data_dir": "/class",
+    "class_prompt": "a dog", "num_class_images": 10, "prior_loss_weight": 0.5, "sample_batch_size": 2,
+    "mixed_precision": "bf16", "gradient_checkpointing": True, "cache_latents": False,
+    "validation_prompt": ["a {token}"], "num_validation_images": 1, "validation_steps": 5, "output_dir": "/out",
+    "output_name": "rex", "save_precision": "float32", "checkpointing_steps": 7, "checkpoints_total_limit": 2,
+    "resume_from_checkpoint": "latest", "report_to": "tensorboard", "logging_dir": "/logs",
+}  # fmt: skip
+
+
+def config(**values) -> TrainingConfig:
+    return TrainingConfig(**NEEDED | values)
+
+
+def problem(**values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config(**values)
+    return str(caught.value)
+
+
+def test_every_field_survives_the_file(tmp_path):
+    assert EVERY.keys() == FIELDS.keys()
+    full = TrainingConfig(**EVERY)
+    assert all(getattr(full, name) != field.default for name, field in FIELDS.items())
+    (tmp_path / "dog.toml").write_text(full.to_toml(), encoding="utf-8")
+    again = TrainingConfig.from_toml(tmp_path / "dog.toml")
+    assert again == full
+    assert again.model_fields_set == full.model_fields_set
+
+
+def test_nothing_that_has_a_default_may_be_none_so_toml_can_say_everything():
+    for name, field in FIELDS.items():
+        assert type(None) not in get_args(field.annotation) or field.default is None, name
+
+
+def test_every_field_says_what_it_is_for():
+    assert [name for name, field in FIELDS.items() if not (field.description or "").endswith(".")] == []
+
+
+def test_groups_begin_in_the_order_of_the_fields():
+    order = list(FIELDS)
+    starts = [order.index(name) for name in GROUPS.values()]
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+
+
+def test_defaults_are_names_that_exist():
+    assert config().adapter_type in ADAPTERS
+    known = {scheduler.value for scheduler in TYPE_TO_SCHEDULER_FUNCTION}
+    assert set(get_args(FIELDS["lr_scheduler"].annotation)) <= known
+    methods = get_args(FIELDS["image_interpolation_mode"].annotation)
+    assert {name.upper() for name in methods} <= {method.name for method in Image.Resampling}
+
+
+@pytest.mark.parametrize("token", ["dog", "<Dog>", "<my dog>", "<>", "<dog", "<dög>"])
+def test_a_token_stands_in_angle_brackets(token):
+    assert "like <dog>" in problem(token=token)
+
+
+@pytest.mark.parametrize("name", ["../dog", "a/b", ".hidden", "", "a\\b"])
+def test_a_name_is_no_path(name):
+    assert "output_name" in problem(output_name=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"with_prior_preservation": True}, "needs a class_prompt"),
+        ({"class_prompt": "a dog"}, "without with_prior_preservation"),
+        ({"with_prior_preservation": True, "class_prompt": "a <dog>"}, "must not name <dog>"),
+        ({"with_prior_preservation": True, "class_prompt": "a {token}"}, "must not name <dog>"),
+        ({"instance_prompt": "a photo"}, "lacks {token}"),
+        ({"lr_warmup_steps": 2000}, "beyond max_train_steps 1250"),
+        ({"lr_warmup_steps": 5, "lr_scheduler": "constant"}, "constant_with_warmup"),
+        ({"layout": "strided", "slice": 8}, "the last is 7"),
+        ({"resume_from_checkpoint": "latest", "checkpointing_steps": 0}, "checkpointing_steps"),
+        ({"targets": []}, "targets is empty"),
+        ({"resolution": 100}, "multiple of 8"),
+    ],
+)
+def test_contradictions_are_refused(values, said):
+    assert said in problem(**values)
+
+
+def test_several_contradictions_are_said_together():
+    assert problem(with_prior_preservation=True, targets=[]).startswith("2 problems:")
+
+
+def test_what_is_allowed_is_allowed():
+    config(gating="none", instance_prompt="a photo")
+    config(lr_scheduler="constant_with_warmup", lr_warmup_steps=5)
+    config(instance_prompt="a photo of <dog>", resume_from_checkpoint="out/checkpoint-5", checkpointing_steps=0)
+
+
+def test_placeholders_become_the_token():
+    made = config(validation_prompt=["a {token}", "[trigger] asleep"])
+    assert made.validation_prompts() == ("a <dog>", "<dog> asleep")
+    assert config(validation_prompt="a {token}").validation_prompts() == ("a <dog>",)
+    assert config().validation_prompts() == ()
+
+
+def test_base_defaults_fill_only_what_the_user_left_open():
+    table = read_base_defaults(ROOT / "assets/pocket", "training")
+    assert table["rank"] == 4
+    assert config().with_base_defaults(table).rank == 4
+    assert config(rank=8).with_base_defaults(table).rank == 8
+    assert config(resolution=None).with_base_defaults(table).resolution == table["resolution"]
+    assert config().with_base_defaults({}) == config()
+
+
+def test_base_defaults_are_checked_as_the_users_are():
+    for table in ({"rnak": 4}, {"rank": "four"}, {"lr_warmup_steps": 10_000}):
+        with pytest.raises(ConfigError, match=r"the base's fusion\.toml"):
+            config().with_base_defaults(table)
+
+
+@pytest.mark.parametrize("name", ["token", "output_dir", "instance_data_dir", "resume_from_checkpoint", "logging_dir"])
+def test_a_base_may_not_choose_files_or_tokens(name):
+    with pytest.raises(ConfigError, match=f"'{name}', which only you may"):
+        config().with_base_defaults({name: "/elsewhere"})
+
+
+def test_lasting_settings_are_json_and_tell_nothing_of_this_machine(tmp_path):
+    made = TrainingConfig(**EVERY | {"instance_data_dir": tmp_path, "pretrained_model_name_or_path": str(tmp_path)})
+    text = json.dumps(made.lasting_settings())
+    assert str(tmp_path) not in text and "/out" not in text
+    assert made.lasting_settings()["rank"] == 4
+
+
+def test_latents_are_kept_only_if_pictures_come_the_same_way_each_time():
+    assert config().caches_latents()
+    assert not config(random_flip=True).caches_latents()
+    assert not config(center_crop=False).caches_latents()
+    assert not config(cache_latents=False).caches_latents()
+
+
+def test_class_pictures_of_different_prompts_lie_apart():
+    dog = config(with_prior_preservation=True, class_prompt="a dog")
+    cat = config(with_prior_preservation=True, class_prompt="a cat")
+    assert dog.class_folder() != cat.class_folder()
+    assert config(with_prior_preservation=True, class_prompt="a", class_data_dir="/c").class_folder() == Path("/c")
+
+
+def test_the_example_concepts_can_be_trained_as_they_lie():
+    for folder in sorted((ROOT / "assets/concepts").iterdir()):
+        assert TrainingConfig(token=f"<{folder.name}>", instance_data_dir=folder).with_base_defaults({})
