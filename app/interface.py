@@ -1,6 +1,5 @@
 """The page: header, three tabs, what happens between them, and how it looks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ HEADER = (
 )
 SMALL = 128  # pixels; smaller pictures are shown in crisp squares, not blurred to the size of the page
 CRISP = "<style>#stage img, #wall img, #previews img { image-rendering: pixelated; }</style>"
-FONTS = ("Inter", "ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's machine: nothing is fetched
+FONTS = ("Inter", "ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
@@ -25,29 +24,30 @@ def build(session: Session) -> gr.Blocks:
     with gr.Blocks(title="spectral-fusion", analytics_enabled=False, delete_cache=(3600, 6 * 3600)) as page:
         with gr.Row(elem_id="header"):
             title = gr.HTML(HEADER)
-            base = gr.Dropdown(
-                ["pocket", *([session.base] if session.base else [])], value=session.base or "pocket", label="Base",
-                info="opening …", allow_custom_value=True, elem_id="base", scale=0, min_width=260,
-            )  # fmt: skip
+            names = ["pocket", *([session.base] if session.base else [])]
+            looks: dict[str, Any] = {"elem_id": "base", "scale": 0, "min_width": 260, "info": "opening …"}
+            base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **looks)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Draw", id="draw") as draw_tab:
-                drawing = draw.build(session)
+                picks, no_concepts, teach_first, drawing_usual = draw.build(session)
             with gr.Tab("Teach", id="teach"):
-                teaching = teach.build(session)
+                teaching_steps, views, taught, use = teach.build(session)
             with gr.Tab("Library", id="library") as library_tab:
-                cards = library.build(session)
+                cards, refresh = library.build(session)
 
-        shelf = {"fn": told(look_at_library, session), "inputs": drawing.picks}
-        shelf |= {"outputs": [drawing.picks, drawing.no_concepts, cards], **QUIET}
-        for event in (page.load, draw_tab.select, library_tab.select, teaching.ended.then):
+        shelf = {"fn": told(look_at_library, session), "inputs": picks}
+        shelf |= {"outputs": [picks, no_concepts, cards], **QUIET}
+        refresh.click(**shelf | {"api_name": "library", "api_visibility": "public"})
+        for event in (page.load, draw_tab.select, library_tab.select, taught.then):
             event(**shelf)
-        usual = [title, base, teaching.steps, *drawing.usual]
+        usual = [title, base, teaching_steps, *drawing_usual]
         page.load(told(base_ready, session), None, usual, **QUIET)
-        page.load(told(teach.watch, session), None, teaching.views, **QUIET).then(**shelf)
-        base.input(told(change_base, session), base, usual, api_name="base",
-                   **ONE_AT_A_TIME)  # fmt: skip
-        drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, tabs, **QUIET)
-        teaching.use.click(told(use_taught, session), None, [drawing.picks, tabs], **QUIET)
+        page.load(told(teach.watch, session), None, views, **QUIET).then(**shelf)
+        opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
+        changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **ONE_AT_A_TIME)
+        changed.then(told(base_ready, session), None, usual, **QUIET)
+        teach_first.click(lambda: gr.Tabs(selected="teach"), None, tabs, **QUIET)
+        use.click(lambda: ([session.teaching.saved.stem], gr.Tabs(selected="draw")), None, [picks, tabs], **QUIET)
     return page
 
 
@@ -61,25 +61,14 @@ def look_at_library(session: Session, picked: list[str]) -> tuple[Any, Any, str]
 
 def base_ready(session: Session) -> tuple[Any, ...]:
     """Opens the base if that has not happened yet, and says what it is."""
-    pipe = session.pipe
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    base = gr.Dropdown(value=session.base or "pocket", info=f"ready, draws {size} × {size}")
-    return HEADER + CRISP * (size <= SMALL), base, *session.usual()
-
-
-def change_base(session: Session, name: str) -> Iterator[tuple[Any, ...]]:
-    """Change the base for everyone on this page's server; on an error the old one stays."""
-    yield gr.skip(), gr.Dropdown(info="opening …"), *(gr.skip(),) * 3
+    name = session.base or "pocket"
     try:
-        session.open_base(name or "")
+        size = session.pipe.unet.config.sample_size * session.pipe.vae_scale_factor
     except fusion.FusionError as error:
         warn(str(error))
-    yield base_ready(session)
-
-
-def use_taught(session: Session) -> tuple[list[str], Any]:
-    """Over to drawing, with the concept just learned picked."""
-    return [session.teaching.saved.stem], gr.Tabs(selected="draw")
+        return HEADER, gr.Dropdown(value=name, info="could not be opened"), *(gr.skip(),) * 3
+    base = gr.Dropdown(value=name, info=f"ready, draws {size} × {size}")
+    return HEADER + CRISP * (size <= SMALL), base, *session.usual()
 
 
 def launch_options() -> dict[str, Any]:
@@ -90,39 +79,20 @@ def launch_options() -> dict[str, Any]:
         "run_history": False,
         "footer_links": [],
         "max_file_size": "20mb",
-        "allowed_paths": [],
-        "strict_cors": True,
-        "share": False,
     }
 
 
 def theme() -> gr.themes.Base:
-    """Quiet stone greys, one violet; shadows only under what floats."""
-    look = gr.themes.Base(
-        primary_hue=gr.themes.colors.violet,
-        neutral_hue=gr.themes.colors.stone,
-        radius_size=gr.themes.sizes.radius_lg,
-        spacing_size=gr.themes.sizes.spacing_md,
-        font=FONTS,
-        font_mono=MONO,
-    )
-    return look.set(
-        body_background_fill="*neutral_50",
-        body_background_fill_dark="*neutral_950",
-        block_background_fill="white",
-        block_background_fill_dark="*neutral_900",
-        block_border_width="1px",
-        block_border_color="*neutral_200",
-        block_border_color_dark="*neutral_800",
-        block_label_background_fill="white",
-        block_label_background_fill_dark="*neutral_900",
-        block_label_border_width="0px",
-        block_shadow="none",
-        input_background_fill="*neutral_50",
-        input_background_fill_dark="*neutral_950",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_500",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
-        button_primary_text_color="white",
-    )
+    """Quiet stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
+    colours = {"primary_hue": gr.themes.colors.violet, "neutral_hue": gr.themes.colors.stone}
+    look = gr.themes.Base(**colours, radius_size=gr.themes.sizes.radius_lg, font=FONTS, font_mono=MONO)
+    for name, light, dark in (
+        ("body_background_fill", "*neutral_50", "*neutral_950"),
+        ("block_background_fill", "white", "*neutral_900"),
+        ("block_label_background_fill", "white", "*neutral_900"),
+        ("block_border_color", "*neutral_200", "*neutral_800"),
+        ("input_background_fill", "*neutral_50", "*neutral_950"),
+        ("button_primary_background_fill", "*primary_600", "*primary_600"),
+    ):
+        look.set(**{name: light, f"{name}_dark": dark})
+    return look.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")

@@ -2,16 +2,13 @@
 
 import html
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
-import fusion
-
-logger = logging.getLogger(__name__)
+from app.session import in_a_sentence
 
 
 def told(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
@@ -36,17 +33,9 @@ def told(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
 def _noticed() -> Iterator[None]:
     try:
         yield
-    except gr.Error:
-        raise
-    except fusion.FusionError as error:
-        raise _notice(str(error)) from None
-    except Exception as error:  # our mistake: the log has it in full
-        logger.exception("Unexpected error in the app")
-        raise _notice(f"Something unexpected happened ({type(error).__name__}); the terminal has details.") from None
-
-
-def _notice(sentence: str) -> gr.Error:
-    return gr.Error(html.escape(sentence), title="That did not work", print_exception=False)
+    except Exception as error:
+        sentence = html.escape(in_a_sentence(error))
+        raise gr.Error(sentence, title="That did not work", print_exception=False) from None
 
 
 def warn(sentence: str) -> None:

@@ -6,12 +6,13 @@ the base take turns. Nothing here knows of gradio.
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
-import random
+import logging
 import re
+import secrets
 import tempfile
 import threading
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
@@ -21,6 +22,7 @@ from PIL import Image
 
 import fusion
 
+logger = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds a request waits for its turn before it says what it waits for
 
 
@@ -30,57 +32,31 @@ class Frame(NamedTuple):
     step: int
     total: int
     preview: Image.Image | None = None
-    pictures: tuple[tuple[Path, str], ...] = ()
-
-
-class Usual(NamedTuple):
-    """Settings that suit a base."""
-
-    training_steps: int
-    steps: int
-    guidance_scale: float
-
-
-class Wishes(NamedTuple):
-    """How to draw. None leaves it to what suits the base, and the seed to chance."""
-
-    negative_prompt: str = ""
-    seed: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    count: int = 1
+    pictures: tuple[tuple[str, str], ...] = ()
 
 
 class Session:
     """Base, library and turn. `base` None is the embedded pocket base."""
 
-    def __init__(self, base: str | None = None, library: Path = Path("library")) -> None:
+    def __init__(self, base: str | None = None, library: str | Path = "library") -> None:
         self.base, self.library = base, Path(library)
         self.teaching: Any = None  # the latest teaching.Teaching
         self._scratch = tempfile.TemporaryDirectory(prefix="spectral-fusion-", ignore_cleanup_errors=True)
         self.folder = Path(self._scratch.name)  # pictures and downloads; gone when the app ends
-        self._pipe: Any = None
-        self._opening, self._turn = threading.Lock(), threading.Lock()
-        self._busy = ""  # what has the turn, as a clause
+        self._opening, self._pipe = threading.Lock(), None
+        self._turn, self._busy = threading.Lock(), ""
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}
 
     @contextmanager
     def turn(self, clause: str) -> Iterator[None]:
-        """The pipeline to oneself. Raises FusionError when another work keeps it for longer than a moment."""
-        self.take_turn(clause)
+        """The pipeline to oneself. Raises FusionError, with its clause, when other work does not let go of it."""
+        if not self._turn.acquire(timeout=0 if self.teaching and self.teaching.running else PATIENCE):
+            raise fusion.FusionError(f"{self._busy}; wait until that is done, or stop it.")
+        self._busy = clause
         try:
             yield
         finally:
-            self.end_turn()
-
-    def take_turn(self, clause: str) -> None:
-        if not self._turn.acquire(timeout=0 if self.teaching and self.teaching.running else PATIENCE):
-            raise fusion.FusionError(f"{self._busy or 'The base is busy'}; wait until that is done, or stop it.")
-        self._busy = clause
-
-    def end_turn(self) -> None:
-        self._busy = ""
-        self._turn.release()
+            self._turn.release()
 
     @property
     def pipe(self) -> Any:
@@ -102,17 +78,13 @@ class Session:
             with self.turn("The base is being changed"), self._opening:
                 self._pipe, self.base = fusion.open_pipeline(wanted), wanted
 
-    def usual(self) -> Usual:
-        """What suits the base: its own `fusion.toml`, or what suits most."""
+    def usual(self) -> tuple[int, int, float]:
+        """Training steps, drawing steps and guidance that suit the base: its own `fusion.toml`, or what suits most."""
         file = Path(str(self.pipe.config.get("_name_or_path") or "")) / "fusion.toml"
         own = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         training, generation = own.get("training", {}), own.get("generation", {})
-        standard = fusion.TrainingConfig.model_fields["max_train_steps"].default
-        return Usual(
-            int(training.get("max_train_steps", standard)),
-            int(generation.get("steps", 30)),
-            float(generation.get("guidance_scale", 7.5)),
-        )
+        steps = training.get("max_train_steps", fusion.TrainingConfig.model_fields["max_train_steps"].default)
+        return int(steps), int(generation.get("steps", 30)), float(generation.get("guidance_scale", 7.5))
 
     def entries(self) -> dict[str, Any]:
         """The library by file name without ending, newest first."""
@@ -141,56 +113,47 @@ class Session:
         fusion.save(fusion.fuse(self.adapters(keys), list(strengths)), path)
         return path
 
-    def draw(self, keys: Sequence[str], strengths: Sequence[float], prompt: str, wishes: Wishes) -> Iterator[Frame]:
-        """Draw step by step. Closing the iterator cancels the work at its next step."""
-        if not (prompt or "").strip():
-            raise fusion.FusionError("Write a prompt first: what should the picture show?")
-        adapters = self.adapters(keys)
-        frames: Queue[Frame | BaseException | list[fusion.Picture]] = Queue()
+    def draw(self, work: Callable[..., list[fusion.Picture]]) -> Iterator[Frame]:
+        """The frames of `work(on_step=...)`, a call of `fusion.generate`. Closing the iterator cancels it."""
+        frames: Queue[Frame | BaseException] = Queue()
         cancelled = threading.Event()
 
-        def on_step(step: int, total: int, preview: Any) -> None:
+        def on_step(step: int, total: int, preview: Callable[[], Image.Image]) -> None:
             if cancelled.is_set():
                 raise fusion.Cancelled("Nobody is waiting for this picture any more.")
             # A page slower than the pipeline gets fewer previews, and the pipeline decodes fewer.
             frames.put(Frame(step, total, preview() if frames.empty() else None))
 
-        def work() -> None:
+        def run() -> None:
             try:
-                frames.put(self._generate(prompt, adapters, list(strengths), wishes, on_step))
+                frames.put(Frame(1, 1, None, tuple(self._keep(picture) for picture in work(on_step=on_step))))
             except BaseException as error:  # handed to the one who asked
                 frames.put(error)
 
         with self.turn("A picture is being drawn"):
-            thread = threading.Thread(target=work, name="drawing", daemon=True)
+            thread = threading.Thread(target=run, name="drawing", daemon=True)
             thread.start()
             try:
-                while isinstance(message := frames.get(), Frame):
-                    yield message
+                while isinstance(frame := frames.get(), Frame):
+                    yield frame
+                    if frame.pictures:
+                        return
+                raise frame
             finally:
                 cancelled.set()
                 thread.join()
-        if isinstance(message, BaseException):
-            raise message
-        yield Frame(1, 1, None, tuple(self._keep(picture) for picture in message))
 
-    def _generate(self, prompt: str, adapters: Any, strengths: Any, wishes: Wishes, on_step: Any) -> Any:
-        return fusion.generate(
-            self.pipe,
-            prompt,
-            adapters=adapters,
-            strengths=strengths,
-            negative_prompt=(wishes.negative_prompt or "").strip() or None,
-            seed=random.randrange(2**31) if wishes.seed is None else wishes.seed,
-            batch=wishes.count,
-            steps=wishes.steps,
-            guidance_scale=wishes.guidance_scale,
-            on_step=on_step,
-        )
+    def _keep(self, picture: fusion.Picture) -> tuple[str, str]:
+        name = f"{safe_name(picture.recipe.prompt)}-{secrets.token_hex(4)}.png"
+        return str(picture.save(self.folder / name)), in_words(picture.recipe)
 
-    def _keep(self, picture: fusion.Picture) -> tuple[Path, str]:
-        name = f"{safe_name(picture.recipe.prompt)}-{random.randrange(16**8):08x}.png"
-        return picture.save(self.folder / name), in_words(picture.recipe)
+
+def in_a_sentence(error: Exception) -> str:
+    """What to tell people of an error. One that is no FusionError is our mistake: the log has it in full."""
+    if isinstance(error, fusion.FusionError):
+        return str(error)
+    logger.error("Unexpected error", exc_info=error)
+    return f"Something unexpected happened ({type(error).__name__}); the terminal has details."
 
 
 def safe_name(text: str) -> str:
@@ -200,7 +163,7 @@ def safe_name(text: str) -> str:
 
 def in_words(recipe: fusion.Recipe) -> str:
     """What a person needs to draw the picture again."""
-    used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
-    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
     avoided = [f"without {recipe.negative_prompt}"] if recipe.negative_prompt else []
+    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
+    used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
     return " · ".join([recipe.prompt, *avoided, *settings, *used])

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import training
+from benchmarks import balance, fusing, gating, training
 from benchmarks.bases import Base
 from benchmarks.report import Section, machine, write
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 MEASUREMENTS: dict[str, Callable[[Base, Callable[[str], None]], Section]] = {
     "training": training.measure,
+    "gating": gating.measure,
+    "fusing": fusing.measure,
+    "files": fusing.measure_files,
+    "spectra": fusing.measure_spectra,
+    "balance": balance.measure,
 }
 
 

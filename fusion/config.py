@@ -152,7 +152,7 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _explained(key: str, details: list[Any], model: type[BaseModel]) -> Iterable[str]:
     if details[0]["type"] == "extra_forbidden":
-        return [f"unknown key '{key}'{closest(key, model.model_fields) or '.'}"]
+        return [f"unknown key '{key}'{closest(key, model.model_fields)}"]
     if details[0]["type"] == "missing":
         return [f"'{key}' is missing: {model.model_fields[key].description or 'it has no default.'}"]
     # A field of several kinds has a problem for each; one inside a list is nearer to the mistake.

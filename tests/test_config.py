@@ -124,6 +124,13 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     assert read_toml(path, Settings).base == str(tmp_path / "recipes/stabilityai/sdxl")
 
 
+def test_values_given_over_a_file_win_and_complete_it(tmp_path):
+    path = tmp_path / "dog.toml"
+    path.write_text('rank = 4\nfolder = "pics"\n')
+    made = read_toml(path, Settings, {"rank": 2, "title": "x", "folder": "/elsewhere"})
+    assert made == Settings(rank=2, title="x", folder="/elsewhere")
+
+
 def test_paths_given_here_do_not_move_when_the_working_folder_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = Settings(folder="pics")

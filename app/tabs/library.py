@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from app.notices import told
 from app.session import Session
 from app.tabs.draw import tokens_of
 
@@ -17,13 +16,12 @@ THUMBNAIL = 192  # pixels
 EMPTY = '<div class="nothing"><h3>The library is empty</h3><p>What you teach lands here, as plain files.</p></div>'
 
 
-def build(session: Session) -> gr.HTML:
+def build(session: Session) -> tuple[gr.HTML, gr.Button]:
     with gr.Row(elem_classes="library-head"):
         gr.HTML(f'<p class="hint">Files in <code>{html.escape(str(session.library.resolve()))}</code></p>')
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=110, elem_id="refresh", elem_classes="quiet")
     cards = gr.HTML(elem_id="cards")
-    refresh.click(told(cards_html, session), None, cards, api_name="library", show_progress="hidden")
-    return cards
+    return cards, refresh
 
 
 def cards_html(session: Session) -> str:

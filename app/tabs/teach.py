@@ -4,7 +4,7 @@ import html
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -13,7 +13,7 @@ from app.notices import told, warn
 from app.session import Session
 from app.tabs import QUIET
 from app.tabs.draw import progress_html
-from app.teaching import ENDINGS, Lesson, Teaching
+from app.teaching import ENDINGS, Teaching, lesson
 
 PRESETS = {"Quick": 0.4, "Standard": 1.0, "Careful": 2.0}  # of the base's usual number of steps
 FEW = 3  # pictures
@@ -24,47 +24,34 @@ IDLE = (
     '<div class="nothing"><h3>Nothing is being taught</h3><p>Four to eight pictures are enough: the same thing on '
     "different backgrounds. Its loss and first drawings will appear here.</p></div>"
 )
+OURS = '<p class="hint">No pictures at hand? Try one of ours:</p>'
 
 
-class TeachTab(NamedTuple):
-    """What other parts of the page reach for."""
-
-    steps: gr.Number
-    views: list[Any]  # what a running training shows
-    ended: Any  # the event after a training
-    use: gr.Button
-
-
-def build(session: Session) -> TeachTab:
+def build(session: Session) -> tuple[gr.Number, list[Any], Any, gr.Button]:
+    """Returns what the rest of the page needs: steps, the views of a training, the event after it, "Draw with it"."""
     examples = example_concepts()
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
-            pictures = gr.Gallery(
-                label="Pictures of it", file_types=list(ENDINGS), sources=["upload"], type="filepath", columns=4,
-                height=250, object_fit="cover", interactive=True, elem_id="pictures",
-            )  # fmt: skip
-            if examples:
-                gr.HTML('<p class="hint">No pictures at hand? Try one of ours:</p>')
-            with gr.Row(elem_classes="examples"):
+            looks: dict[str, Any] = {"height": 250, "object_fit": "cover", "columns": 4, "sources": ["upload"]}
+            pictures = gr.Gallery(label="Pictures of it", file_types=list(ENDINGS), elem_id="pictures", **looks)
+            gr.HTML(OURS, visible=bool(examples))
+            with gr.Row(elem_classes="examples", visible=bool(examples)):
                 chosen = [gr.Button(name, size="sm", elem_classes="quiet", min_width=64, scale=0) for name in examples]
             with gr.Row():
-                noun = gr.Textbox(label="What is it?", info="One ordinary word", placeholder="dog", elem_id="noun")
-                token = gr.Textbox(label="Its name", info="For your prompts", placeholder="<rex>", elem_id="token")
+                noun = gr.Textbox("", label="What is it?", info="One ordinary word", placeholder="dog", elem_id="noun")
+                token = gr.Textbox("", label="Its name", info="For prompts", placeholder="<rex>", elem_id="token")
             preset = gr.Radio(list(PRESETS), value="Standard", label="How thoroughly", elem_classes="chips")
             with gr.Accordion("Settings", open=False, elem_id="teach-settings"), gr.Row():
-                steps = gr.Number(label="Steps", value=None, precision=0, minimum=1, elem_id="steps", min_width=90)
+                steps = gr.Number(label="Steps", precision=0, minimum=1, elem_id="steps", min_width=90)
                 kind = gr.Dropdown(list(TYPES), value="additive", label="Adapter type", min_width=140)
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=90)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
             with gr.Row():
                 start = gr.Button("Teach", variant="primary", elem_id="teach", scale=3)
-                stop = gr.Button("Stop and keep", variant="stop", visible=False, elem_id="stop-teaching", min_width=130)
+                stop = gr.Button("Stop and keep", variant="stop", visible=False, elem_id="stop-teaching", min_width=150)
         with gr.Column(scale=6, min_width=300):
-            progress = gr.HTML(IDLE, elem_id="progress")
-            loss = gr.HTML(visible=False, elem_id="loss")
-            previews = gr.Gallery(
-                label="What it draws so far", columns=5, visible=False, allow_preview=False, interactive=False,
-                height="auto", elem_id="previews",
-            )  # fmt: skip
+            progress, loss = gr.HTML(IDLE, elem_id="progress"), gr.HTML(visible=False, elem_id="loss")
+            looks = {"columns": 5, "fit_columns": False, "height": "auto", "elem_id": "previews", "visible": False}
+            previews = gr.Gallery(label="What it draws so far", allow_preview=False, interactive=False, **looks)
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
     views = [progress, loss, previews, start, stop, use]
     preset.change(told(preset_steps, session), preset, steps, **QUIET)
@@ -75,7 +62,7 @@ def build(session: Session) -> TeachTab:
     options = {"show_progress": "hidden", "concurrency_limit": None}  # watching costs nothing
     ended = start.click(told(teach_concept, session), inputs, views, api_name="teach", **options)
     stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
-    return TeachTab(steps, views, ended, use)
+    return steps, views, ended, use
 
 
 def teach_concept(
@@ -85,14 +72,13 @@ def teach_concept(
     noun: str,
     steps: float | None = None,
     adapter_type: str = "additive",
-    seed: float | None = 0,
+    seed: float = 0,
 ) -> Iterator[tuple[Any, ...]]:
     """Teach a concept from pictures; yields its progress until it has been learned or stopped."""
-    chosen = tuple((Path(path), caption or "") for path, caption in pictures or ())
-    if 0 < len(chosen) < FEW:
-        warn(f"{len(chosen)} {'picture is' if len(chosen) == 1 else 'pictures are'} few; {FEW} or more work better.")
-    total = int(steps or session.usual().training_steps)
-    Teaching(session, Lesson(token or suggested_token(noun, ""), noun, chosen, total, adapter_type, int(seed or 0)))
+    if 0 < len(pictures or ()) < FEW:
+        warn(f"{FEW} or more pictures work better.")
+    name, total = suggested_token(noun, token), int(steps or session.usual()[0])
+    Teaching(session, lesson(session, pictures or (), name, noun, total, adapter_type, int(seed)))
     yield from watch(session)
 
 
@@ -102,63 +88,57 @@ def watch(session: Session) -> Iterator[tuple[Any, ...]]:
     while teaching is not None and teaching.running:
         yield view(teaching, new_previews=len(teaching.previews) > shown)
         shown = len(teaching.previews)
-        teaching.wait(REFRESH)
+        teaching.ended.wait(REFRESH)
     yield (gr.skip(),) * 6 if teaching is None else view(teaching, new_previews=True)
 
 
 def stop_teaching(session: Session) -> Any:
     """Stop the present training after its step; what was learned so far is kept in the library."""
     if session.teaching is not None:
-        session.teaching.stop()
+        session.teaching.stop.set()
     return gr.Button("Stopping …", interactive=False)
 
 
 def view(teaching: Teaching, *, new_previews: bool) -> tuple[Any, ...]:
-    """Values for TeachTab.views; pictures only when there are new ones, so that they do not flicker."""
-    running, previews, losses = teaching.running, list(teaching.previews), list(teaching.losses)
-    stopping = teaching.stopping
+    """Values for the views; pictures only when there are new ones, so that they do not flicker."""
+    running, stopping, previews = teaching.running, teaching.stop.is_set(), list(teaching.previews)
     return (
         state_html(teaching),
-        gr.HTML(loss_svg(losses, teaching.total), visible=len(losses) > 1),
+        gr.HTML(loss_svg(list(teaching.losses), teaching.total), visible=len(teaching.losses) > 1),
         gr.Gallery(previews, visible=bool(previews)) if new_previews else gr.skip(),
         gr.Button(interactive=not running),
         gr.Button("Stopping …" if stopping else "Stop and keep", visible=running, interactive=not stopping),
-        gr.Button(f"Draw with {teaching.concept.token}", visible=teaching.saved is not None),
+        gr.Button(f"Draw with {teaching.config.token}", visible=teaching.saved is not None),
     )
 
 
 def state_html(teaching: Teaching) -> str:
-    per_step = teaching.seconds / max(1, teaching.step)
+    left = teaching.seconds / max(1, teaching.step) * (teaching.total - teaching.step)
     line = {
         "preparing": "Looking at the pictures …",
-        "learning": f"Step {teaching.step} of {teaching.total}, about "
-        f"{in_time(per_step * (teaching.total - teaching.step))} left",
+        "learning": f"Step {teaching.step} of {teaching.total}, about {in_time(left)} left",
         "learned": f"Learned in {teaching.step} steps and {in_time(teaching.seconds)}; it is in the library now.",
         "stopped": f"Stopped after {teaching.step} steps; what it knows so far is in the library.",
         "failed": teaching.error,
     }[teaching.state]
-    name = f"<b>{html.escape(teaching.concept.token)}</b> {html.escape(line)}"
+    said = f"<p><b>{html.escape(teaching.config.token)}</b> {html.escape(line)}</p>"
     bar = progress_html(teaching.step, teaching.total)
-    return f'<div class="teaching {teaching.state}" role="status"><p>{name}</p>{bar}</div>'
+    return f'<div class="teaching {teaching.state}" role="status">{said}{bar}</div>'
 
 
 def loss_svg(losses: list[float], total: int) -> str:
     """The loss, faint, and its running mean; drawn by hand so that it follows the theme and does not flicker."""
-    if len(losses) < 2:
-        return ""
     means = losses[:1]
     for value in losses[1:]:
-        means.append(0.92 * means[-1] + 0.08 * value)
-    lines = f"{_line(losses, total, 'raw')}{_line(means, total, 'mean')}"
+        means.append(means[-1] + max(0.08, 1 / (len(means) + 1)) * (value - means[-1]))
+    across, down = WIDTH / max(1, total - 1), HEIGHT / (1.05 * max(losses, default=1.0) or 1.0)
+    lines = ""
+    for name, values in (("raw", losses), ("mean", means)):
+        picked = range(0, len(values), max(1, len(values) // WIDTH))
+        points = " ".join(f"{across * i:.1f},{HEIGHT - down * values[i]:.1f}" for i in picked)
+        lines += f'<polyline class="{name}" points="{points}"/>'
     figure = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
-    return f'<figure class="loss"><figcaption>Loss <b>{means[-1]:.3f}</b></figcaption>{figure}</figure>'
-
-
-def _line(values: list[float], total: int, name: str) -> str:
-    across, down = WIDTH / max(1, total - 1), HEIGHT / (1.05 * max(values) or 1.0)
-    picked = range(0, len(values), max(1, len(values) // WIDTH))
-    points = " ".join(f"{across * i:.1f},{HEIGHT - down * values[i]:.1f}" for i in picked)
-    return f'<polyline class="{name}" points="{points}"/>'
+    return f'<figure class="loss"><figcaption>Loss <b>{means[-1] if means else 0:.3f}</b></figcaption>{figure}</figure>'
 
 
 def in_time(seconds: float) -> str:
@@ -166,7 +146,7 @@ def in_time(seconds: float) -> str:
 
 
 def preset_steps(session: Session, preset: str) -> int:
-    return max(1, round(session.usual().training_steps * PRESETS[preset]))
+    return max(1, round(session.usual()[0] * PRESETS[preset]))
 
 
 def suggested_token(noun: str, token: str) -> str:

@@ -93,7 +93,10 @@ class Adapter:
         names = [branch.name for branch in self.branches]
         if twice := {name for name in names if names.count(name) > 1}:
             raise TokenConflict(f"Two branches of '{self.info.name}' are called {sorted(twice)[0]!r}; rename one.")
-        known = {concept.token for concept in self.info.concepts}
+        tokens = [concept.token for concept in self.info.concepts]
+        if twice := {token for token in tokens if tokens.count(token) > 1}:
+            raise TokenConflict(f"Two concepts of '{self.info.name}' are called {sorted(twice)[0]}; rename one.")
+        known = set(tokens)
         for branch in self.branches:
             if unknown := set(branch.gate) - known:
                 raise TokenConflict(f"Branch {branch.name!r} is gated by {sorted(unknown)[0]}, which has no concept.")

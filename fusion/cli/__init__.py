@@ -22,9 +22,10 @@ VERBS = {
     "evaluate": "measure adapters in weights and in model output",
 }
 EXAMPLE = """a first session:
-  fusion train --instance_data_dir assets/concepts/owl --token "<owl>" --noun owl --output_dir out/owl
-  fusion fuse out/owl/owl.safetensors out/robot/robot.safetensors -o out/both.safetensors
-  fusion generate out/both.safetensors --prompt "a <owl> beside a <robot>"
+  fusion train --instance_data_dir assets/concepts/owl --token "<owl>" --noun owl
+  fusion train --instance_data_dir assets/concepts/robot --token "<robot>" --noun robot
+  fusion fuse out/owl.safetensors out/robot.safetensors -o both.safetensors
+  fusion generate both.safetensors --prompt "a <owl> beside a <robot>"
 """
 
 
@@ -53,12 +54,11 @@ def choose(first: list[str]) -> str:
     """The verb; help, version and mistakes leave by SystemExit as argparse does."""
     table = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
     parser = Parser(
-        prog="fusion",
-        usage="fusion <command> [options]",
-        description="Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture.",
-        epilog=f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "fusion",
+        "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture.",
     )
+    parser.usage = "fusion <command> [options]"
+    parser.epilog = f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more."
     parser.add_argument("--version", action="version", version=f"spectral-fusion {version()}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     verb = parser.parse_args(first).command
@@ -72,7 +72,7 @@ def choose(first: list[str]) -> str:
 
 def arguments(verb: str, words: Sequence[str]) -> argparse.Namespace:
     module = import_module(f"fusion.cli.{verb}")
-    parser = Parser(prog=f"fusion {verb}", description=module.__doc__)
+    parser = Parser(f"fusion {verb}", module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="also show what the libraries underneath have to say")
     args = parser.parse_intermixed_args(words)

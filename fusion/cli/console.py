@@ -24,15 +24,18 @@ class UsageError(FusionError):
     """The command was written wrongly; exit code 2."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as written, flags in a column as wide as they need."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=terminal_width())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with suggestions for unknown flags, and one line for an error."""
 
-    def __init__(self, **options) -> None:
-        width = min(shutil.get_terminal_size().columns, 110)
-        shape = options.pop("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(
-            **options, allow_abbrev=False, formatter_class=lambda prog: shape(prog, max_help_position=34, width=width)
-        )
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (.*)", message):
@@ -100,6 +103,10 @@ def open_base(
     return open_pipeline(name, device=args.device, dtype=dtype, revision=revision, variant=variant)
 
 
+def terminal_width() -> int:
+    return min(shutil.get_terminal_size((110, 24)).columns, 110)
+
+
 def short(path: Path) -> Path:
     """A path as seen from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -111,11 +118,12 @@ def example(*words: object) -> str:
 
 
 def bar() -> Any:
-    """A progress bar that stays away until `advance` first moves it, and off files and pipes."""
+    """A progress bar that stays away until `advance` first moves it, and is seldom redrawn in files and pipes."""
     from tqdm import tqdm
 
     shape = "{percentage:3.0f}% {bar:30} {n}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    return tqdm(total=0, leave=False, disable=None, unit=" steps", bar_format=shape, delay=1e-9)
+    every = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(total=0, leave=False, mininterval=every, unit=" steps", bar_format=shape, delay=1e-9)
 
 
 def advance(bar: Any, done: int, total: int, note: str = "") -> None:
@@ -127,9 +135,12 @@ def advance(bar: Any, done: int, total: int, note: str = "") -> None:
 
 def notes(lines: Sequence[str]) -> None:
     """Print remarks, wrapped under their dashes."""
-    width = min(shutil.get_terminal_size((110, 24)).columns, 110)
     for line in lines:
-        print(textwrap.fill(line, width, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                line, terminal_width(), initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
+            )
+        )
 
 
 def verdict(word: str, report: Any) -> None:

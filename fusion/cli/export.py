@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fusion.cli.console import DTYPES, notes, size
+from fusion.cli.console import DTYPES, example, notes, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,10 @@ def run(args: argparse.Namespace) -> None:
     from fusion.formats.exporting import export
     from fusion.formats.reading import load
 
-    report = export(load(args.adapter), args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype)
+    adapter = load(args.adapter)
+    report = export(adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype)
     for path in report.files:
         print(f"wrote {path} ({size(Path(path))})")
     notes(report.notes)
+    if adapter.gated:
+        print(f"next: {example('evaluate', args.adapter)} measures what the missing gates cost")

@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     save(fused, args.output, dtype=args.dtype)
     tokens = " ".join(concept.token for concept in fused.info.concepts)
     print(f"wrote {args.output} ({size(args.output)}): {tokens or 'no concept tokens'}, {gates(fused)}")
-    print(f"next: {example('generate', args.output, '--prompt', prompt(fused))}")
+    base = fused.info.base
+    on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
+    print(f"next: {example('generate', args.output, *on, '--prompt', prompt(fused))}")
 
 
 def renamed(adapters: list, renames: list[str]) -> list:

@@ -1,12 +1,16 @@
 """Draw pictures of a prompt. Every PNG carries its whole recipe, and --from draws it again."""
 
 import argparse
+import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, advance, bar, open_base
+from fusion.cli.console import UsageError, add_base_arguments, advance, bar, example, open_base
 from fusion.errors import FormatError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if recipe is None and args.prompt is None:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     adapters, files, strengths = choose_adapters(args, recipe)
-    image = starting_picture(args.image, recipe)
+    image = starting_picture(args.image, args.source, recipe)
     pipe = open_base(choose_base(args.base, recipe), args, args.dtype)
 
     def pick(name: str, default: Any = None) -> Any:
@@ -66,24 +70,29 @@ def run(args: argparse.Namespace) -> None:
             width=pick("width"),
             height=pick("height"),
             image=image,
-            image_strength=pick("image_strength") or 0.6,
+            image_strength=0.6 if (given := pick("image_strength")) is None else given,
             gating=pick("gating"),
             on_step=lambda step, total, _preview: advance(progress, step, total),
         )
     if recipe is not None and args.seed is None and args.batch is None:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
-    for path in write(pictures, files, args.output):
-        print(f"wrote {path}")
-    first = pictures[0].recipe
-    print(f"{first.width}x{first.height}, {first.steps} steps, seed {first.seed + first.index}, on {first.base}")
+    for path, picture in zip(paths := write(pictures, files, args.output), pictures, strict=True):
+        used = picture.recipe
+        print(
+            f"wrote {path}: {used.width}x{used.height}, seed {used.seed + used.index}, {used.steps} steps on {used.base}"
+        )
+    on = ["--base", args.base] if args.base else []
+    print(f"next: {example('generate', '--from', paths[0], *on, '--seed', used.seed + used.batch)}")
 
 
 def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
     """The adapters given, else the recipe's own files, unchanged since."""
     from fusion.formats.reading import load
 
+    before = [used.strength for used in recipe.adapters] if recipe else []
     if args.adapters or recipe is None:
-        return [load(path) for path in args.adapters], args.adapters, args.strength
+        same = before if len(before) == len(args.adapters) else None
+        return [load(path) for path in args.adapters], args.adapters, args.strength or same
     files = [find(used, args.source) for used in recipe.adapters]
     adapters = [load(path) for path in files]
     for used, path, adapter in zip(recipe.adapters, files, adapters, strict=True):
@@ -92,7 +101,7 @@ def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], l
                 f"'{path}' is not the adapter this picture was drawn with: its contents are {digest[:12]}, the recipe "
                 f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
             )
-    return adapters, files, args.strength or [used.strength for used in recipe.adapters]
+    return adapters, files, args.strength or before
 
 
 def find(used: Any, picture: Path) -> Path:
@@ -105,7 +114,7 @@ def find(used: Any, picture: Path) -> Path:
     raise FormatError(f"'{used.file}' is gone, and '{picture}' needs it; name the adapter's file before --from.")
 
 
-def starting_picture(path: Path | None, recipe: Any) -> Any:
+def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any:
     if path is None:
         if recipe is not None and recipe.image:
             raise UsageError("This picture was drawn from another one; name it with --image.")
@@ -114,9 +123,12 @@ def starting_picture(path: Path | None, recipe: Any) -> Any:
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            image = picture.convert("RGB")
     except OSError as error:
         raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error
+    if recipe is not None and recipe.image not in (None, hashlib.sha256(image.tobytes()).hexdigest()):
+        logger.warning("'%s' is not the picture that '%s' was drawn from; the result will differ.", path, source)
+    return image
 
 
 def choose_base(base: str | None, recipe: Any) -> str | None:

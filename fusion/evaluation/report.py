@@ -7,7 +7,7 @@ from typing import Any
 from fusion.adapters.adapter import Adapter
 from fusion.composition.verdict import Compatibility, compatibility
 from fusion.errors import ConfigError
-from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, survival
+from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, measure_survival
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def evaluate(
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
     measures = [
-        survival(pipe, adapters, gating=gating, prompts=prompts, concept_free=concept_free, seed=seed)
+        measure_survival(pipe, adapters, gating=gating, prompts=prompts, concept_free=concept_free, seed=seed)
         for gating in (None, "none")
     ]
     return Evaluation(compatibility(adapters, pipe), *measures)

@@ -39,7 +39,7 @@ class Survival:
         return sum(self.output_error.values()) / len(self.output_error) if self.output_error else 0.0
 
 
-def survival(
+def measure_survival(
     pipe: Any,
     adapters: Sequence[Adapter],
     *,

@@ -44,7 +44,7 @@ def export(
     """
     if form not in EXPORTS:
         known = " and ".join(EXPORTS)
-        raise UnknownName(f"No export form is called '{form}'{closest(form, EXPORTS) or '.'} There are: {known}.")
+        raise UnknownName(f"No export form is called '{form}'{closest(form, EXPORTS)} There are: {known}.")
     target = safetensors_target(path)
     whole = adapter.deltas()
     if not whole:
@@ -90,9 +90,9 @@ def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -
     if adapter.gated:
         tokens = ", ".join(dict.fromkeys(token for branch in adapter.branches for token in branch.gate))
         notes.append(
-            f"A plain LoRA cannot be gated: '{adapter.info.name}' acts only at its own tokens ({tokens}), the export on "
-            "every word of every prompt. It will disturb prompts without them, and several concepts each other; lower "
-            "its strength where it does."
+            f"A plain LoRA cannot be gated: '{adapter.info.name}' acts only at its own tokens ({tokens}), the export "
+            "on every word of every prompt. It will disturb prompts without them, and several concepts each other; "
+            "lower its strength where it does."
         )
     if not embeddings:
         return notes

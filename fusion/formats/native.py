@@ -176,7 +176,7 @@ def _parse_branch(value: Any) -> Branch:
     if found["type"] not in ADAPTERS:
         known = ", ".join(ADAPTERS)
         raise UnknownName(
-            f"no adapter type '{found['type'][:40]}'{closest(found['type'], ADAPTERS) or '.'} There are: {known}."
+            f"no adapter type '{found['type'][:40]}'{closest(found['type'], ADAPTERS)} There are: {known}."
         )
     slices = tuple(_parse_slice(part) for part in found["slices"])
     texts = {key: strings(found[key], f"{key} of a branch") for key in ("targets", "gate")}

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def _check_beginning(path: Path) -> None:
             size = os.fstat(stream.fileno()).st_size
     except FileNotFoundError:
         near = closest(path.name, [p.name for p in path.parent.glob("*.safetensors")])
-        raise FormatError(f"There is no file '{path}'{near or '.'}") from None
+        raise FormatError(f"There is no file '{path}'{near}") from None
     except OSError as error:
         raise FormatError(f"'{path}' cannot be read: {error.strerror}.") from error
     length = int.from_bytes(start[:8], "little")
@@ -127,7 +127,7 @@ def _checked_header(path: Path, handle: Any) -> Header:
 def cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Tensors as a file is to hold them. Raises FormatError for values that are not finite, or not in `dtype`."""
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got '{dtype}'{closest(dtype, DTYPES) or '.'}")
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got '{dtype}'{closest(dtype, DTYPES)}")
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         exact = tensor.detach()
@@ -201,4 +201,5 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except OSError as error:
         raise FormatError(f"'{path}' cannot be written: {error.strerror}.") from error
     finally:
-        working.unlink(missing_ok=True)
+        with suppress(OSError):
+            working.unlink(missing_ok=True)

@@ -56,7 +56,8 @@ class LayerBranch:
     def factors(self, x: Tensor) -> Delta:
         """ΔW on the device and in the dtype of `x`."""
         if not isinstance(self.source, Delta):
-            return self.source().to(x.device, x.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # the maths stays in float32, the products need not
+                return self.source().to(x.device, x.dtype)
         if self._cast is None or self._cast.up.device != x.device or self._cast.up.dtype != x.dtype:
             self._cast = self.source.to(x.device, x.dtype)
         return self._cast
@@ -67,19 +68,24 @@ class _Adapted:
 
     base: nn.Module
     branches: dict[int, LayerBranch]
+    _gates: list[tuple[LayerBranch, Gate]]
     _joined: tuple[tuple[object, ...], Delta] | None
 
     def start(self, base: nn.Module) -> None:
         # Past nn.Module's registry: state-dict keys, .parameters() and .to() stay those of the base layer.
         object.__setattr__(self, "base", base)
-        self.branches, self._joined = {}, None
+        self.branches, self._gates, self._joined = {}, [], None
 
     def add(self, key: int, branch: LayerBranch) -> None:
         self.branches[key] = branch
-        self._joined = None
+        self._changed()
 
     def remove(self, key: int) -> None:
         del self.branches[key]
+        self._changed()
+
+    def _changed(self) -> None:
+        self._gates = [(b, b.gate) for b in self.branches.values() if b.gate is not None]
         self._joined = None
 
     def open_delta(self, x: Tensor) -> tuple[Delta, float] | None:
@@ -96,7 +102,10 @@ class _Adapted:
 
     def gated(self, x: Tensor) -> list[tuple[LayerBranch, Gate, Tensor]]:
         """The gated branches that act on this input, with the rows they act on."""
-        acting = [(b, b.gate) for b in self.branches.values() if b.gate is not None and b.knob.value != 0]
+        # All gates of a layer read one scope: where no token stands, ten adapters cost one question.
+        if not self._gates or not self._gates[0][1].scope().rows:
+            return []
+        acting = [(b, gate) for b, gate in self._gates if b.knob.value != 0]
         return [(b, gate, rows) for b, gate in acting if (rows := gate.rows(x)) is not None]
 
 
@@ -109,7 +118,8 @@ class AdaptedLinear(_Adapted, nn.Linear):
     """A linear layer and the branches attached to it. Shares the base layer's Parameters."""
 
     def __init__(self, base: nn.Linear) -> None:
-        nn.Linear.__init__(self, base.in_features, base.out_features, base.bias is not None, device="meta")
+        nn.Module.__init__(self)  # nn.Linear's own would draw weights
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self.start(base)
 

@@ -17,11 +17,13 @@ from fusion.adapters.adapter import Adapter, Branch, float32
 from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, UnknownName, closest
 from fusion.models.branches import Gate, Knob, LayerBranch, adapted
-from fusion.models.names import Site, component_of, sites
+from fusion.models.families import model_of
+from fusion.models.names import Site, component_of, components, sites
 from fusion.models.prompts import PromptReader
 from fusion.models.targets import sees_tokens
 from fusion.models.tokens import ConceptTokens, embedding_of, make_permanent, text_encoders
-from fusion.spectral.spectrum import residual
+from fusion.spectral.delta import Delta
+from fusion.spectral.spectrum import Spectrum, residual
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +37,26 @@ class Installation:
     """All that is attached to one pipeline: adapted layers, concept tokens, the hook that reads prompts."""
 
     def __init__(self, pipe: Any) -> None:
+        self.parts = components(pipe)
         self.sites = sites(pipe)
         self.reader = PromptReader({name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()})
         self.tokens = ConceptTokens(pipe, self.reader)
         self.gates = 0  # gated branches attached: without any, the UNet's prompts need not be recognised
         self.layers: dict[str, Any] = {}  # canonical name -> AdaptedLinear or AdaptedConv1x1
         self.attachments = 0
-        self._hook = pipe.unet.register_forward_pre_hook(self._read_prompts, with_kwargs=True)
+        self._hooks = [
+            pipe.unet.register_forward_pre_hook(self._read_prompts, with_kwargs=True),
+            pipe.unet.register_forward_hook(self._remember_prompts),
+        ]
 
     def _read_prompts(self, _unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.gates:
             embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
             self.reader.begin_unet(embeds[0] if isinstance(embeds, tuple) else embeds)
+
+    def _remember_prompts(self, _unet: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self.gates and output[0].requires_grad:
+            output[0].register_hook(self.reader.resumption("unet"))
 
     def layer(self, name: str) -> Any:
         """The adapted layer at `name`, put there if need be."""
@@ -61,17 +71,51 @@ class Installation:
         layer = self.layers[name]
         layer.remove(key)
         if not layer.branches:
-            site = self.sites[name]
-            setattr(site.parent, site.attribute, site.module)
+            site = self._site_of(layer, self.sites[name])
+            setattr(site.parent, site.attribute, self.sites[name].module)
             del self.layers[name]
 
+    def _site_of(self, layer: nn.Module, first: Site) -> Site:
+        """Where an adapted layer hangs now: PEFT, for one, may have wrapped it since."""
+        if getattr(first.parent, first.attribute) is layer:
+            return first
+        for parent in getattr(first.parent, first.attribute).modules():
+            for attribute, module in parent.named_children():
+                if module is layer:
+                    return Site(parent, attribute, module)
+        raise FusionError(
+            f"{first.attribute} of {type(first.parent).__name__} was replaced while an adapter was attached to it, so "
+            "it cannot be put back. Load the pipeline again."
+        )
+
     def close(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.tokens.close()
 
 
 _installations: "weakref.WeakKeyDictionary[Any, Installation]" = weakref.WeakKeyDictionary()
-_baked: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+_baked: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def _installation(pipe: Any) -> Installation:
+    """What is attached to this pipeline's components, shared by all pipelines built of the same ones."""
+    if pipe in _installations:
+        return _installations[pipe]
+    mine = set(components(pipe).values())
+    for here in _installations.values():
+        theirs = set(here.parts.values())
+        if mine == theirs:
+            here.tokens.join(pipe)
+            _installations[pipe] = here
+            return here
+        if mine & theirs:
+            raise FusionError(
+                "This pipeline shares some components with another that has adapters attached, and some not; detach "
+                "those first."
+            )
+    _installations[pipe] = Installation(pipe)
+    return _installations[pipe]
 
 
 class Attachment:
@@ -79,9 +123,7 @@ class Attachment:
 
     def __init__(self, pipe: Any, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
         self.adapter, self._pipe = adapter, pipe
-        if pipe not in _installations:
-            _installations[pipe] = Installation(pipe)
-        self._here = _installations[pipe]
+        self._here = _installation(pipe)
         self._knobs: dict[str, Knob] = {}
         self._placed: list[tuple[str, int]] = []
         self._gated = sum(bool(gate) for gate in gates.values())
@@ -102,6 +144,8 @@ class Attachment:
         for name, layer in branch.layers.items():
             with torch.no_grad():
                 source = layer.delta if live else float32(layer).delta().detach()
+            if isinstance(source, Delta) and not source.rank:
+                continue
             seen, component = sees_tokens(name), component_of(name)
             when = Gate(gate, lambda c=component, s=seen: reader.scope(c, s), not seen) if gate else None
             self._here.layer(name).add(key, LayerBranch(source, knob, when))
@@ -120,7 +164,9 @@ class Attachment:
                 *(t for b in self.adapter.branches for t in b.gate),
                 self.adapter.info.name,
             ]
-            raise UnknownName(f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}.")
+            raise UnknownName(
+                f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}."
+            )
         for knob in chosen:
             knob.value = float(value)
 
@@ -135,7 +181,8 @@ class Attachment:
         self._here.attachments -= 1
         if not self._here.attachments:
             self._here.close()
-            del _installations[self._pipe]
+            for pipe in [pipe for pipe, here in _installations.items() if here is self._here]:
+                del _installations[pipe]
         self._placed, self._key = [], None
 
     def __enter__(self) -> "Attachment":
@@ -184,13 +231,20 @@ def check_base(pipe: Any, adapter: Adapter) -> None:
             if name not in found:
                 raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
             weight = matrix(found[name])
-            if tuple(weight.shape) != (shape := layer.delta().detach().shape):
+            if weight.is_meta:
+                raise BaseMismatch(
+                    f"{name} has no weight here now, as under sequential offloading; attach before that."
+                )
+            basis = layer.basis.spectrum() if isinstance(layer, SpectralLayer) else None
+            with torch.no_grad():
+                shape = (len(basis.U), len(basis.V)) if basis else layer.delta().shape
+            if tuple(weight.shape) != shape:
                 raise BaseMismatch(
                     f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} "
                     f"in the adapter. {trained_on}"
                 )
-            if isinstance(layer, SpectralLayer):
-                distance = residual(weight, type(layer.basis.spectrum())(*(t.float() for t in layer.basis.spectrum())))
+            if basis:
+                distance = residual(weight, Spectrum(*(t.float() for t in basis)))
                 worst, where = max((worst, where), (distance, name))
     if worst > FOREIGN:
         raise BaseMismatch(
@@ -222,18 +276,18 @@ def bake(pipe: Any, adapter: Adapter, gating: str | None = None) -> None:
             f"'{adapter.info.name}' is gated by {', '.join(t for b in adapter.branches for t in b.gate)}; baked "
             "weights would act on every token. Attach it instead, or accept that with gating='none'."
         )
-    if pipe in _installations:
+    if any(set(here.parts.values()) & set(components(pipe).values()) for here in _installations.values()):
         raise FusionError("Adapters are attached to this pipeline; detach them before baking.")
-    done, digest = _baked.setdefault(pipe, set()), adapter.digest()
+    done, digest = _baked.setdefault(model_of(pipe), set()), adapter.digest()
     if digest in done:
         raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
     check_base(pipe, adapter)
     found = sites(pipe)
+    make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     with torch.no_grad():
         for name, delta in adapter.deltas().items():
             weight = found[name].module.weight
             assert isinstance(weight, torch.Tensor)
             changed = weight.float() + delta.to(weight.device).dense().reshape(weight.shape)
             weight.copy_(changed)
-    make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     done.add(digest)

@@ -2,7 +2,7 @@
 
 `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`, `text_encoder.encoder.layers.0.self_attn.q_proj`: the
 component, then the path, without the levels that come and go (`text_model.` of older transformers, `_orig_mod.` of
-torch.compile, `module.` of data parallelism).
+torch.compile, `module.` of data parallelism, `base_layer.` of PEFT, whose own matrices are no layers of the base).
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 from torch import nn
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_PASSING_LEVELS = {"text_model", "_orig_mod", "module"}
+_PASSING_LEVELS = {"text_model", "_orig_mod", "module", "base_layer"}
+_PEFT = "lora_"  # begins the levels that hold PEFT's own matrices
 
 
 class Pipeline(Protocol):
@@ -46,7 +47,8 @@ def components(pipe: Pipeline) -> dict[str, nn.Module]:
 def adaptable(module: nn.Module) -> bool:
     """A weight that is one matrix: a linear layer, or a 1x1 convolution without groups."""
     if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
+        plain = module.stride == (1, 1) and module.padding == (0, 0)
+        return module.kernel_size == (1, 1) and module.groups == 1 and plain
     return isinstance(module, nn.Linear)
 
 
@@ -57,6 +59,8 @@ def sites(pipe: Pipeline) -> dict[str, Site]:
 
 def _walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
     for path, parent in root.named_modules():
+        if any(level.startswith(_PEFT) for level in path.split(".")):
+            continue
         for attribute, module in parent.named_children():
             if adaptable(module):
                 yield (

@@ -9,8 +9,9 @@ Shapes: B prompts, T text positions, D embedding width.
 """
 
 import hashlib
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from fusion.errors import GatingError
 
-_REMEMBERED = 16384  # names kept, oldest dropped first: about 2 MB
+# Names kept, oldest dropped first: at most 25 MB. A prompt has 3 of them in SD 1.x, about 300 in SDXL.
+_REMEMBERED = 131_072
 
 Positions = Mapping[str, tuple[int, ...]]  # token -> positions in one prompt, ascending
 
@@ -45,38 +47,42 @@ class PromptReader:
     def __init__(self, widths: Mapping[str, int]) -> None:
         """`widths`: text encoder component -> D, in the order in which the UNet's prompt embedding joins them."""
         self.widths = dict(widths)
-        self.text = {component: Scope() for component in widths}
-        self.unet_tokens, self.unet_pictures = Scope(), Scope()
+        self._scopes: dict[tuple[str, bool], Scope] = {}  # (component, by token or by picture)
         self._known: OrderedDict[bytes, Positions] = OrderedDict()
         self._length = 0  # T of the prompts remembered last
-        self._last: tuple[Tensor, int] | None = None
+        # Read last by the UNet, with its version; weak, since it may hold the whole graph of the text encoders.
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
 
     def scope(self, component: str, sees_tokens: bool) -> Scope:
         """The scope the gates of a component's layers read. Scopes are replaced at every call, so ask each time.
 
         Layers that see no tokens are gated picture by picture: open where the prompt holds the token at all.
         """
-        if component in self.text:
-            return self.text[component]
-        return self.unet_tokens if sees_tokens else self.unet_pictures
+        return self._scopes.get((component, sees_tokens)) or Scope()
+
+    def resumption(self, component: str) -> Callable[[Tensor], None]:
+        """A gradient hook that brings a component's scopes of now back.
+
+        Gradient checkpointing runs layers again on the way back, when the scopes may be those of a later call.
+        """
+        now = {key: scope for key, scope in self._scopes.items() if key[0] == component}
+
+        def resume(_gradient: Tensor) -> None:
+            self._scopes.update(now)
+            self._last = None
+
+        return resume
 
     def begin_text(self, component: str, prompts: Sequence[Positions], length: int, device: torch.device) -> None:
         """A text encoder starts on B prompts of T positions."""
-        rows = {
-            token: torch.tensor(
-                [b * length + p for b, prompt in enumerate(prompts) for p in prompt.get(token, ())],
-                device=device,
-            )
-            for token in dict.fromkeys(token for prompt in prompts for token in prompt)
-        }
-        self.text[component] = Scope(rows, len(prompts) * length)
+        self._open(component, prompts, length, device)
         self._length = length
 
     def end_text(self, component: str, prompts: Sequence[Positions], last_rows: Tensor) -> None:
         """Remember what B prompts were encoded to; `last_rows` (L, B, D): the last position of L candidate layers."""
         for layer in last_rows.detach():
-            for name_list in _names(layer):
-                for name, prompt in zip(name_list, prompts, strict=True):
+            for form in _forms(layer):
+                for name, prompt in zip(_names(form), prompts, strict=True):
                     self._known[component.encode() + name] = prompt
                     self._known.move_to_end(component.encode() + name)
         while len(self._known) > _REMEMBERED:
@@ -88,36 +94,38 @@ class PromptReader:
         Raises GatingError for embeddings this pipeline's text encoders did not make.
         """
         version = 0 if embeds.is_inference() else embeds._version
-        if self._last is not None and self._last[0] is embeds and self._last[1] == version:
+        if self._last is not None and self._last[0]() is embeds and self._last[1] == version:
             return
-        chunks, rest = divmod(embeds.shape[1], max(self._length, 1))
-        if rest or embeds.shape[2] != sum(self.widths.values()):
+        length = self._length or embeds.shape[1]  # nothing encoded yet: only blanks will be known
+        if embeds.shape[1] % length or embeds.shape[2] != sum(self.widths.values()):
             raise GatingError(
                 _strange(f"Prompt embeddings of shape {tuple(embeds.shape)} do not fit the text encoders")
             )
-        at: dict[str, list[int]] = {}
+        prompts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(embeds.shape[0])]
+        for start in range(0, embeds.shape[1], length):
+            last_rows = embeds[:, start + length - 1].detach()
+            for prompt, part in zip(prompts, self._recognise(last_rows), strict=True):
+                for token, positions in part.items():
+                    prompt[token] = (*prompt.get(token, ()), *(start + p for p in positions))
+        self._open("unet", prompts, embeds.shape[1], embeds.device)
+        self._last = weakref.ref(embeds), version
+
+    def _open(self, component: str, prompts: Sequence[Positions], length: int, device: torch.device) -> None:
+        """Scopes for B prompts of `length` positions."""
+        rows: dict[str, list[int]] = {}
         pictures: dict[str, list[int]] = {}
-        for c in range(chunks):
-            end = (c + 1) * self._length - 1
-            for b, prompt in enumerate(self._recognise(embeds[:, end].detach())):
-                for token, positions in prompt.items():
-                    offset = b * embeds.shape[1] + c * self._length
-                    at.setdefault(token, []).extend(offset + p for p in positions)
-                    pictures.setdefault(token, []).append(b)
-        self.unet_tokens = Scope(
-            {token: torch.tensor(sorted(set(rows)), device=embeds.device) for token, rows in at.items()},
-            embeds.shape[0] * embeds.shape[1],
-        )
-        self.unet_pictures = Scope(
-            {token: torch.tensor(sorted(set(rows)), device=embeds.device) for token, rows in pictures.items()},
-            embeds.shape[0],
-        )
-        self._last = (embeds, version)
+        for b, prompt in enumerate(prompts):
+            for token, positions in prompt.items():
+                rows.setdefault(token, []).extend(b * length + p for p in positions)
+                pictures.setdefault(token, []).append(b)
+        for by_token, found, size in ((True, rows, len(prompts) * length), (False, pictures, len(prompts))):
+            index = {token: torch.tensor(at, device=device) for token, at in found.items()}
+            self._scopes[component, by_token] = Scope(index, size)
 
     def _recognise(self, last_rows: Tensor) -> Iterator[Positions]:
         """The tokens of each of B prompts by their last rows (B, D'), both encoders' tokens joined."""
         parts = torch.split(last_rows, list(self.widths.values()), dim=1)
-        names = [_names(part)[0] for part in parts]
+        names = [_names(part) for part in parts]
         blank = (last_rows == 0).all(dim=1).tolist()  # SDXL's empty negative prompt is all zeros
         for b in range(last_rows.shape[0]):
             found: dict[str, set[int]] = {}
@@ -130,15 +138,14 @@ class PromptReader:
             yield {token: tuple(sorted(positions)) for token, positions in found.items()}
 
 
-def _names(rows: Tensor) -> list[list[bytes]]:
-    """Names of (B, D) rows as they are, and as they will be if the pipeline casts them to half precision."""
-    forms = [rows.float()]
-    if rows.dtype == torch.float32:
-        forms += [rows.half().float(), rows.bfloat16().float()]
-    return [
-        [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in form.cpu().contiguous().numpy()]
-        for form in forms
-    ]
+def _forms(rows: Tensor) -> list[Tensor]:
+    """(B, D) rows as they are, and as they will be if the pipeline casts them to half precision."""
+    return [rows, rows.half(), rows.bfloat16()] if rows.dtype == torch.float32 else [rows]
+
+
+def _names(rows: Tensor) -> list[bytes]:
+    """The names of (B, D) rows; equal values have equal names in every dtype."""
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.float().cpu().contiguous().numpy()]
 
 
 def _strange(what: str) -> str:

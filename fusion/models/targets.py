@@ -2,7 +2,7 @@
 
     unet.attn2             every projection of cross-attention           unet.attn2.to_k    its keys alone
     unet.attn1             self-attention                                unet.mid_block.*.attn2
-    unet.ff  unet.proj_in  when asked                                    text_encoder       its attention projections
+    unet.ff  unet.proj_in  when asked   unet.*  all of it                text_encoder       its attention projections
     text_encoder.mlp       when asked                                    text_encoder_2     the same, SDXL's second
 
 A pattern is a component and a run of path levels that must stand together; `*` bridges any levels between.
@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from fusion.errors import UnknownName, closest
 from fusion.models.names import component_of
 
-# Layers fed by the prompt's tokens: here a gate can act position by position.
-_TOKEN_FED = re.compile(r"text_encoder(_2)?\..*|unet\..*\.attn2\.to_[kv]")
+# Layers fed by the prompt's tokens: here a gate can act position by position. (CLIP's projection sees pooled rows.)
+_TOKEN_FED = re.compile(r"text_encoder(_2)?\.(?!text_projection).*|unet\..*\.attn2\.to_[kv]")
 # What a bare component means: its attention projections.
 _ATTENTION = {"unet": ("attn1", "attn2"), "text_encoder": ("self_attn",), "text_encoder_2": ("self_attn",)}
 # Where tokens are seen and gates are exact (method.md, section 7); only those of the pipeline's components are used.
@@ -61,8 +61,8 @@ def _matches(pattern: str, layer: str) -> bool:
 
 def _fragment(fragment: str) -> re.Pattern[str]:
     """Path levels that stand together, `*` for any run of levels."""
-    runs = [re.escape(run.strip(".")) for run in fragment.split("*")]
-    return re.compile(r"\." + r"\.(?:.*\.)?".join(run for run in runs if run) + r"\.")
+    runs = [re.escape(run.strip(".")) for run in fragment.split("*") if run.strip(".")]
+    return re.compile(r"\." + r"\.(?:.*\.)?".join(runs) + r"\." if runs else "")
 
 
 def _short_forms(layers: Iterable[str]) -> Iterable[str]:

@@ -8,15 +8,16 @@ Shapes: B prompts, T text positions, D embedding width.
 """
 
 import copy
+import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion.adapters.adapter import Concept
-from fusion.errors import TokenConflict
+from fusion.errors import BaseMismatch, TokenConflict
 from fusion.models.names import components
 from fusion.models.prompts import Positions, PromptReader
 
@@ -50,29 +51,42 @@ def initial_rows(pipe: Any, concept: Concept) -> dict[str, Tensor]:
             start = pieces.mean(dim=0, keepdim=True)
         else:
             start = pieces[[i % len(pieces) for i in range(concept.vectors)]]
-        generator = torch.Generator().manual_seed(int.from_bytes(concept.token.encode(), "big") % 2**63)
+        seed = hashlib.blake2b(concept.token.encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
         noise = torch.randn(start.shape, generator=generator).to(start.device)
         rows[component] = start + 0.01 * weight.std() * noise
     return rows
 
 
 class ConceptTokens:
-    """All concepts attached to one pipeline; `close()` leaves it as found."""
+    """All concepts attached to pipelines of the same components; `close()` leaves these as found."""
 
     def __init__(self, pipe: Any, reader: PromptReader) -> None:
-        # Weak: the table of installations lives by the pipeline, and must not keep it alive.
-        self.pipe, self.reader = weakref.proxy(pipe), reader
-        self._tokenizers = {name: getattr(pipe, TOKENIZERS[name]) for name in text_encoders(pipe)}
+        self.reader = reader
+        self._encoders = text_encoders(pipe)
+        self._originals = {name: getattr(pipe, TOKENIZERS[name]) for name in self._encoders}
+        self._tokenizers = dict(self._originals)
+        # Weak: the table of installations lives by the pipelines, and must not keep them alive.
+        self._pipes: weakref.WeakSet[Any] = weakref.WeakSet()
         self._owned: dict[int, tuple[tuple[Concept, ...], Mapping[str, Mapping[str, Tensor]]]] = {}
+        self._issued: list[str] = []  # every word ever added, in the order of their ids
         self._words: dict[str, dict[int, tuple[str, int]]] = {}  # component -> id -> (token, which vector)
         self._overlay: dict[str, Tensor] = {}  # component -> (B, T) ids of the call under way
-        self._hooks = [hook for name in self._tokenizers for hook in self._hook(name)]
+        self._hooks = [hook for name in self._encoders for hook in self._hook(name)]
         self._rebuild()
+        self.join(pipe)
+
+    def join(self, pipe: Any) -> None:
+        """Give the tokenizers to another pipeline of the same components, too."""
+        self._pipes.add(pipe)
+        for component, tokenizer in self._tokenizers.items():
+            setattr(pipe, TOKENIZERS[component], tokenizer)
 
     def add(self, key: int, concepts: tuple[Concept, ...], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Teach the pipeline the concepts of attachment `key`; `rows`: token -> component -> (vectors, D).
 
-        Raises TokenConflict if a token is attached already, or is a word of the base.
+        Raises TokenConflict if a token is attached already, or is a word of the base; BaseMismatch for rows that do
+        not fit.
         """
         attached = {concept.token for owned, _ in self._owned.values() for concept in owned}
         for concept in concepts:
@@ -81,9 +95,7 @@ class ConceptTokens:
                     f"{concept.token} is attached to this pipeline already; detach it first, or rename one: "
                     f"adapter.renamed({{'{concept.token}': '<another>'}})."
                 )
-            for tokenizer in self._tokenizers.values():
-                if concept.token in tokenizer.get_vocab():
-                    raise TokenConflict(f"{concept.token} is a word of this base's tokenizer; choose another token.")
+        check_concepts(concepts, rows, self._encoders, self._originals)
         self._owned[key] = (concepts, rows)
         self._rebuild()
 
@@ -95,32 +107,32 @@ class ConceptTokens:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for component, tokenizer in self._tokenizers.items():
-            setattr(self.pipe, TOKENIZERS[component], tokenizer)
+        self._tokenizers = self._originals
+        for pipe in self._pipes:
+            self.join(pipe)
 
     def _rebuild(self) -> None:
-        """Give the pipeline copies of its own tokenizers that know exactly the attached concepts."""
+        """Give the pipelines copies of their own tokenizers that know exactly the attached concepts.
+
+        A word keeps its id while anything is attached, and ids are not used again: a pipeline built in between from
+        the same components may still have an older copy.
+        """
         concepts = [c for owned, _ in self._owned.values() for c in owned]
-        for component, original in self._tokenizers.items():
-            tokenizer = copy.deepcopy(original) if concepts else original
-            if concepts:
-                tokenizer.add_tokens([piece for c in concepts for piece in c.pieces])
-            words = {
-                tokenizer.convert_tokens_to_ids(piece): (c.token, i)
-                for c in concepts
-                for i, piece in enumerate(c.pieces)
-            }
-            self._words[component] = words
-            setattr(self.pipe, TOKENIZERS[component], tokenizer)
+        living = {piece: (c.token, i) for c in concepts for i, piece in enumerate(c.pieces)}
+        self._issued += [piece for piece in living if piece not in self._issued]
+        words = [piece if piece in living else f"\ue000{i}" for i, piece in enumerate(self._issued)]
+        for component, original in self._originals.items():
+            tokenizer = _with_words(original, words) if living else original
+            self._words[component] = {tokenizer.convert_tokens_to_ids(piece): at for piece, at in living.items()}
+            self._tokenizers[component] = tokenizer
+        for pipe in self._pipes:
+            self.join(pipe)
 
     def _row(self, component: str, token: str, vector: int) -> Tensor:
-        for _, rows in self._owned.values():
-            if token in rows:
-                return rows[token][component][vector]
-        raise KeyError(token)
+        return next(rows[token][component][vector] for _, rows in self._owned.values() if token in rows)
 
     def _hook(self, component: str) -> list[Any]:
-        encoder = text_encoders(self.pipe)[component]
+        encoder = self._encoders[component]
         return [
             encoder.register_forward_pre_hook(self._before(component), with_kwargs=True),
             embedding_of(encoder).register_forward_hook(self._lay_over(component)),
@@ -135,10 +147,11 @@ class ConceptTokens:
             ids = ids.view(-1, ids.shape[-1])
             self._overlay[component] = ids
             words = self._words[component]
+            _check_known(ids, words, embedding_of(encoder).num_embeddings)
             prompts = [_positions(row, words) for row in ids.tolist()]
             self.reader.begin_text(component, prompts, ids.shape[1], ids.device)
             # BOS: a word of every CLIP vocabulary, below EOS, so that the pooled position stays EOS's.
-            ordinary = self._tokenizers[component].bos_token_id
+            ordinary = self._originals[component].bos_token_id
             hidden = torch.isin(ids, torch.tensor(list(words), device=ids.device, dtype=ids.dtype))
             seen = ids.masked_fill(hidden, ordinary)
             if "input_ids" in kwargs:
@@ -151,8 +164,10 @@ class ConceptTokens:
         """Replace the embeddings at concept positions by the concepts' own rows."""
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            words = self._words[component]
-            flat = self._overlay[component].flatten().tolist()
+            words, ids = self._words[component], self._overlay.get(component)
+            if ids is None or ids.shape != output.shape[:-1]:  # somebody else's call, not the text encoder's
+                return output
+            flat = ids.flatten().tolist()
             at = [i for i, word in enumerate(flat) if word in words]
             if not at:
                 return output
@@ -166,10 +181,15 @@ class ConceptTokens:
         """Tell the reader what the prompts were encoded to, at every layer a pipeline may take (clip_skip, SDXL)."""
 
         def hook(encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            ids = self._overlay[component]
+            ids = self._overlay.pop(component)
             values = list(output.values()) if hasattr(output, "values") else list(output)
             tensors = [t for value in values for t in (value if isinstance(value, tuple | list) else (value,))]
-            layers = [t[:, -1].detach() for t in tensors if isinstance(t, Tensor) and t.shape[:-1] == ids.shape]
+            encoded = [t for t in tensors if isinstance(t, Tensor) and t.shape[:-1] == ids.shape]
+            resume = self.reader.resumption(component)
+            for tensor in encoded:
+                if tensor.requires_grad:
+                    tensor.register_hook(resume)
+            layers = [tensor[:, -1].detach() for tensor in encoded]
             if len(layers) > 1:
                 norm = next(m for name, m in encoder.named_modules() if name.endswith("final_layer_norm"))
                 layers += [norm(layer) for layer in layers]
@@ -179,21 +199,76 @@ class ConceptTokens:
         return hook
 
 
-def make_permanent(pipe: Any, concepts: tuple[Concept, ...], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Add concepts to the pipeline's own vocabulary, for baking: tokenizers and embeddings grow."""
-    for component, encoder in text_encoders(pipe).items():
-        tokenizer = getattr(pipe, TOKENIZERS[component])
-        for concept in concepts:
-            if tokenizer.add_tokens(list(concept.pieces)) != concept.vectors:
-                raise TokenConflict(f"{concept.token} is a word of this base's tokenizer already; rename the concept.")
-            encoder.resize_token_embeddings(len(tokenizer))
-            ids = tokenizer.convert_tokens_to_ids(list(concept.pieces))
-            weight = embedding_of(encoder).weight
-            weight.data[ids] = rows[concept.token][component].to(weight)
-        if concepts and encoder.config.eos_token_id == 2:
+def check_concepts(
+    concepts: Sequence[Concept],
+    rows: Mapping[str, Mapping[str, Tensor]],
+    encoders: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+) -> None:
+    """Raise TokenConflict for a token that is a word of the base, BaseMismatch for rows that are not (vectors, D)."""
+    for concept in concepts:
+        for component, tokenizer in tokenizers.items():
+            if any(_knows(tokenizer, piece) for piece in concept.pieces):
+                raise TokenConflict(f"{concept.token} is a word of this base's tokenizer; choose another token.")
+            needed = (concept.vectors, embedding_of(encoders[component]).embedding_dim)
+            given = rows.get(concept.token, {}).get(component)
+            if given is None or tuple(given.shape) != needed:
+                found = "no embedding" if given is None else f"an embedding of shape {tuple(given.shape)}"
+                raise BaseMismatch(
+                    f"{concept.token} has {found} for the {component} of this base, which needs {needed}. It was "
+                    "trained on another family."
+                )
+
+
+def make_permanent(pipe: Any, concepts: Sequence[Concept], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Add concepts to the pipeline's own vocabulary, for baking: tokenizers and embeddings grow.
+
+    Raises what check_concepts does, before anything is changed.
+    """
+    encoders = text_encoders(pipe)
+    tokenizers = {component: getattr(pipe, TOKENIZERS[component]) for component in encoders}
+    check_concepts(concepts, rows, encoders, tokenizers)
+    pieces = [piece for concept in concepts for piece in concept.pieces]
+    for component, encoder in encoders.items() if concepts else ():
+        tokenizer = tokenizers[component]
+        tokenizer.add_tokens(pieces)
+        if embedding_of(encoder).num_embeddings < len(tokenizer):
+            with torch.random.fork_rng(devices=[]):  # the new rows are drawn first, and overwritten below
+                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        weight = embedding_of(encoder).weight
+        embeddings = torch.cat([rows[concept.token][component] for concept in concepts])
+        weight.data[tokenizer.convert_tokens_to_ids(pieces)] = embeddings.to(weight)
+        if encoder.config.eos_token_id == 2:
             # Old CLIP configs find the end of a prompt as its largest id, which now would be the concept's.
             encoder.config.eos_token_id = tokenizer.eos_token_id
             getattr(encoder, "text_model", encoder).eos_token_id = tokenizer.eos_token_id
+
+
+def _knows(tokenizer: Any, word: str) -> bool:
+    number = tokenizer.convert_tokens_to_ids(word)
+    return number is not None and tokenizer.convert_ids_to_tokens(number) == word
+
+
+def _with_words(original: Any, words: Sequence[str]) -> Any:
+    """A copy of a tokenizer with more words. What is large and never changes, the base's vocabulary, is shared."""
+    shared = {id(v): v for v in vars(original).values() if isinstance(v, list | dict) and len(v) > 1000}
+    if (backend := getattr(original, "backend_tokenizer", None)) is not None:
+        twin = type(backend)(backend.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            setattr(twin, part, getattr(backend, part))
+        twin.add_tokens([word for _, word in sorted(backend.get_added_tokens_decoder().items())])
+        shared[id(backend)] = twin
+    tokenizer = copy.deepcopy(original, shared)
+    tokenizer.add_tokens(list(words))
+    return tokenizer
+
+
+def _check_known(ids: Tensor, words: Mapping[int, tuple[str, int]], vocabulary: int) -> None:
+    if unknown := [word for row in ids.tolist() for word in row if word >= vocabulary and word not in words]:
+        raise TokenConflict(
+            f"The prompt holds a concept token (id {unknown[0]}) that is not attached any more; build this pipeline "
+            "again from the components of the one adapters are attached to."
+        )
 
 
 def _positions(ids: list[int], words: Mapping[int, tuple[str, int]]) -> Positions:

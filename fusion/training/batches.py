@@ -119,10 +119,11 @@ class Batches:
     def _draw_class_pictures(self) -> None:
         """Class pictures by the base, as many as are missing; the adapter attached is untrained and changes nothing."""
         config, folder = self.config, self.config.class_folder()
-        have = len(class_dataset(config))
-        while have < config.num_class_images:
-            count = min(config.sample_batch_size, config.num_class_images - have)
-            pictures = generate(self.pipe, config.class_prompt or "", seed=have, batch=count)
-            for i, picture in enumerate(pictures):
-                picture.save(folder / f"{have + i:05d}.png")
-            have += count
+        missing, seed = config.num_class_images - len(class_dataset(config)), 0
+        while missing > 0:
+            for picture in generate(self.pipe, config.class_prompt or "", seed=seed, batch=config.sample_batch_size):
+                path = folder / f"drawn-{seed:05d}.png"
+                if missing > 0 and not path.exists():
+                    picture.save(path)
+                    missing -= 1
+                seed += 1

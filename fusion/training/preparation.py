@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
 from fusion.adapters.layer import AdapterLayer, LayerOptions
+from fusion.errors import UnknownName, closest
 from fusion.formats.library import Library
 from fusion.formats.spectrum_cache import cached_spectrum
 from fusion.models.families import base_info
@@ -26,6 +27,9 @@ def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack) -> Adapter
 
     Raises UnknownName for a target that names no layer, SliceConflict for a slice that is taken or does not fit.
     """
+    if config.adapter_type not in ADAPTERS:
+        near = closest(config.adapter_type, ADAPTERS)
+        raise UnknownName(f"No adapter type is called '{config.adapter_type}'{near} There are: {', '.join(ADAPTERS)}.")
     kind, info = ADAPTERS[config.adapter_type], base_info(pipe)
     gated = config.gating == "tokens"
     learning = [c for c in components(pipe) if c == "unet" or config.text_encoder_lr]

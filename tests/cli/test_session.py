@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases") / f"tiny-{request.param}"
     tiny.pipeline(request.param).save_pretrained(folder)
+    (folder / "fusion.toml").write_text("[generation]\nsteps = 2\n")
     return str(folder)
 
 
@@ -63,8 +64,7 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("compatible: ") and "wrote pets.safetensors (" in shown and "a <dog> beside a <cat>" in shown
 
-    drawing = ["--base", base, "--steps", "2"]
-    assert main(["generate", "pets.safetensors", "--prompt", "a <dog> and a <cat>", *drawing]) == 0
+    assert main(["generate", "pets.safetensors", "--prompt", "a <dog> and a <cat>", "--base", base]) == 0
     assert "wrote out/a-dog-and-a-cat-0.png" in capsys.readouterr().out
     assert main(["export", "pets.safetensors", "--to", "kohya", "-o", "lora.safetensors"]) == 0
     assert "wrote lora.safetensors (" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
 
 def test_a_picture_is_drawn_again_from_its_recipe(train, base, tmp_path, capsys):
     assert train("<dog>") == 0
-    prompt = ["--prompt", "a <dog>", "--base", base, "--steps", "2", "--strength", "0.5"]
+    prompt = ["--prompt", "a <dog>", "--base", base, "--strength", "0.5"]
     assert main(["generate", "out/dog.safetensors", *prompt, "--num_images", "2", "--seed", "3", "-o", "first.png"]) == 0
     assert main(["generate", "--from", "first-4.png", "--base", base, "-o", "again.png"]) == 0
     assert (pixels("again.png") == pixels("first-4.png")).all()
@@ -92,7 +92,7 @@ def test_a_picture_is_drawn_again_from_its_recipe(train, base, tmp_path, capsys)
 
 def test_a_recipe_of_another_base_asks_for_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "--prompt", "a dog", "--base", base, "--steps", "1", "-o", "dog.png"]) == 0
+    assert main(["generate", "--prompt", "a dog", "--base", base, "-o", "dog.png"]) == 0
     assert main(["generate", "--from", "dog.png"]) == 2
     assert "--base" in capsys.readouterr().err
 

@@ -95,7 +95,7 @@ def test_a_pickle_is_never_run(tmp_path):
 
 
 def test_missing_files_and_folders(small):
-    with pytest.raises(FormatError, match="no file .*did you mean 'rex.safetensors'"):
+    with pytest.raises(FormatError, match=r"no file .*did you mean 'rex.safetensors'"):
         load(small.with_name("rax.safetensors"))
     with pytest.raises(FormatError, match="is a folder"):
         load(small.parent)

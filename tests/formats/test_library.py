@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-import tiny
 from fusion.adapters.adapter import BaseInfo
 from fusion.errors import SliceConflict
 from fusion.formats import native
@@ -24,6 +23,8 @@ def reserve(folder, **options):
 @pytest.fixture
 def filled(trained, tmp_path):
     """A library with `dog` on slice 0-3 and `cat` on 8-11."""
+    import tiny  # not above: the processes below import this module, and need no diffusers
+
     for noun, token, k in [("dog", "<rex>", 0), ("cat", "<tom>", 2)]:
         native.save(trained(tiny.pipeline("sd1"), noun=noun, token=token, k=k), tmp_path / f"{noun}.safetensors")
     return tmp_path
@@ -43,7 +44,7 @@ def test_a_taken_slice_is_refused_by_its_owners_name(filled):
     with pytest.raises(SliceConflict, match=r"'cat' \(<tom>\) owns directions 8-11"):
         reserve(filled, wanted=SpectralSlice(9, 4))
     with reserve(filled, wanted=SpectralSlice(4, 4)), pytest.raises(SliceConflict, match="a training under way"):
-        reserve(filled, wanted=SpectralSlice(6, 4))
+        reserve(filled, wanted=SpectralSlice(5, 2))
     with reserve(filled, wanted=SpectralSlice(8, 4), replacing="<tom>") as again:
         assert again.slice == SpectralSlice(8, 4)
     with pytest.raises(SliceConflict, match="No free contiguous slice"):
@@ -91,6 +92,13 @@ def test_other_files_are_left_out_with_a_warning(filled, caplog):
     assert Library(filled / "nowhere").adapters() == [] and Library(filled / "nowhere").slice_map(BASE) == []
 
 
+def processes():
+    """Real processes, but torch is imported once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _work(folder, start, results):
     start.wait()
     with reserve(folder) as held:
@@ -99,9 +107,9 @@ def _work(folder, start, results):
 
 
 def test_processes_side_by_side_get_slices_of_their_own(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     start, results = context.Barrier(6), context.Queue()
-    workers = [context.Process(target=_work, args=(tmp_path, start, results)) for _ in range(6)]
+    workers = [context.Process(target=_work, args=(tmp_path, start, results), daemon=True) for _ in range(6)]
     for worker in workers:
         worker.start()
     got = sorted(results.get(timeout=120) for _ in workers)
@@ -111,15 +119,15 @@ def test_processes_side_by_side_get_slices_of_their_own(tmp_path):
 
 
 def _hold(folder, ready):
-    reserve(folder)
-    ready.set()
-    time.sleep(600)
+    with reserve(folder):
+        ready.set()
+        time.sleep(600)
 
 
 def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     ready = context.Event()
-    worker = context.Process(target=_hold, args=(tmp_path, ready))
+    worker = context.Process(target=_hold, args=(tmp_path, ready), daemon=True)
     worker.start()
     assert ready.wait(120)
     with reserve(tmp_path) as beside:

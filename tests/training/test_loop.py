@@ -1,0 +1,280 @@
+"""Training, on toy pipelines of the real classes: what changes, what does not, and that resuming is exact."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fusion
+import tiny
+from fusion.adapters import ADAPTERS
+from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName
+from fusion.training.batches import Batches
+from fusion.training.loop import named_parameters
+from fusion.training.loss import denoising_loss
+
+PROMPT = "a <dog> on a photo"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "masks").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def config(pictures, **settings):
+    base = {
+        "token": "<dog>",
+        "noun": "dog",
+        "instance_data_dir": pictures,
+        "output_dir": pictures.parent / "out",
+        "rank": 4,
+        "max_train_steps": 3,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "text_encoder_lr": 1e-2,
+        "token_lr": 1e-2,
+        "checkpointing_steps": 0,
+    }
+    return fusion.TrainingConfig(**{**base, **settings})
+
+
+def run(pipe, settings):
+    steps = list(fusion.train(pipe, settings))
+    return steps, {name: p.detach().clone() for name, p in named_parameters(steps[-1].adapter).items()}
+
+
+def bits(pipe):
+    parts = (pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "text_encoder_2", None))
+    return {f"{i}.{k}": v.clone() for i, part in enumerate(parts) if part for k, v in part.state_dict().items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("gating", ["tokens", "none"])
+def test_only_adapter_and_token_rows_change(kind, gating, pictures):
+    pipe = tiny.pipeline("sd1")
+    before, flags = bits(pipe), [p.requires_grad for p in pipe.unet.parameters()]
+    tokenizer = pipe.tokenizer
+    steps, trained = run(pipe, config(pictures, adapter_type=kind, gating=gating))
+    assert same(before, bits(pipe))
+    assert [p.requires_grad for p in pipe.unet.parameters()] == flags
+    assert pipe.tokenizer is tokenizer
+    assert [step.step for step in steps] == [1, 2, 3]
+    assert any(delta.norm() > 0 for delta in steps[-1].adapter.deltas().values())
+    assert steps[-1].adapter.gated == (gating == "tokens")
+    assert trained.keys() == named_parameters(steps[-1].adapter).keys()
+
+
+def test_every_family_trains_by_its_own_prediction(pipe, family, pictures):
+    steps, _ = run(pipe, config(pictures))
+    info = steps[-1].adapter.info
+    assert info.base.family == family
+    assert info.base.prediction == pipe.scheduler.config.prediction_type
+    components = {"text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
+    assert set(steps[-1].adapter.tokens["<dog>"]) == components
+    assert {name.split(".")[0] for name in steps[-1].adapter.layers} == {"unet", *components}
+
+
+def test_loss_falls_on_one_picture(pictures):
+    for extra in ("1.png", "2.png"):
+        (pictures / extra).unlink()
+    pipe = tiny.pipeline("sd1")
+    # The same noise every time, so that only learning can lower the loss: one long batch, two passes over its seeds.
+    steps, _ = run(pipe, config(pictures, gating="none", max_train_steps=40, train_batch_size=8, lr_scheduler="constant"))
+    losses = [step.loss for step in steps]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_a_step_changes_only_its_own_embedding_row(pictures):
+    pipe = tiny.pipeline("sd1")
+    table = pipe.text_encoder.get_input_embeddings().weight.clone()
+    steps, trained = run(pipe, config(pictures, num_vectors=2))
+    assert torch.equal(table, pipe.text_encoder.get_input_embeddings().weight)
+    assert steps[-1].adapter.tokens["<dog>"]["text_encoder"].shape[0] == 2
+    assert trained["text_encoder.token.<dog>"].shape == (2, table.shape[1])
+
+
+def test_stopping_early_leaves_the_pipeline_as_found(pictures):
+    pipe = tiny.pipeline("sd1")
+    before, tokenizer, modules = bits(pipe), pipe.tokenizer, dict(pipe.unet.named_modules())
+    training = fusion.train(pipe, config(pictures, gradient_checkpointing=True))
+    next(training)
+    assert pipe.tokenizer is not tokenizer
+    training.close()
+    assert pipe.tokenizer is tokenizer
+    assert same(before, bits(pipe))
+    after = dict(pipe.unet.named_modules())
+    assert after.keys() == modules.keys() and all(after[k] is modules[k] for k in after)
+    assert not pipe.unet.is_gradient_checkpointing
+    assert not list((pictures.parent / "out").glob(".*.reserved"))
+
+
+def test_an_error_in_the_middle_leaves_the_pipeline_as_found(pictures):
+    pipe = tiny.pipeline("sd1")
+    before, tokenizer = bits(pipe), pipe.tokenizer
+    with pytest.raises(FusionError, match="loss is"):
+        list(fusion.train(pipe, config(pictures, learning_rate=1e30, max_train_steps=30, max_grad_norm=0.0)))
+    assert pipe.tokenizer is tokenizer and same(before, bits(pipe))
+
+
+@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "center_crop": False, "random_flip": True}])
+def test_resuming_is_exact(extra, pictures):
+    settings = config(pictures, max_train_steps=6, checkpointing_steps=3, lr_scheduler="cosine", **extra)
+    _, whole = run(tiny.pipeline("sd1"), settings)
+    steps = list(itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), 3))
+    assert steps[-1].checkpoint.name == "checkpoint-3"
+    again, resumed = run(tiny.pipeline("sd1"), settings.updated({"resume_from_checkpoint": str(steps[-1].checkpoint)}))
+    assert [step.step for step in again] == [4, 5, 6]
+    assert same(whole, resumed)
+
+
+def test_resuming_under_other_settings_is_refused(pictures):
+    settings = config(pictures, max_train_steps=2, checkpointing_steps=2)
+    list(fusion.train(tiny.pipeline("sd1"), settings))
+    with pytest.raises(ConfigError, match="seed"):
+        list(fusion.train(tiny.pipeline("sd1"), settings.updated({"seed": 1, "resume_from_checkpoint": "latest"})))
+
+
+def test_old_checkpoints_are_removed(pictures):
+    settings = config(pictures, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    list(fusion.train(tiny.pipeline("sd1"), settings))
+    kept = sorted(p.name for p in (settings.output_dir / "checkpoints" / "dog").iterdir())
+    assert kept == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_equal_seeds_give_equal_adapters_and_others_do_not(pictures):
+    _, first = run(tiny.pipeline("sd1"), config(pictures))
+    _, again = run(tiny.pipeline("sd1"), config(pictures))
+    _, other = run(tiny.pipeline("sd1"), config(pictures, seed=1))
+    assert same(first, again) and not same(first, other)
+
+
+def test_masks_change_the_loss_and_only_inside_counts(pictures):
+    white = Image.new("L", (48, 40), 0)
+    white.paste(255, (0, 0, 24, 40))
+    for i in range(3):
+        white.save(pictures / "masks" / f"{i}.png")
+    masked, _ = run(tiny.pipeline("sd1"), config(pictures, unmasked_weight=0.0))
+    plain, _ = run(tiny.pipeline("sd1"), config(pictures, use_masks=False))
+    assert masked[0].loss != plain[0].loss
+    prediction, target = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    disturbed = prediction + 100 * (1 - mask)
+    assert denoising_loss(prediction, target, mask=mask) == denoising_loss(disturbed, target, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"snr_gamma": 5.0}, {"noise_offset": 0.5}, {"prediction_type": "v_prediction"}, {"seed": 7}]
+)
+def test_each_setting_of_the_objective_changes_the_loss(setting, pictures):
+    plain, _ = run(tiny.pipeline("sd1"), config(pictures, max_train_steps=1))
+    changed, _ = run(tiny.pipeline("sd1"), config(pictures, max_train_steps=1, **setting))
+    assert plain[0].loss != changed[0].loss
+
+
+def test_gradient_checkpointing_changes_no_result(pictures):
+    _, plain = run(tiny.pipeline("sdxl"), config(pictures))
+    _, checkpointed = run(tiny.pipeline("sdxl"), config(pictures, gradient_checkpointing=True))
+    assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-6) for k in plain)
+
+
+def test_autocast_in_bfloat16_trains_float32_adapters(pictures):
+    steps, trained = run(tiny.pipeline("sd1"), config(pictures, mixed_precision="bf16"))
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    assert np.isfinite([step.loss for step in steps]).all()
+
+
+def test_text_is_encoded_once_where_nothing_upstream_trains(pictures, monkeypatch):
+    pipe = tiny.pipeline("sd1")
+    calls = []
+    encode = type(pipe).encode_prompt
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    run(pipe, config(pictures, token_lr=0.0, text_encoder_lr=0.0, max_train_steps=5))
+    assert len(calls) == 1  # three pictures, one caption
+
+
+def test_prior_preservation_draws_what_is_missing_and_says_what_gating_makes_of_it(pictures, caplog, monkeypatch):
+    monkeypatch.setattr("fusion.training.pictures.MIN_SIDE", 8)  # the toy base draws 16 px
+    settings = config(
+        pictures,
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        num_class_images=3,
+        sample_batch_size=2,
+    )
+    run(tiny.pipeline("sd1"), settings)
+    assert len(list(settings.class_folder().glob("*.png"))) == 3
+    assert "changes nothing" in caplog.text
+    ungated, _ = run(tiny.pipeline("sd1"), settings.updated({"gating": "none"}))
+    without, _ = run(tiny.pipeline("sd1"), config(pictures, gating="none"))
+    assert ungated[0].loss > without[0].loss
+
+
+def test_previews_are_drawn_by_the_code_that_draws_all_pictures(pictures):
+    pipe = tiny.pipeline("sd1")
+    settings = config(pictures, validation_prompt="a {token}", num_validation_images=2, validation_steps=2)
+    steps, _ = run(pipe, settings)
+    assert [len(step.images) for step in steps] == [0, 2, 2]
+    again = fusion.generate(pipe, "a <dog>", adapters=[steps[-1].adapter], seed=0, batch=2)
+    assert all(np.array_equal(p.image, q) for p, q in zip(again, steps[-1].images, strict=True))
+
+
+def test_slices_are_handed_out_by_the_output_folder(pictures):
+    pipe, slices = tiny.pipeline("sd1"), []
+    for token in ("<dog>", "<cat>"):
+        settings = config(pictures, token=token, instance_prompt="a {token}")
+        steps, _ = run(pipe, settings)
+        fusion.save(steps[-1].adapter, settings.output_dir / f"{settings.name}.safetensors")
+        slices.append(steps[-1].adapter.slices[0])
+    assert slices == [fusion.SpectralSlice.contiguous(0, 4), fusion.SpectralSlice.contiguous(1, 4)]
+    with pytest.raises(SliceConflict, match="dog"):
+        next(fusion.train(pipe, config(pictures, token="<owl>", slice=0)))
+
+
+def test_a_slice_beyond_the_narrowest_layer_is_refused_by_its_name(pictures):
+    with pytest.raises(SliceConflict, match=r"text_encoder|unet"):
+        next(fusion.train(tiny.pipeline("sd1"), config(pictures, slice=1000)))
+
+
+def test_unknown_targets_are_refused_with_a_suggestion(pictures):
+    with pytest.raises(UnknownName, match=r"unet\.attn2"):
+        next(fusion.train(tiny.pipeline("sd1"), config(pictures, targets=["unet.atn2"])))
+
+
+def test_targets_that_see_no_tokens_are_said(pictures, caplog):
+    run(tiny.pipeline("sd1"), config(pictures, targets=["unet.attn1"], max_train_steps=1))
+    assert "see no tokens" in caplog.text
+
+
+def test_balanced_slices_learn_at_their_own_rate(pictures):
+    weak = config(pictures, slice=5, balance_slices=True, max_train_steps=1)
+    _, balanced = run(tiny.pipeline("sd1"), weak)
+    _, plain = run(tiny.pipeline("sd1"), weak.updated({"balance_slices": False}))
+    name = next(n for n in plain if n.endswith("dU") and n.startswith("unet"))
+    assert balanced[name].abs().mean() > 1.05 * plain[name].abs().mean()
+
+
+def test_batches_are_a_function_of_their_number(pictures):
+    pipe, settings = tiny.pipeline("sd1"), config(pictures)
+    batches = Batches(pipe, settings)
+    batches.prepare()
+    generator = torch.Generator
+    one = batches.instance(4, generator().manual_seed(0))
+    assert torch.equal(one.latents, batches.instance(4, generator().manual_seed(0)).latents)
+    assert len(one.captions) == settings.train_batch_size
