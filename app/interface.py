@@ -66,8 +66,8 @@ def base_ready(session: Session) -> tuple[Any, ...]:
         size = session.pipe.unet.config.sample_size * session.pipe.vae_scale_factor
     except fusion.FusionError as error:
         warn(str(error))
-        return HEADER, gr.Dropdown(value=name, info="could not be opened"), *(gr.skip(),) * 3
-    base = gr.Dropdown(value=name, info=f"ready, draws {size} × {size}")
+        return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 3
+    base = gr.update(value=name, info=f"ready, draws {size} × {size}")
     return HEADER + CRISP * (size <= SMALL), base, *session.usual()
 
 

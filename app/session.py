@@ -6,9 +6,11 @@ the base take turns. Nothing here knows of gradio.
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
+import atexit
 import logging
 import re
 import secrets
+import shutil
 import tempfile
 import threading
 import tomllib
@@ -41,8 +43,8 @@ class Session:
     def __init__(self, base: str | None = None, library: str | Path = "library") -> None:
         self.base, self.library = base, Path(library)
         self.teaching: Any = None  # the latest teaching.Teaching
-        self._scratch = tempfile.TemporaryDirectory(prefix="spectral-fusion-", ignore_cleanup_errors=True)
-        self.folder = Path(self._scratch.name)  # pictures and downloads; gone when the app ends
+        self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self._opening, self._pipe = threading.Lock(), None
         self._turn, self._busy = threading.Lock(), ""
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}

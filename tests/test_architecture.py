@@ -32,7 +32,7 @@ ALLOWED = {
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},
-    "formats": {"torch", "safetensors"},
+    "formats": {"torch", "safetensors", "filelock"},
 }
 DEPENDENCIES = {
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub"),

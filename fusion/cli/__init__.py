@@ -54,8 +54,7 @@ def choose(first: list[str]) -> str:
     """The verb; help, version and mistakes leave by SystemExit as argparse does."""
     table = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
     parser = Parser(
-        "fusion",
-        "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture.",
+        "fusion", "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture."
     )
     parser.usage = "fusion <command> [options]"
     parser.epilog = f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more."

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         verdict("caution", report)
     save(fused, args.output, dtype=args.dtype)
     tokens = " ".join(concept.token for concept in fused.info.concepts)
-    print(f"wrote {args.output} ({size(args.output)}): {tokens or 'no concept tokens'}, {gates(fused)}")
+    print(f"wrote {args.output} ({size(args.output)}): {tokens or 'no concept tokens'}")
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
     print(f"next: {example('generate', args.output, *on, '--prompt', prompt(fused))}")
@@ -78,14 +78,6 @@ def renamed(adapters: list, renames: list[str]) -> list:
             raise UsageError(f"No adapter has the token {old}; there are: {known}.")
         adapters[owners[-1]] = adapters[owners[-1]].renamed({old: new})
     return adapters
-
-
-def gates(adapter) -> str:
-    """How its branches are gated, in a few words."""
-    free = [branch.name for branch in adapter.branches if not branch.gate]
-    if not free:
-        return "each acting at its own tokens"
-    return "acting on every token" if len(free) == len(adapter.branches) else f"{', '.join(free)} acting on every token"
 
 
 def prompt(adapter) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.cli.console import UsageError, add_base_arguments, advance, bar, example, open_base
-from fusion.errors import FormatError
+from fusion.errors import FormatError, closest
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         return given if given is not None else getattr(recipe, name, default)
 
+    check_words(pick("prompt"), adapters)
     with bar() as progress:
         pictures = generate(
             pipe,
@@ -78,11 +79,10 @@ def run(args: argparse.Namespace) -> None:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     for path, picture in zip(paths := write(pictures, files, args.output), pictures, strict=True):
         used = picture.recipe
-        print(
-            f"wrote {path}: {used.width}x{used.height}, seed {used.seed + used.index}, {used.steps} steps on {used.base}"
-        )
+        how = f"{used.width}x{used.height}, seed {used.seed + used.index}, {used.steps} steps on {used.base}"
+        print(f"wrote {path}: {how}")
     on = ["--base", args.base] if args.base else []
-    print(f"next: {example('generate', '--from', paths[0], *on, '--seed', used.seed + used.batch)}")
+    print(f"next: {example('generate', '--from', paths[0], *on, '--seed', used.seed + used.batch)}  # another seed")
 
 
 def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
@@ -102,6 +102,17 @@ def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], l
                 f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
             )
     return adapters, files, args.strength or before
+
+
+def check_words(prompt: str, adapters: list[Any]) -> None:
+    """Warn of tokens nobody has taught, and of a prompt in which no gate opens: it would be the base's picture."""
+    known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
+    named = re.findall(r"<[a-z0-9_-]+>", prompt)
+    for token in dict.fromkeys(named):
+        if token not in known:
+            logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
+    if any(adapter.gated for adapter in adapters) and not set(named) & set(known):
+        logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
 
 
 def find(used: Any, picture: Path) -> Path:

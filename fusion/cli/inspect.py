@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import columns, size, verdict
+from fusion.cli.console import columns, size, terminal_width, verdict
 
 WIDTH = 64  # characters of the slice map
 
@@ -63,85 +65,71 @@ def expand(paths: list[Path]) -> Iterator[Path]:
 
 def describe(adapter: Any, path: Path) -> dict[str, Any]:
     """Everything a file says of itself, as JSON."""
-    info = adapter.info
+    info, made = adapter.info, adapter.info.provenance
+    branches = [
+        {**vars(b), "slices": [part.to_json() for part in b.slices], "layers": list(b.layers)} for b in adapter.branches
+    ]
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "name": info.name,
         "digest": adapter.digest(),
+        "name": info.name,
         "base": vars(info.base) if info.base else None,
         "concepts": [vars(concept) for concept in info.concepts],
+        "branches": branches,
         "rank": adapter.rank,
-        "branches": [
-            {
-                "name": branch.name,
-                "type": branch.type,
-                "slices": [part.to_json() for part in branch.slices],
-                "targets": list(branch.targets),
-                "gate": list(branch.gate),
-                "strength": branch.strength,
-                "layers": list(branch.layers),
-            }
-            for branch in adapter.branches
-        ],
-        "provenance": vars(info.provenance) | {"settings": dict(info.provenance.settings)},
+        "provenance": vars(made) | {"settings": dict(made.settings)},
     }
 
 
 def print_one(adapter: Any, path: Path) -> None:
     info, made = adapter.info, adapter.info.provenance
     rows = [("concept", f"{c.token} from '{c.noun}', {c.vectors} vector{'s' * (c.vectors > 1)}") for c in info.concepts]
-    for branch in adapter.branches:
-        gate = f"at {' '.join(branch.gate)} only" if branch.gate else "on every token"
-        slices = f", slice {', '.join(map(str, branch.slices))}" if branch.slices else ""
-        strength = "" if branch.strength == 1 else f", strength {branch.strength:g}"
-        rows += [("branch", f"{branch.name}: {branch.type}{slices}, acts {gate}{strength}")]
-        rows += [("", f"targets {', '.join(branch.targets)}")] if branch.targets else []
-    counts: dict[str, int] = {}
-    for name in adapter.layer_names:
-        counts[name.partition(".")[0]] = counts.get(name.partition(".")[0], 0) + 1
+    for b in adapter.branches:
+        slices = f" on slice {', '.join(map(str, b.slices))}" if b.slices else ""
+        strength = "" if b.strength == 1 else f", strength {b.strength:g}"
+        gate = f"at {' '.join(b.gate)} only" if b.gate else "on every token"
+        rows += [("branch", f"{b.name}: {b.type}{slices}{strength}, acts {gate}"), ("", ", ".join(b.targets))]
+    counts = Counter(name.partition(".")[0] for name in adapter.layer_names)
     parameters = sum(p.numel() for p in adapter.parameters())
     rows += [("layers", ", ".join(f"{count} in {part}" for part, count in counts.items()))]
     rows += [("change", f"rank {adapter.rank} at most, {parameters:,} trained numbers")]
     rows += [("base", f"{info.base.name} ({info.base.family}, {info.base.prediction})" if info.base else "not known")]
-    if made.steps:
-        rows += [("trained", f"{made.steps} steps, seed {made.seed}")]
-    rows += [("parent", parent) for parent in made.parents]
-    rows += [("setting", f"{key} = {value}") for key, value in made.settings.items()]
-    rows += [("contents", adapter.digest()[:12])]
-    print(f"{path}  {size(path)}")
-    last = None
+    rows += [("trained", f"{made.steps} steps, seed {made.seed}")] if made.steps else []
+    rows += [
+        ("parents", ", ".join(made.parents)),
+        ("settings", ", ".join(f"{k} {v}" for k, v in made.settings.items())),
+    ]
+    print(f"{path}  {size(path)}, contents {adapter.digest()[:12]}")
     for label, text in rows:
-        print(f"  {label if label != last else '':<10}{text}")
-        last = label
+        if text:
+            indent = f"  {label:<10}"
+            print(textwrap.fill(text, terminal_width(), initial_indent=indent, subsequent_indent=" " * len(indent)))
 
 
 def print_table(adapters: list[Any], files: list[Path]) -> None:
     rows = [("adapter", "concepts", "type", "slice", "rank", "layers", "acts", "base", "size")]
     for adapter, path in zip(adapters, files, strict=True):
-        rows.append(
-            (
-                adapter.info.name,
-                " ".join(concept.token for concept in adapter.info.concepts) or "-",
-                ", ".join(dict.fromkeys(branch.type for branch in adapter.branches)),
-                ", ".join(map(str, adapter.slices)) or "-",
-                str(adapter.rank),
-                str(len(adapter.layer_names)),
-                "at its tokens" if all(branch.gate for branch in adapter.branches) else "everywhere",
-                adapter.info.base.name if adapter.info.base else "not known",
-                size(path),
-            )
-        )
+        concepts = " ".join(concept.token for concept in adapter.info.concepts) or "-"
+        types = ", ".join(dict.fromkeys(branch.type for branch in adapter.branches))
+        slices = ", ".join(map(str, adapter.slices)) or "-"
+        acts = "at its tokens" if all(branch.gate for branch in adapter.branches) else "everywhere"
+        base = adapter.info.base.name if adapter.info.base else "not known"
+        sizes = (str(adapter.rank), str(len(adapter.layer_names)))
+        rows.append((adapter.info.name, concepts, types, slices, *sizes, acts, base, size(path)))
     print("\n".join(columns(rows)))
 
 
 def owned(adapters: list[Any]) -> dict[str, tuple[Any, ...]]:
     """Slices by the name the interference matrix uses: a fused adapter is taken apart into its branches."""
-    return {
-        adapter.info.name if len(adapter.branches) == 1 else branch.name: branch.slices
-        for adapter in adapters
-        for branch in adapter.branches
-    }
+    found: dict[str, tuple[Any, ...]] = {}
+    for adapter in adapters:
+        for branch in adapter.branches:
+            name = adapter.info.name if len(adapter.branches) == 1 else branch.name
+            while name in found:
+                name += "'"
+            found[name] = branch.slices
+    return found
 
 
 def capacity(adapters: list[Any]) -> int:

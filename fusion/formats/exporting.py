@@ -51,7 +51,7 @@ def export(
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
     kept = {layer: compressed(delta, rank, energy) for layer, delta in whole.items()}
     write_lora(EXPORTS[form], adapter.info, kept, target, dtype)
-    embeddings = {concept: embedding_path(target, concept) for concept in adapter.info.concepts}
+    embeddings = {c: embedding_path(target, c) for c in adapter.info.concepts if c.token in adapter.tokens}
     for concept, file in embeddings.items():
         write_embedding(file, adapter.info, concept, adapter.tokens[concept.token])
     exact = all(kept[layer] is whole[layer] for layer in whole)
@@ -112,7 +112,8 @@ def _lines(base: BaseInfo | None, concept: Concept, file: Path) -> list[str]:
     if base is None or base.family != "sdxl":
         return [f"pipe.load_textual_inversion('{file}')  # {concept.token}"]
     return [
-        "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",  # see the note below
+        # SDXL's published config names a wrong end of prompt: CLIP then pools at the largest id, the new token's.
+        "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
         f"rows = safetensors.torch.load_file('{file}')",
         f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_l']}})",
         f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_g']}}, text_encoder=pipe.text_encoder_2, "
@@ -128,7 +129,8 @@ def _write_card(adapter: Adapter, report: ExportReport, embeddings: Mapping[Conc
         "sd version": a1111_version(adapter.info.base),
         "activation text": ", ".join(file.stem for file in embeddings.values()),
         "preferred weight": 1.0,
-        "notes": "\n".join(report.notes),
+        # Cards are passed on with the LoRA: the folders of this machine are nobody's business.
+        "notes": "\n".join(report.notes).replace(f"{report.path.parent}{os.sep}", ""),
     }
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     write_whole(report.path.with_suffix(".json"), [text.encode()])

@@ -2,7 +2,7 @@
 
     lora_unet_<path with _>.lora_down.weight    down (Q, I)        lora_te_text_model_<path with _>.…    SD 1.x, 2.x
     lora_unet_<path with _>.lora_up.weight      up   (O, Q)        lora_te1_…, lora_te2_…                SDXL
-    lora_unet_<path with _>.alpha               scale · Q
+    lora_unet_<path with _>.alpha               scale · Q, the same in every layer
 
 SD 1.x and 2.x use diffusers' block names. SDXL uses those of its first release (`input_blocks_4_1_…`): sd-scripts
 trains on them, so every program that reads SDXL LoRAs at all reads these, while diffusers' names in kohya's spelling

@@ -45,7 +45,6 @@ class AdapterFile:
     info: AdapterInfo
     branches: tuple[Branch, ...]  # without their layers
     layer_names: tuple[str, ...]
-    values: int  # numbers stored
     size: int  # bytes
 
     @property
@@ -117,10 +116,9 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 def read_info(path: str | os.PathLike[str]) -> AdapterFile:
     """What a file says of itself, checked like `load` but for the values. Reads no tensor."""
     with opened(path) as file:
-        layout, infos = _survey(file.path, file.header), file.header.tensors.values()
+        layout, size = _survey(file.path, file.header), file.path.stat().st_size
     names = tuple(dict.fromkeys(name for layers in layout.layers for name in layers))
-    values = sum(torch.Size(info.shape).numel() for info in infos)
-    return AdapterFile(file.path, layout.info, layout.branches, names, values, file.path.stat().st_size)
+    return AdapterFile(file.path, layout.info, layout.branches, names, size)
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:

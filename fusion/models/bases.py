@@ -45,7 +45,7 @@ def open_pipeline(
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             source,
-            torch_dtype=as_dtype(dtype, device),
+            dtype=as_dtype(dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             revision=revision,

@@ -34,7 +34,7 @@ _keys = itertools.count()
 
 
 class Installation:
-    """All that is attached to one pipeline: adapted layers, concept tokens, the hook that reads prompts."""
+    """All that is attached to one set of components: adapted layers, concept tokens, the hooks that read prompts."""
 
     def __init__(self, pipe: Any) -> None:
         self.parts = components(pipe)
@@ -71,22 +71,20 @@ class Installation:
         layer = self.layers[name]
         layer.remove(key)
         if not layer.branches:
-            site = self._site_of(layer, self.sites[name])
-            setattr(site.parent, site.attribute, self.sites[name].module)
             del self.layers[name]
+            if (site := self._whereabouts(name, layer)) is not None:
+                setattr(site.parent, site.attribute, self.sites[name].module)
+            else:
+                logger.warning("%s was replaced while an adapter was attached to it; it is left as it is.", name)
 
-    def _site_of(self, layer: nn.Module, first: Site) -> Site:
+    def _whereabouts(self, name: str, layer: nn.Module) -> Site | None:
         """Where an adapted layer hangs now: PEFT, for one, may have wrapped it since."""
-        if getattr(first.parent, first.attribute) is layer:
+        first = self.sites[name]
+        holder = getattr(first.parent, first.attribute)
+        if holder is layer:
             return first
-        for parent in getattr(first.parent, first.attribute).modules():
-            for attribute, module in parent.named_children():
-                if module is layer:
-                    return Site(parent, attribute, module)
-        raise FusionError(
-            f"{first.attribute} of {type(first.parent).__name__} was replaced while an adapter was attached to it, so "
-            "it cannot be put back. Load the pipeline again."
-        )
+        below = ((parent, *child) for parent in holder.modules() for child in parent.named_children())
+        return next((Site(*place) for place in below if place[2] is layer), None)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -164,9 +162,7 @@ class Attachment:
                 *(t for b in self.adapter.branches for t in b.gate),
                 self.adapter.info.name,
             ]
-            raise UnknownName(
-                f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}."
-            )
+            raise UnknownName(f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}.")
         for knob in chosen:
             knob.value = float(value)
 
@@ -233,7 +229,8 @@ def check_base(pipe: Any, adapter: Adapter) -> None:
             weight = matrix(found[name])
             if weight.is_meta:
                 raise BaseMismatch(
-                    f"{name} has no weight here now, as under sequential offloading; attach before that."
+                    f"{name} has no weight here now, as under sequential offloading; load the pipeline without it, or "
+                    "use enable_model_cpu_offload()."
                 )
             basis = layer.basis.spectrum() if isinstance(layer, SpectralLayer) else None
             with torch.no_grad():

@@ -79,8 +79,12 @@ class ConceptTokens:
     def join(self, pipe: Any) -> None:
         """Give the tokenizers to another pipeline of the same components, too."""
         self._pipes.add(pipe)
-        for component, tokenizer in self._tokenizers.items():
-            setattr(pipe, TOKENIZERS[component], tokenizer)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        for pipe in self._pipes:
+            for component, tokenizer in self._tokenizers.items():
+                setattr(pipe, TOKENIZERS[component], tokenizer)
 
     def add(self, key: int, concepts: tuple[Concept, ...], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Teach the pipeline the concepts of attachment `key`; `rows`: token -> component -> (vectors, D).
@@ -108,8 +112,7 @@ class ConceptTokens:
         for hook in self._hooks:
             hook.remove()
         self._tokenizers = self._originals
-        for pipe in self._pipes:
-            self.join(pipe)
+        self._hand_out()
 
     def _rebuild(self) -> None:
         """Give the pipelines copies of their own tokenizers that know exactly the attached concepts.
@@ -125,8 +128,7 @@ class ConceptTokens:
             tokenizer = _with_words(original, words) if living else original
             self._words[component] = {tokenizer.convert_tokens_to_ids(piece): at for piece, at in living.items()}
             self._tokenizers[component] = tokenizer
-        for pipe in self._pipes:
-            self.join(pipe)
+        self._hand_out()
 
     def _row(self, component: str, token: str, vector: int) -> Tensor:
         return next(rows[token][component][vector] for _, rows in self._owned.values() if token in rows)

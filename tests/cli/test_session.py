@@ -62,7 +62,9 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
 
     assert main(["fuse", "out/dog.safetensors", "out/cat.safetensors", "-o", "pets.safetensors"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("compatible: ") and "wrote pets.safetensors (" in shown and "a <dog> beside a <cat>" in shown
+    assert (
+        shown.startswith("compatible: ") and "wrote pets.safetensors (" in shown and "a <dog> beside a <cat>" in shown
+    )
 
     assert main(["generate", "pets.safetensors", "--prompt", "a <dog> and a <cat>", "--base", base]) == 0
     assert "wrote out/a-dog-and-a-cat-0.png" in capsys.readouterr().out
@@ -74,7 +76,9 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
 def test_a_picture_is_drawn_again_from_its_recipe(train, base, tmp_path, capsys):
     assert train("<dog>") == 0
     prompt = ["--prompt", "a <dog>", "--base", base, "--strength", "0.5"]
-    assert main(["generate", "out/dog.safetensors", *prompt, "--num_images", "2", "--seed", "3", "-o", "first.png"]) == 0
+    assert (
+        main(["generate", "out/dog.safetensors", *prompt, "--num_images", "2", "--seed", "3", "-o", "first.png"]) == 0
+    )
     assert main(["generate", "--from", "first-4.png", "--base", base, "-o", "again.png"]) == 0
     assert (pixels("again.png") == pixels("first-4.png")).all()
     assert main(["generate", "--from", "first-4.png", "--base", base, "-o", "other.png", "--seed", "9"]) == 0
@@ -142,3 +146,29 @@ def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
     monkeypatch.setattr(loop, "train", whole)
     assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 0
     assert "3 steps" in capsys.readouterr().out
+    assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 1
+    assert "nothing left to train" in capsys.readouterr().err
+
+
+def test_words_nobody_taught_are_pointed_out(train, base, capsys):
+    assert train("<dog>") == 0
+    capsys.readouterr()
+    assert main(["generate", "out/dog.safetensors", "--prompt", "a <dgo>", "--base", base]) == 0
+    shown = capsys.readouterr().err
+    assert "warning: No adapter given knows <dgo>; did you mean '<dog>'?" in shown
+    assert "warning: The prompt has none of the tokens <dog>" in shown
+    assert main(["generate", "out/dog.safetensors", "--prompt", "a <dog>", "--base", base]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start, other = f"{pictures}/0.png", f"{pictures}/1.png"
+    words = ["--base", base, "-o"]
+    assert main(["generate", "--prompt", "a dog", "--image", start, "--image_strength", "1", *words, "dog.png"]) == 0
+    assert main(["generate", "--from", "dog.png", "--image", start, *words, "again.png"]) == 0
+    assert (pixels("again.png") == pixels("dog.png")).all()
+    assert main(["generate", "--from", "dog.png", *words, "again.png"]) == 2
+    assert "--image" in capsys.readouterr().err
+    assert main(["generate", "--from", "dog.png", "--image", other, *words, "again.png"]) == 0
+    assert "is not the picture" in capsys.readouterr().err

@@ -95,7 +95,6 @@ def test_the_header_tells_everything_but_the_values(trained, side_by_side, tmp_p
     info = native.read_info(path)
     assert (info.info, info.slices, info.base) == (fused.info, fused.slices, fused.info.base)
     assert info.layer_names == tuple(sorted(fused.layer_names)) and info.size == path.stat().st_size
-    assert 0 < info.size - 2 * info.values < 0.5 * info.size
 
 
 def test_a_loaded_adapter_does_not_follow_its_file(trained, tmp_path):

@@ -1,0 +1,52 @@
+"""The app on a toy base in a folder, with pictures of noise to learn from."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from app.session import Session
+
+SETTINGS = """
+[training]
+rank = 4
+max_train_steps = 4
+learning_rate = 1e-2
+token_lr = 1e-2
+train_batch_size = 2
+
+[generation]
+steps = 3
+guidance_scale = 2.5
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "tiny-sd1"
+    tiny.pipeline("sd1").save_pretrained(folder)
+    (folder / "fusion.toml").write_text(SETTINGS)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Uploads as gradio hands them over: paths with captions or None."""
+    noise = np.random.default_rng(0)
+    made = []
+    for name in ("one.png", "Zwei & Ümlaut (2).jpg", "three.webp"):
+        path = tmp_path / "uploads" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+        made.append((str(path), None))
+    return made
+
+
+@pytest.fixture
+def session(base, tmp_path):
+    return Session(base, tmp_path / "library")

@@ -1,0 +1,176 @@
+"""fuse: exact, closed, and refusing by name what cannot be fused."""
+
+import pytest
+import torch
+
+import fusion
+import tiny
+from fusion.adapters.adapter import BaseInfo
+from fusion.errors import BaseMismatch, ConfigError, GatingError, SliceConflict, TokenConflict, UnknownName
+from fusion.methods import METHODS
+from dataclasses import replace
+from trained import attached, draw, trained_adapter
+
+TOKENS = ("<rex>", "<tom>", "<ann>")
+
+
+@pytest.fixture
+def toy():
+    return tiny.pipeline("sd1")
+
+
+@pytest.fixture
+def three(toy):
+    return [trained_adapter(toy, token, k=k) for k, token in enumerate(TOKENS)]
+
+
+def total(adapter, layer):
+    return adapter.deltas()[layer].dense()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_direct_sum_is_the_sum_with_strengths(toy, gated):
+    parts = [trained_adapter(toy, token, k=k, gated=gated) for k, token in enumerate(TOKENS)]
+    fused = fusion.fuse(parts, strengths=[1.0, 0.5, -2.0])
+    for layer in fused.layer_names:
+        expected = total(parts[0], layer) + 0.5 * total(parts[1], layer) - 2 * total(parts[2], layer)
+        torch.testing.assert_close(total(fused, layer), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_average_is_the_mean_of_the_merged_weights(toy, three):
+    fused = fusion.fuse(three, method="average")
+    for layer in fused.layer_names:
+        weight = torch.randn(total(fused, layer).shape)
+        mean = torch.stack([weight + total(adapter, layer) for adapter in three]).mean(dim=0)
+        torch.testing.assert_close(weight + total(fused, layer), mean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fused_adapter_draws_what_its_parts_draw_together_bit_by_bit(toy, three):
+    prompt = "a photo of a <rex> and a <ann>"
+    with attached(toy, *three):
+        apart = draw(toy, prompt)
+    with attached(toy, fusion.fuse(three)):
+        assert torch.equal(draw(toy, prompt), apart)
+
+
+def test_fusing_is_closed_and_does_not_depend_on_grouping(toy, three):
+    at_once = fusion.fuse(three)
+    in_steps = fusion.fuse([fusion.fuse(three[:2]), three[2]])
+    for layer in at_once.layer_names:
+        torch.testing.assert_close(total(at_once, layer), total(in_steps, layer))
+    assert [c.token for c in in_steps.info.concepts] == list(TOKENS)
+    assert in_steps.slices == at_once.slices
+    with attached(toy, at_once):
+        one = draw(toy, "a <tom>")
+    with attached(toy, in_steps):
+        assert torch.equal(one, draw(toy, "a <tom>"))
+
+
+def test_one_adapter_fused_alone_is_itself(three):
+    alone = fusion.fuse(three[:1])
+    assert all(torch.equal(total(alone, n), total(three[0], n)) for n in three[0].layer_names)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strength_zero_of_all_changes_nothing(three, method):
+    fused = fusion.fuse(three, strengths=[0, 0, 0], method=method)
+    assert all(not total(fused, layer).any() for layer in fused.layer_names)
+
+
+def test_compression_keeps_rank_and_says_that_gates_are_lost(three, caplog):
+    small = fusion.fuse(three, rank=5)
+    assert max(delta.rank for delta in small.deltas().values()) == 5
+    assert not small.gated and "cannot be gated" in caplog.text
+    full = fusion.fuse(three, energy=1.0)
+    for layer in full.layer_names:
+        torch.testing.assert_close(total(full, layer), total(fusion.fuse(three), layer), rtol=1e-4, atol=1e-5)
+
+
+def test_overlapping_slices_are_refused_by_both_names(toy):
+    same = [trained_adapter(toy, "<rex>", k=1), trained_adapter(toy, "<tom>", k=1)]
+    with pytest.raises(SliceConflict, match=r"'rex' and 'tom' both use directions 4-7 in \d+ layers"):
+        fusion.fuse(same)
+    assert fusion.compatibility(same).verdict == "refused"
+    assert len(fusion.fuse(same, allow_overlap=True).branches) == 2
+    assert fusion.fuse(same, method="average")
+
+
+def test_slices_of_different_kinds_do_not_collide(toy):
+    fusion.fuse([trained_adapter(toy, "<rex>"), trained_adapter(toy, "<tom>", kind="orthogonal")])
+    fusion.fuse([trained_adapter(toy, "<rex>", kind="lora"), trained_adapter(toy, "<tom>", kind="lora")])
+
+
+def test_one_token_twice_is_refused_and_can_be_renamed(toy):
+    twins = [trained_adapter(toy, "<rex>", k=0), trained_adapter(toy, "<rex>", k=1)]
+    with pytest.raises(TokenConflict, match="rename"):
+        fusion.fuse(twins)
+    fused = fusion.fuse([twins[0], twins[1].renamed({"<rex>": "<rex-2>"})])
+    assert [concept.token for concept in fused.info.concepts] == ["<rex>", "<rex-2>"]
+
+
+def test_adapters_of_different_families_are_refused_by_name(three):
+    stranger = replace(three[1], info=replace(three[1].info, base=BaseInfo("sdxl", "other", "epsilon")))
+    with pytest.raises(BaseMismatch, match=r"'rex'.*'tom'"):
+        fusion.fuse([three[0], stranger])
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda a: fusion.fuse([]), ConfigError),
+        (lambda a: fusion.fuse(a, strengths=[1.0]), ConfigError),
+        (lambda a: fusion.fuse(a, method="direct_som"), UnknownName),
+        (lambda a: fusion.fuse(a, gating="token"), ConfigError),
+    ],
+)
+def test_mistakes_are_named(three, call, error):
+    with pytest.raises(error):
+        call(three)
+
+
+def test_gates_can_be_dropped_and_given(toy):
+    ungated = trained_adapter(toy, "<rex>", gated=False)
+    assert fusion.fuse([ungated], gating="tokens").gated
+    assert not fusion.fuse([trained_adapter(toy, "<tom>")], gating="none").gated
+    with pytest.raises(GatingError):
+        bare = replace(ungated, info=replace(ungated.info, concepts=()), tokens={})
+        fusion.fuse([bare], gating="tokens")
+
+
+def test_compatibility_tells_before_fusing_what_fusing_will_say(toy, three):
+    good = fusion.compatibility(three, toy)
+    assert good.verdict == "compatible" and "3 adapters" in good.sentence
+    loose = fusion.compatibility([three[0], trained_adapter(toy, "<tom>", k=1, gated=False)])
+    assert loose.verdict == "caution" and loose.advice
+    foreign = fusion.compatibility(three, tiny.pipeline("sd1", seed=5))
+    assert foreign.verdict == "refused" and "does not fit this base" in foreign.sentence
+    twins = fusion.compatibility([three[0], three[0]])
+    assert twins.verdict == "refused"
+
+
+def test_interference_is_what_dense_matrices_say(three):
+    measured = fusion.interference(three)
+    first, second = (torch.cat([total(a, n).flatten() for n in a.layer_names]).double() for a in three[:2])
+    expected = torch.dot(first, second) / first.norm() / second.norm()
+    assert measured.cosine[0][1] == pytest.approx(float(expected), abs=1e-6)
+    layer = three[0].layer_names[0]
+    one, two = total(three[0], layer).double(), total(three[1], layer).double()
+    assert measured.by_layer[layer][1][0] == pytest.approx(float((one * two).sum() / one.norm() / two.norm()), abs=1e-6)
+    whole = sum(torch.cat([total(a, n).flatten() for n in a.layer_names]).double() for a in three)
+    assert measured.retention[0] == pytest.approx(float(torch.dot(whole, first) / first.dot(first)), rel=1e-5)
+    norms = [torch.cat([total(a, n).flatten() for n in a.layer_names]).double().norm() for a in three]
+    assert measured.energy_ratio == pytest.approx(float(whole.norm() / max(norms)), rel=1e-5)
+
+
+def test_a_planted_collision_is_named_with_pair_and_layer(toy):
+    one, two = trained_adapter(toy, "<rex>", k=0, gated=False), trained_adapter(toy, "<tom>", k=1, gated=False)
+    layer = one.layer_names[3]
+    layers = {**two.layers, layer: one.layers[layer]}
+    planted = replace(two, branches=(replace(two.branches[0], layers=layers),))
+    worst = fusion.interference([one, planted]).worst(1)[0]
+    assert worst[0] == layer and {worst[1], worst[2]} == {"rex", "tom"} and worst[3] == pytest.approx(1.0)
+    assert layer in " ".join(fusion.compatibility([one, planted]).problems)
+
+
+def test_a_fused_adapter_is_taken_apart_when_measured(three):
+    assert fusion.interference([fusion.fuse(three)]).names == ["rex", "tom", "ann"]
