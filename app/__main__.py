@@ -22,7 +22,13 @@ def main() -> None:
     session = Session(chosen.base, chosen.library)
     page = build(session)
     threading.Thread(target=session.warm_up, name="opening", daemon=True).start()
-    page.launch(server_name=chosen.host, server_port=chosen.port, **launch_options())
+    where = {"server_name": chosen.host, "server_port": chosen.port, "quiet": True, "prevent_thread_lock": True}
+    try:
+        page.launch(**where, **launch_options())
+    except OSError as error:  # the port is taken
+        parser.exit(1, f"{error}\n")
+    print(f"Open {page.local_url} in a browser. Ctrl-C ends it.", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -35,17 +35,17 @@ def build(session: Session) -> gr.Blocks:
             with gr.Tab("Library", id="library") as library_tab:
                 cards, refresh = library.build(session)
 
-        shelf = {"fn": told(look_at_library, session), "inputs": picks}
-        shelf |= {"outputs": [picks, no_concepts, cards], **QUIET}
-        refresh.click(**shelf | {"api_name": "library", "api_visibility": "public"})
+        look, seen = told(look_at_library, session), [picks, no_concepts, cards]
+        refresh.click(look, picks, seen, api_name="library", show_progress="hidden")
         for event in (page.load, draw_tab.select, library_tab.select, taught.then):
-            event(**shelf)
+            event(look, picks, seen, **QUIET)
         usual = [title, base, teaching_steps, *drawing_usual]
         page.load(told(base_ready, session), None, usual, **QUIET)
-        page.load(told(teach.watch, session), None, views, **QUIET).then(**shelf)
+        page.load(told(teach.watch, session), None, views, **QUIET).then(look, picks, seen, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
         changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **ONE_AT_A_TIME)
-        changed.then(told(base_ready, session), None, usual, **QUIET)
+        for after in (changed.then, changed.failure):
+            after(told(base_ready, session), None, usual, **QUIET)
         teach_first.click(lambda: gr.Tabs(selected="teach"), None, tabs, **QUIET)
         use.click(lambda: ([session.teaching.saved.stem], gr.Tabs(selected="draw")), None, [picks, tabs], **QUIET)
     return page
@@ -54,7 +54,9 @@ def build(session: Session) -> gr.Blocks:
 def look_at_library(session: Session, picked: list[str]) -> tuple[Any, Any, str]:
     """The concepts to pick from, as they are in the folder now; what was picked and is still there stays picked."""
     entries = session.entries()
-    choices = [(" ".join(draw.tokens_of(entry.info)) or key, key) for key, entry in entries.items()]
+    names = {key: " ".join(draw.tokens_of(entry.info)) or key for key, entry in entries.items()}
+    twice = {name for name in names.values() if list(names.values()).count(name) > 1}
+    choices = [(f"{name} ({key})" if name in twice else name, key) for key, name in names.items()]
     picks = gr.CheckboxGroup(choices, value=[key for key in picked or [] if key in entries], visible=bool(choices))
     return picks, gr.Column(visible=not choices), library.cards_html(session)
 
@@ -84,8 +86,7 @@ def launch_options() -> dict[str, Any]:
 
 def theme() -> gr.themes.Base:
     """Quiet stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
-    colours = {"primary_hue": gr.themes.colors.violet, "neutral_hue": gr.themes.colors.stone}
-    look = gr.themes.Base(**colours, radius_size=gr.themes.sizes.radius_lg, font=FONTS, font_mono=MONO)
+    look = gr.themes.Base(primary_hue="violet", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
     for name, light, dark in (
         ("body_background_fill", "*neutral_50", "*neutral_950"),
         ("block_background_fill", "white", "*neutral_900"),

@@ -2,7 +2,7 @@
 
 import html
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,12 @@ def told(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def _noticed() -> Iterator[None]:
+def _noticed() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        sentence = html.escape(in_a_sentence(error))
-        raise gr.Error(sentence, title="That did not work", print_exception=False) from None
+        raise gr.Error(html.escape(in_a_sentence(error)), print_exception=False) from None
 
 
 def warn(sentence: str) -> None:
-    gr.Warning(html.escape(sentence), title="Note")
+    gr.Warning(html.escape(sentence))

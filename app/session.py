@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
@@ -50,7 +50,7 @@ class Session:
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}
 
     @contextmanager
-    def turn(self, clause: str) -> Iterator[None]:
+    def turn(self, clause: str) -> Generator[None]:
         """The pipeline to oneself. Raises FusionError, with its clause, when other work does not let go of it."""
         if not self._turn.acquire(timeout=0 if self.teaching and self.teaching.running else PATIENCE):
             raise fusion.FusionError(f"{self._busy}; wait until that is done, or stop it.")

@@ -49,20 +49,17 @@ def lesson(
         copied = shutil.copyfile(source, folder / name)
         if caption and caption.strip():
             copied.with_suffix(".txt").write_text(caption.strip(), encoding="utf-8")
-    return fusion.TrainingConfig(
-        token=token,
-        noun=noun.strip().lower(),
-        instance_data_dir=folder,
-        library=session.library,
-        adapter_type=kind,
-        max_train_steps=steps,
-        validation_prompt="a {token}",
-        validation_steps=max(1, steps // PREVIEWS),
-        num_validation_images=1,
-        output_dir=folder,
-        checkpointing_steps=0,
-        seed=seed,
-    )
+    settings = {
+        "token": token,
+        "noun": noun.strip().lower(),
+        "adapter_type": kind,
+        "max_train_steps": steps,
+        "seed": seed,
+    }
+    places = {"instance_data_dir": folder, "output_dir": folder, "library": session.library, "checkpointing_steps": 0}
+    often = max(1, steps // PREVIEWS)
+    previews = {"validation_prompt": "a {token}", "validation_steps": often, "num_validation_images": 1}
+    return fusion.TrainingConfig.model_validate(settings | places | previews)
 
 
 class Teaching:

@@ -66,7 +66,9 @@ class Base:
         names = resolve(patterns, self.weights)
         return [name for name in names if name.startswith("unet.") or not unet_only]
 
-    def adapter(self, kind: str, k: int = 0, *, gated: bool = False, unet_only: bool = False, trained: bool = True) -> Adapter:
+    def adapter(
+        self, kind: str, k: int = 0, *, gated: bool = False, unet_only: bool = False, trained: bool = True
+    ) -> Adapter:
         """An adapter of type `kind` on slice k; `trained` fills it with random values."""
         concept = Concept(f"<concept-{k}>", "dog")
         directions = SpectralSlice.contiguous(k, self.rank)

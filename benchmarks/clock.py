@@ -24,12 +24,11 @@ class Timing:
         return min(self.seconds)
 
 
-def interleaved(
-    work: Mapping[str, Callable[[], float]], rounds: int, log: Callable[[str], None]
-) -> dict[str, Timing]:
+def interleaved(work: Mapping[str, Callable[[], float]], rounds: int, log: Callable[[str], None]) -> dict[str, Timing]:
     """Run every task once a round, and once before to warm up; a task returns the seconds it took."""
     names, seconds = list(work), {name: [] for name in work}
     for turn in range(rounds + 1):
+        gc.collect()
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             took = work[name]()
@@ -41,7 +40,6 @@ def interleaved(
 
 def timed(call: Callable[[], object]) -> float:
     """Seconds `call` takes, without a garbage collection in between."""
-    gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
@@ -49,6 +47,13 @@ def timed(call: Callable[[], object]) -> float:
         return time.perf_counter() - start
     finally:
         gc.enable()
+
+
+def repeated(call: Callable[[], object], rounds: int) -> Timing:
+    """`call` alone, several times, and once before to warm up."""
+    call()
+    gc.collect()
+    return Timing(tuple(timed(call) for _ in range(rounds)))
 
 
 def paired(one: Timing, other: Timing) -> float:

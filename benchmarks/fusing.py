@@ -6,24 +6,19 @@ from pathlib import Path
 
 import fusion
 from benchmarks.bases import Base
-from benchmarks.clock import Timing, timed
+from benchmarks.clock import Timing, repeated, timed
 from benchmarks.report import Section, bar, table
 from fusion.adapters.adapter import Adapter
 from fusion.formats.spectrum_cache import cached_spectrum
+from fusion.models.injection import Attachment
 
 ROUNDS = 5
 Log = Callable[[str], None]
 
 
-def repeated(call: Callable[[], object]) -> Timing:
-    """Seconds of ROUNDS calls, after one to warm up."""
-    call()
-    return Timing(tuple(timed(call) for _ in range(ROUNDS)))
-
-
 def attached_and_removed(base: Base, adapters: Sequence[Adapter]) -> tuple[Timing, Timing]:
     """Seconds of attaching some adapters, and of detaching them again."""
-    handles: list[fusion.models.injection.Attachment] = []
+    handles: list[Attachment] = []
     on: list[float] = []
     off: list[float] = []
     for _ in range(ROUNDS + 1):
@@ -39,8 +34,8 @@ def measure(base: Base, log: Log) -> Section:
     on, off = attached_and_removed(base, ten[:1])
     on_ten, off_ten = attached_and_removed(base, [fusion.fuse(ten)])
     rows = [
-        _row("fuse three", repeated(lambda: fusion.fuse(ten[:3]))),
-        _row("fuse ten", repeated(lambda: fusion.fuse(ten)), 3),
+        _row("fuse three", repeated(lambda: fusion.fuse(ten[:3]), ROUNDS)),
+        _row("fuse ten", repeated(lambda: fusion.fuse(ten), ROUNDS), 3),
         _row("the same, merged and compressed to rank 32", Timing((timed(lambda: fusion.fuse(ten, rank=32)),))),
         _row("attach one", on),
         _row("remove one", off),
@@ -48,8 +43,8 @@ def measure(base: Base, log: Log) -> Section:
         _row("remove ten fused", off_ten),
     ]
     text = (
-        f"Additive adapters of rank {base.rank} on {len(base.weights)} layers, each on its own slice, ungated. Attaching "
-        "includes the check that every layer's stored basis belongs to this base."
+        f"Additive adapters of rank {base.rank} on {len(base.weights)} layers, each on its own slice, ungated. "
+        "Attaching includes the check that every layer's stored basis belongs to this base."
     )
     return Section("Fusing and attaching", text, [table(["", "median", "least", "bar"], rows)])
 
@@ -66,7 +61,7 @@ def measure_files(base: Base, log: Log) -> Section:
         for name, adapter in kinds.items():
             path = Path(folder) / "adapter.safetensors"
             fusion.save(adapter, path, dtype="float16")
-            megabytes, loading = path.stat().st_size / 1e6, repeated(lambda path=path: fusion.load(path))
+            megabytes, loading = path.stat().st_size / 1e6, repeated(lambda path=path: fusion.load(path), ROUNDS)
             limited = name == "additive" and not base.toy
             rows.append(
                 [
@@ -91,7 +86,7 @@ def measure_spectra(base: Base, log: Log) -> Section:
 
         cold = timed(lambda: spectra(depths[0]))
         log(f"cold: {cold:.1f} s")
-        warm = {depth: repeated(lambda depth=depth: spectra(depth)) for depth in depths}
+        warm = {depth: repeated(lambda depth=depth: spectra(depth), ROUNDS) for depth in depths}
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     rows = [
         ["cold: every weight decomposed and stored", f"{cold:.1f} s"],

@@ -37,7 +37,8 @@ def measure(base: Base, log: Callable[[str], None]) -> Section:
     }
     timing = interleaved(work, 2 if base.toy else ROUNDS, log)
     rows = [
-        [name, f"{t.median:.2f} s", f"{t.least:.2f} s", f"{paired(t, timing['base']):.2f}×"] for name, t in timing.items()
+        [name, f"{t.median:.2f} s", f"{t.least:.2f} s", f"{paired(t, timing['base']):.2f}×"]
+        for name, t in timing.items()
     ]
     text = (
         f"A UNet forward at {base.latents}×{base.latents} latents, batch 1. Gated adapters have {len(gated[0].layers)} "

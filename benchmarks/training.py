@@ -94,9 +94,10 @@ def _section(base: Base, timing: dict[str, Timing], memory: dict[str, int], trai
         ["rotational to PEFT LoRA, memory", bar(memory["rotational"] / memory[lora], 1.03)],
     ]
     text = (
-        f"Forward, backward and AdamW at {base.latents}×{base.latents} latents, batch 1, float32, rank {base.rank} on the "
-        f"{len(base.layers(gated=False, unet_only=True))} projections of the UNet's attention, text cached. The "
+        f"Forward, backward and AdamW at {base.latents}×{base.latents} latents, batch 1, float32, rank {base.rank} on "
+        f"the {len(base.layers(gated=False, unet_only=True))} projections of the UNet's attention, text cached. The "
         "token-gated adapter has its own default targets (text encoder, cross-attention keys and values), encodes its "
         "prompt in the step and trains its token too. Ratios are medians over rounds, in which all took turns."
     )
-    return Section("Training step", text, [table(columns, rows), *([] if base.toy else [table(["bar", "measured"], bars)])])
+    tables = [table(columns, rows)] if base.toy else [table(columns, rows), table(["bar", "measured"], bars)]
+    return Section("Training step", text, tables)

@@ -4,7 +4,7 @@ Shapes: O out_features, I in_features, K all directions of a weight, R slice len
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -57,6 +57,7 @@ def peft_lora(base: Base) -> Variant:
     wrapped = {name: getattr(site.parent, site.attribute) for name, site in originals.items()}
     for site in originals.values():
         setattr(site.parent, site.attribute, site.module)
+    del base.pipe.unet.peft_config
     # The wrappers hold the base layers too: only what is trainable is LoRA's own.
     parameters = [p for module in wrapped.values() for p in module.parameters() if p.requires_grad]
     return Variant(parameters, list(parameters), lambda: _swapped(originals, wrapped))
@@ -96,7 +97,7 @@ def dense(base: Base) -> Variant:
 
 
 @contextlib.contextmanager
-def _swapped(originals: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def _swapped(originals: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> Generator[None]:
     for name, site in originals.items():
         setattr(site.parent, site.attribute, modules[name])
     yield

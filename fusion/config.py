@@ -5,38 +5,19 @@ Nothing here imports torch, so that `fusion --help` need not.
 
 import json
 import re
+import reprlib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fusion.errors import ConfigError, closest
 
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
 _BASE_TABLES = ("training", "generation")
-# pydantic's words for a wrong kind, and those of a person writing TOML.
-_PLAIN_WORDS = {
-    "Input should be a valid integer": "must be a whole number",
-    "Input should be a valid number": "must be a number",
-    "Input should be a finite number": "must be a finite number",
-    "Input should be a valid boolean": "must be true or false",
-    "Input should be a valid string": "must be text",
-    "Input should be a valid list": "must be a list",
-    "Input should be an instance of Path": "must be a path",
-    "Input should be": "must be",
-    "Value error, ": "",
-}
 
 
 class StrictModel(BaseModel):
@@ -52,11 +33,13 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _explain(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _explain(cls, values: Any, handler: Any) -> Self:
         try:
             return handler(values)
         except ValidationError as error:
-            raise ConfigError(listing(_problems(error, cls))) from None
+            # One problem a key: a field of several kinds has one for each.
+            details = {detail["loc"][:1]: detail for detail in error.errors(include_url=False)}
+            raise ConfigError(listing([_explained(detail, cls) for detail in details.values()])) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -98,22 +81,22 @@ def read_toml(path: str | Path, model: type[Model], over: Mapping[str, Any] | No
 
 
 def to_toml(model: StrictModel) -> str:
-    """TOML that reads back as the same settings: what the user has set, so that defaults stay defaults."""
-    return "".join(f"{k} = {_value(v)}\n" for k, v in model.settings().items() if v is not None)
+    """TOML that reads back as the same settings: what the user has set, so that defaults stay defaults.
+
+    TOML reads JSON's strings, lists, booleans and numbers; settings are nothing else.
+    """
+    values = model.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()]
+    return "".join(lines).replace("\x7f", "\\u007f")
 
 
 def read_base_defaults(folder: str | Path | None, table: str) -> dict[str, Any]:
     """A table of a base folder's `fusion.toml`, "training" or "generation"; empty when there is none."""
     path = Path(folder) / BASE_DEFAULTS if folder else None
-    if path is None or not path.is_file():
-        return {}
-    tables = _parse(path)
+    tables = _parse(path) if path and path.is_file() else {}
     for name, content in tables.items():
         if name not in _BASE_TABLES or not isinstance(content, dict):
-            raise ConfigError(
-                f"{path}: '{name}' is no table of a base's defaults{closest(name, _BASE_TABLES)} "
-                f"There are [{'] and ['.join(_BASE_TABLES)}]."
-            )
+            raise ConfigError(f"{path}: '{name}' is no table of a base's defaults{closest(name, _BASE_TABLES)}")
     return tables.get(table, {})
 
 
@@ -121,8 +104,7 @@ def listing(problems: Sequence[str], limit: int = 10) -> str:
     """Problems as one text: one as it is, several counted and one a line."""
     if len(problems) == 1:
         return problems[0]
-    more = len(problems) - limit
-    tail = [f"and {more} more"] if more > 0 else []
+    tail = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n- ".join([f"{len(problems)} problems:", *problems[:limit], *tail])
 
 
@@ -131,9 +113,7 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML
         raise ConfigError(f"{path.name}: not valid TOML: {error}.") from None
 
 
@@ -142,49 +122,13 @@ def _is_path(model: type[BaseModel], name: str) -> bool:
     return Path in (annotation, *get_args(annotation))
 
 
-def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One or two sentences for each key with a problem."""
-    by_key: dict[str, list[Any]] = {}
-    for detail in error.errors(include_url=False):
-        by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
-    return [text for key, details in by_key.items() for text in _explained(key, details, model)]
-
-
-def _explained(key: str, details: list[Any], model: type[BaseModel]) -> Iterable[str]:
-    if details[0]["type"] == "extra_forbidden":
-        return [f"unknown key '{key}'{closest(key, model.model_fields)}"]
-    if details[0]["type"] == "missing":
-        return [f"'{key}' is missing: {model.model_fields[key].description or 'it has no default.'}"]
-    # A field of several kinds has a problem for each; one inside a list is nearer to the mistake.
-    inside = [detail for detail in details if any(isinstance(part, int) for part in detail["loc"])]
-    place = key + "".join(f"[{part}]" for part in (inside or details)[0]["loc"] if isinstance(part, int))
-    reasons = [_plain(detail["msg"]) for detail in inside or details]
-    reason = " or ".join(dict.fromkeys([reasons[0], *(r.removeprefix("must be ") for r in reasons[1:])]))
-    if details[0]["type"] == "value_error":
-        return [f"{place}: {reason}"]
-    shown = repr((inside or details)[0]["input"])
-    return [f"{place} {reason}, got {shown if len(shown) <= 60 else shown[:57] + '...'}."]
-
-
-def _plain(message: str) -> str:
-    for theirs, ours in _PLAIN_WORDS.items():
-        if message.startswith(theirs):
-            return ours + message[len(theirs) :]
-    return message
-
-
-def _value(value: Any) -> str:
-    """A TOML value. TOML reads JSON's strings and Python's shortest exact numbers."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, StrictModel):
-        value = value.settings()
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_value(str(k))} = {_value(v)}' for k, v in value.items() if v is not None)}}}"
-    raise TypeError(f"TOML has no {type(value).__name__}")
+def _explained(detail: Any, model: type[BaseModel]) -> str:
+    """One or two sentences for a problem that pydantic found."""
+    key = str(detail["loc"][0]) if detail["loc"] else ""
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{closest(key, model.model_fields)}"
+    if detail["type"] == "missing" and len(detail["loc"]) == 1:
+        return f"'{key}' is missing: {model.model_fields[key].description or 'it has no default.'}"
+    place = key + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
+    reason = re.sub(r"^\w+ should ", "must ", detail["msg"]).replace("an instance of Path", "a path")
+    return f"{place} {reason}, got {reprlib.repr(detail['input'])}."

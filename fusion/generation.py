@@ -148,7 +148,7 @@ def generate(
     defaults = base_defaults(pipe, "generation")
     values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
     if len(values) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters need as many strengths, got {len(values)}.")
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
     if batch < 1 or not 0 < image_strength <= 1:
         raise ConfigError(f"batch is 1 or more and image_strength between 0 and 1; got {batch} and {image_strength}.")
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor

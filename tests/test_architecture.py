@@ -32,11 +32,11 @@ ALLOWED = {
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},
-    "formats": {"torch", "safetensors", "filelock"},
+    "formats": {"torch", "safetensors", "filelock", "pydantic"},
 }
 DEPENDENCIES = {
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub"),
-    *("pydantic", "jsonargparse", "filelock", "tqdm", "numpy", "PIL", "matplotlib"),
+    *("pydantic", "filelock", "tqdm", "numpy", "PIL", "matplotlib"),
 }
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 

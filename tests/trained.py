@@ -1,5 +1,6 @@
 """Adapters at toy size with every parameter off its start, as training would leave them; and pictures from them."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, content
 from fusion.adapters.layer import AdapterLayer, LayerOptions
 from fusion.models.families import base_info
 from fusion.models.injection import attach, matrix
@@ -15,8 +16,20 @@ from fusion.models.names import components, sites
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice
+from fusion.spectral.spectrum import Spectrum, decompose
 
 OPTIONS = LayerOptions(seed=3, guard=24)
+
+
+_spectra: dict[bytes, Spectrum] = {}
+
+
+def spectrum_of(weight: Tensor) -> Spectrum:
+    """decompose(), once for equal weights: toy pipelines are built anew for every test."""
+    key = hashlib.sha256(f"{weight.shape} {weight.dtype}".encode() + content(weight)).digest()
+    if key not in _spectra:
+        _spectra[key] = decompose(weight)
+    return _spectra[key]
 
 
 def moved(layer: AdapterLayer, scale: float = 0.3) -> AdapterLayer:
@@ -44,10 +57,10 @@ def fresh_adapter(
 ) -> Adapter:
     """An untrained adapter of one branch for this pipeline; its token's embedding starts from 'dog'."""
     places, concept = sites(pipe), Concept(token, "dog", vectors)
-    names = resolve(targets or default_targets(components(pipe), gated=gated), places)
-    part = SpectralSlice.contiguous(k, rank)
-    layers = {name: ADAPTERS[kind].fresh(matrix(places[name]), part, options=OPTIONS) for name in names}
-    slices = (part,) if ADAPTERS[kind].slice_of else ()
+    weights = {n: matrix(places[n]) for n in resolve(targets or default_targets(components(pipe), gated=gated), places)}
+    part, type_ = SpectralSlice.contiguous(k, rank), ADAPTERS[kind]
+    layers = {name: type_.fresh(w, part, spectrum=spectrum_of(w), options=OPTIONS) for name, w in weights.items()}
+    slices = (part,) if type_.slice_of else ()
     branch = Branch(token, kind, layers, slices, tuple(targets or ()), (token,) if gated else ())
     info = AdapterInfo(token.strip("<>"), base_info(pipe), (concept,))
     return Adapter(info, (branch,), {token: initial_rows(pipe, concept)})

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import fusion
+from fusion.evaluation import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ("octopus", "robot", "owl")
@@ -110,7 +111,9 @@ def main() -> None:
     with timed("measure"):
         report = fusion.evaluate(pipe, adapters)
         (out / "report.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
-        fusion.plot_inspection(adapters, out / "slices.png")
+        measured = verdict.interference
+        slices = [adapter.slices for adapter in adapters]
+        plots.write(plots.overview(measured.names, slices, measured.cosine), out / "slices.png")
     print(f"\n{verdict.verdict}: {verdict.sentence}\n\n{report.to_markdown()}\n")
     print("where the time went: " + ", ".join(f"{what} {seconds:.0f} s" for what, seconds in clock.items()))
     print(f"written to {out}: sheet.png, slices.png, report.md, all.safetensors and one adapter per concept")

@@ -18,6 +18,7 @@ TRY = "Try: "
 VERDICTS = {"compatible": "Compatible", "caution": "Caution", "refused": "Cannot be combined"}
 NOTHING_PICKED = '<p class="hint">Nothing picked: the base draws alone, with the words it knows already.</p>'
 NO_CONCEPTS = "<h3>No concepts yet</h3><p>Show it a few pictures of something of yours, then draw with it.</p>"
+STOPPED = '<p class="hint">Stopped.</p>'
 NO_PICTURE = '<p class="hint">Your picture will appear here.</p>'
 TAKE = '<p class="hint">One adapter file that knows all picked concepts at these strengths.</p>'
 
@@ -64,8 +65,9 @@ def build(session: Session) -> tuple[gr.CheckboxGroup, gr.Column, gr.Button, lis
     inputs = [picks, strengths, prompt, negative, seed, anew, steps, guidance, count, pictures]
     outputs = [stage, caption, wall, pictures]
     drawing = started.then(told(draw_pictures, session), inputs, outputs, api_name="draw", **ONE_AT_A_TIME)
-    drawing.then(lambda: working(False), None, [draw, stop], **QUIET)
-    stop.click(lambda: working(False), None, [draw, stop], cancels=[drawing], **QUIET)
+    drawing.then(lambda: working(False), None, [draw, stop], **QUIET)  # gradio 6.31: not after a failure
+    drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **QUIET)
+    stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=[drawing], **QUIET)
     wall.select(shown, pictures, [stage, caption], **QUIET)
     fuse.click(told(fused, session), [picks, strengths], file, api_name="fuse")
     return picks, no_concepts, teach_first, [steps, guidance]

@@ -11,7 +11,7 @@ import gradio as gr
 import fusion
 from app.notices import told, warn
 from app.session import Session
-from app.tabs import QUIET
+from app.tabs import QUIET, WATCH
 from app.tabs.draw import progress_html
 from app.teaching import ENDINGS, Teaching, lesson
 
@@ -54,14 +54,13 @@ def build(session: Session) -> tuple[gr.Number, list[Any], Any, gr.Button]:
             previews = gr.Gallery(label="What it draws so far", allow_preview=False, interactive=False, **looks)
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
     views = [progress, loss, previews, start, stop, use]
-    preset.change(told(preset_steps, session), preset, steps, **QUIET)
+    preset.change(lambda name: max(1, round(session.usual()[0] * PRESETS[name])), preset, steps, **QUIET)
     noun.blur(suggested_token, [noun, token], token, **QUIET)
     for button, folder in zip(chosen, examples.values(), strict=True):
         button.click(told(example_lesson, session, folder), None, [pictures, noun, token], **QUIET)
     inputs = [pictures, token, noun, steps, kind, seed]
-    options = {"show_progress": "hidden", "concurrency_limit": None}  # watching costs nothing
-    ended = start.click(told(teach_concept, session), inputs, views, api_name="teach", **options)
-    stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
+    ended = start.click(told(teach_concept, session), inputs, views, api_name="teach", **WATCH)
+    stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", **WATCH)
     return steps, views, ended, use
 
 
@@ -143,10 +142,6 @@ def loss_svg(losses: list[float], total: int) -> str:
 
 def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def preset_steps(session: Session, preset: str) -> int:
-    return max(1, round(session.usual()[0] * PRESETS[preset]))
 
 
 def suggested_token(noun: str, token: str) -> str:

@@ -6,11 +6,10 @@ immediate. Printing belongs here and nowhere else in the library.
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
-from fusion.cli.console import Parser, UsageError, listening, quiet
+from fusion.cli.console import Parser, UsageError, listening
 from fusion.errors import FusionError, closest
 
 VERBS = {
@@ -21,6 +20,7 @@ VERBS = {
     "export": "write an adapter as a LoRA for other programs",
     "evaluate": "measure adapters in weights and in model output",
 }
+DESCRIPTION = "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture."
 EXAMPLE = """a first session:
   fusion train --instance_data_dir assets/concepts/owl --token "<owl>" --noun owl
   fusion train --instance_data_dir assets/concepts/robot --token "<robot>" --noun robot
@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = arguments(verb, words[1:])
     except SystemExit as leaving:  # argparse has printed help or an error
         return int(leaving.code or 0)
-    with listening(verbose=args.verbose), warnings.catch_warnings():
-        if not args.verbose:
-            quiet()
+    with listening(verbose=args.verbose):
         try:
             return import_module(f"fusion.cli.{verb}").run(args) or 0
         except FusionError as error:
@@ -53,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def choose(first: list[str]) -> str:
     """The verb; help, version and mistakes leave by SystemExit as argparse does."""
     table = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
-    parser = Parser(
-        "fusion", "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture."
-    )
+    parser = Parser("fusion", DESCRIPTION)
     parser.usage = "fusion <command> [options]"
     parser.epilog = f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more."
     parser.add_argument("--version", action="version", version=f"spectral-fusion {version()}")

@@ -1,6 +1,5 @@
 """What the verbs share at the terminal: the parser, messages, tables and sizes."""
 
-import argparse
 import contextlib
 import logging
 import os
@@ -10,32 +9,25 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fusion.errors import FusionError, closest
 
 DTYPES = ("float32", "float16", "bfloat16")
-_NUMBER = re.compile(r"[+-]?[\d.,]+")
 
 
 class UsageError(FusionError):
     """The command was written wrongly; exit code 2."""
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Paragraphs as written, flags in a column as wide as they need."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=terminal_width())
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """argparse without abbreviations, with suggestions for unknown flags, and one line for an error."""
 
     def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_help)
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (.*)", message):
@@ -44,6 +36,11 @@ class Parser(argparse.ArgumentParser):
             message = f"there is no {name}{closest(name, self._option_string_actions)}"
         print(f"error: {message}\nSee {self.prog} --help.", file=sys.stderr)
         self.exit(2)
+
+
+def _help(prog: str) -> RawDescriptionHelpFormatter:
+    """Paragraphs as written, flags in a column as wide as they need."""
+    return RawDescriptionHelpFormatter(prog, max_help_position=34, width=terminal_width())
 
 
 class _Handler(logging.Handler):
@@ -56,40 +53,50 @@ class _Handler(logging.Handler):
 
 
 @contextlib.contextmanager
-def listening(*, verbose: bool) -> Iterator[None]:
-    """Show the library's log while a command runs."""
+def listening(*, verbose: bool) -> Generator[None]:
+    """Show the library's log while a command runs; of the libraries underneath only if asked."""
     logger, handler = logging.getLogger("fusion"), _Handler()
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    with warnings.catch_warnings():
+        if not verbose:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # both are read at import
+            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
 
 
-def quiet() -> None:
-    """Keep the advice of the libraries underneath off the terminal. They read this when imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.simplefilter("ignore")
+def add_base_arguments(parser: ArgumentParser) -> None:
+    """What `open_base` reads."""
+    add = parser.add_argument_group("base").add_argument
+    add("--base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
+    add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--dtype", metavar="TYPE", choices=DTYPES, help="default: float16 on a GPU, else float32")
 
 
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    base = parser.add_argument_group("base")
-    base.add_argument("--base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
-    base.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
-    base.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="default: float16 on a GPU, else float32")
+def add_file_arguments(parser: ArgumentParser, what: str) -> None:
+    """Where and how an adapter is written."""
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help=f"{what}, .safetensors")
+    add("--rank", type=int, metavar="N", help="compress to this rank (default: exact)")
+    add("--energy", type=float, metavar="X", help="compress, keeping this share of each layer's energy, as 0.99")
+    add("--dtype", default="float16", metavar="TYPE", choices=DTYPES, help="of the file (default: float16)")
+
+
+def add_use_arguments(parser: ArgumentParser) -> None:
+    """How adapters act."""
+    add = parser.add_argument
+    add("--strength", nargs="+", type=float, metavar="X", help="one number for each adapter (default: 1)")
+    add("--gating", choices=("tokens", "none"), help="how the adapters are gated (default: as their files say)")
 
 
 def open_base(
-    name: str | None,
-    args: argparse.Namespace,
-    dtype: str | None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
+    name: str | None, args: Namespace, dtype: str | None, *, revision: str | None = None, variant: str | None = None
 ) -> Any:
     """A pipeline, without the bars of loading; those of a download stay."""
     import diffusers
@@ -136,11 +143,13 @@ def advance(bar: Any, done: int, total: int, note: str = "") -> None:
 def notes(lines: Sequence[str]) -> None:
     """Print remarks, wrapped under their dashes."""
     for line in lines:
-        print(
-            textwrap.fill(
-                line, terminal_width(), initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
-            )
-        )
+        labelled("  - ", line)
+
+
+def labelled(label: str, text: str) -> None:
+    """Print a text, wrapped beside its label."""
+    indent = " " * len(label)
+    print(textwrap.fill(text, terminal_width(), initial_indent=label, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def verdict(word: str, report: Any) -> None:
@@ -149,19 +158,15 @@ def verdict(word: str, report: Any) -> None:
     notes([*report.problems[1:], *report.advice])
 
 
-def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A heading and rows as lines with aligned columns; columns of numbers stand right."""
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Print a heading and rows in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [all(_NUMBER.fullmatch(cell) for cell in column[1:]) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = zip(row, widths, numeric, strict=True)
-        yield "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in cells).rstrip()
+        print(indent + "  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def size(path: Path) -> str:
-    """`142 KB`, `8.7 MB`."""
-    count, units = float(path.stat().st_size), ["bytes", "KB", "MB", "GB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.1f} {units[0]}" if units[0] in ("MB", "GB") and count < 100 else f"{count:.0f} {units[0]}"
+    """`142kB`, `8.70MB`."""
+    from tqdm import tqdm
+
+    return tqdm.format_sizeof(path.stat().st_size, "B")

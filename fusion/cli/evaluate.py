@@ -4,14 +4,14 @@ A concept's output error is 0 when it is drawn as if alone, and 1 when the other
 effect is large. Drift is how far prompts without any concept move from what the base says.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusion.cli.console import add_base_arguments, columns, open_base
+from fusion.cli.console import add_base_arguments, open_base, table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "fusion evaluate ADAPTER ... [options]"
     add = parser.add_argument
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, single or fused")
@@ -22,23 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from fusion.evaluation.report import evaluate
-    from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS
+def run(args: Namespace) -> None:
+    from fusion.evaluation.report import LEGEND, evaluate
     from fusion.formats.reading import load
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
-    report = evaluate(
-        pipe, adapters, prompts=args.prompts or PROMPTS, concept_free=args.concept_free or CONCEPT_FREE, seed=args.seed
-    )
+    report = evaluate(pipe, adapters, prompts=args.prompts, concept_free=args.concept_free, seed=args.seed)
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return
     print(f"{report.compatibility.verdict}: {report.compatibility.sentence}\n")
-    now, plain = report.gated, report.ungated
-    rows = [("output error", "as the files say", "as plain LoRA, ungated")]
-    rows += [(token, f"{error:.3f}", f"{plain.output_error[token]:.3f}") for token, error in now.output_error.items()]
-    rows += [("drift without concepts", f"{now.drift:.4f}", f"{plain.drift:.4f}")]
-    print("\n".join(columns(rows)))
-    print("\n0: drawn as if alone; 1: disturbed by as much as the concept itself changes.")
+    table(report.rows())
+    print(f"\n{LEGEND}")

@@ -1,19 +1,27 @@
 """Draw pictures of a prompt. Every PNG carries its whole recipe, and --from draws it again."""
 
-import argparse
 import hashlib
 import logging
 import re
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, advance, bar, example, open_base
+from fusion.cli.console import UsageError, add_base_arguments, add_use_arguments, advance, bar, example, open_base
 from fusion.errors import FormatError, closest
 
 logger = logging.getLogger(__name__)
 
+# What a recipe and the flags have in common, by the names `generate` gives them.
+SETTINGS = (
+    *("prompt", "negative_prompt", "seed", "batch", "steps", "guidance_scale", "guidance_rescale", "scheduler"),
+    *("width", "height", "image_strength", "gating"),
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = 'fusion generate [ADAPTER ...] --prompt "..." [options]'
     parser.epilog = 'example: fusion generate pets.safetensors --prompt "a <dog> beside a <cat>" --num_images 4 -o out'
     add = parser.add_argument
@@ -22,10 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what to stay away from")
     add("--from", dest="source", type=Path, metavar="PNG", help="repeat the recipe in this picture; flags override it")
     add("-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="folder, or .png file (default: out)")
-    add("--strength", nargs="+", type=float, metavar="X", help="one number for each adapter (default: 1)")
-    add("--gating", choices=("tokens", "none"), help="override how the adapters are gated")
-    drawing = parser.add_argument_group("drawing", "what is not given comes from the base")
-    add = drawing.add_argument
+    add_use_arguments(parser)
+    add = parser.add_argument_group("drawing", "what is not given comes from the base").add_argument
     add("--seed", type=int, metavar="N", help="of the first picture, the next ones count up (default: 0)")
     add("--num_images", dest="batch", type=int, metavar="N", help="how many pictures (default: 1)")
     add("--steps", type=int, metavar="N", help="denoising steps")
@@ -39,53 +45,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from fusion.generation import Recipe, generate, recipe_of
+def run(args: Namespace) -> None:
+    from fusion.generation import generate, recipe_of
 
-    recipe: Recipe | None = recipe_of(args.source) if args.source else None
-    if recipe is None and args.prompt is None:
+    recipe = recipe_of(args.source) if args.source else None
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    values = {**(vars(recipe) if recipe else {}), **given}
+    settings = {name: values[name] for name in SETTINGS if values.get(name) is not None}
+    if "prompt" not in settings:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     adapters, files, strengths = choose_adapters(args, recipe)
     image = starting_picture(args.image, args.source, recipe)
-    pipe = open_base(choose_base(args.base, recipe), args, args.dtype)
-
-    def pick(name: str, default: Any = None) -> Any:
-        """The flag if given, else the recipe's value."""
-        given = getattr(args, name)
-        return given if given is not None else getattr(recipe, name, default)
-
-    check_words(pick("prompt"), adapters)
+    if recipe and recipe.base != "pocket" and not args.base:
+        raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
+    pipe = open_base(args.base, args, args.dtype)
+    check_words(settings["prompt"], adapters)
     with bar() as progress:
-        pictures = generate(
-            pipe,
-            pick("prompt"),
-            adapters=adapters,
-            strengths=strengths,
-            negative_prompt=pick("negative_prompt"),
-            seed=pick("seed", 0),
-            batch=pick("batch", 1),
-            steps=pick("steps"),
-            guidance_scale=pick("guidance_scale"),
-            guidance_rescale=pick("guidance_rescale"),
-            scheduler=pick("scheduler"),
-            width=pick("width"),
-            height=pick("height"),
-            image=image,
-            image_strength=0.6 if (given := pick("image_strength")) is None else given,
-            gating=pick("gating"),
-            on_step=lambda step, total, _preview: advance(progress, step, total),
-        )
+
+        def show(step: int, total: int, _preview: Any) -> None:
+            advance(progress, step, total)
+
+        pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=show, **settings)
     if recipe is not None and args.seed is None and args.batch is None:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
-    for path, picture in zip(paths := write(pictures, files, args.output), pictures, strict=True):
-        used = picture.recipe
-        how = f"{used.width}x{used.height}, seed {used.seed + used.index}, {used.steps} steps on {used.base}"
-        print(f"wrote {path}: {how}")
-    on = ["--base", args.base] if args.base else []
-    print(f"next: {example('generate', '--from', paths[0], *on, '--seed', used.seed + used.batch)}  # another seed")
+    paths = [write(picture, files, args.output, several=len(pictures) > 1) for picture in pictures]
+    on, another = ["--base", args.base] if args.base else [], settings.get("seed", 0) + settings.get("batch", 1)
+    print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
 
 
-def choose_adapters(args: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
+def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
     """The adapters given, else the recipe's own files, unchanged since."""
     from fusion.formats.reading import load
 
@@ -142,23 +130,14 @@ def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any
     return image
 
 
-def choose_base(base: str | None, recipe: Any) -> str | None:
-    if base is None and recipe is not None and recipe.base != "pocket":
-        raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
-    return base
-
-
-def write(pictures: list[Any], files: list[Path], output: Path) -> list[Path]:
-    """Save every picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
-    from dataclasses import replace
-
-    paths: list[Path] = []
-    for picture in pictures:
-        used = picture.recipe.adapters
-        named = tuple(replace(u, file=str(f)) for u, f in zip(used, files, strict=True))
-        picture = replace(picture, recipe=replace(picture.recipe, adapters=named))
-        paths.append(picture.save(place(output, picture.recipe, several=len(pictures) > 1)))
-    return paths
+def write(picture: Any, files: list[Path], output: Path, *, several: bool) -> Path:
+    """Save a picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
+    used = zip(picture.recipe.adapters, files, strict=True)
+    drawn = replace(picture.recipe, adapters=tuple(replace(adapter, file=str(file)) for adapter, file in used))
+    path = replace(picture, recipe=drawn).save(place(output, drawn, several=several))
+    how = f"{drawn.width}x{drawn.height}, seed {drawn.seed + drawn.index}, {drawn.steps} steps on {drawn.base}"
+    print(f"wrote {path}: {how}")
+    return path
 
 
 def place(output: Path, recipe: Any, *, several: bool) -> Path:
@@ -166,5 +145,5 @@ def place(output: Path, recipe: Any, *, several: bool) -> Path:
     if output.suffix.lower() == ".png":
         return output.with_stem(f"{output.stem}-{seed}") if several else output
     words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
-    candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in range(1, 10_000))
+    candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
     return next(path for path in candidates if not path.exists())

@@ -5,6 +5,7 @@ defaults below, which suit Stable Diffusion 1.5. --print_config shows what appli
 """
 
 import argparse
+import json
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -30,11 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starts, group = {first: title for title, first in GROUPS.items()}, parser
     for name, field in TrainingConfig.model_fields.items():
         group = parser.add_argument_group(starts[name]) if name in starts else group
-        note = "" if field.is_required() or field.default in (None, "") else f" (default: {shown(field.default)})"
-        how = kind(field.annotation)
-        choices = f" One of {', '.join(how['choices'])}." if how.get("metavar") == "NAME" else ""
-        text = ((field.description or "") + choices + note).replace("%", "%%")
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **how)
+        how, text = kind(field.annotation), field.description or ""
+        if how.get("metavar") == "NAME":
+            text += f" One of {', '.join(how['choices'])}."
+        if not field.is_required() and field.default not in (None, ""):
+            text += f" (default: {json.dumps(field.default, default=str)})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def kind(annotation: Any) -> dict[str, Any]:
@@ -54,10 +56,6 @@ def truth(word: str) -> bool:
     if word.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"true or false, not '{word}'")
     return word.lower() == "true"
-
-
-def shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def configure(args: argparse.Namespace) -> TrainingConfig:
@@ -104,8 +102,9 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     print(f"teaching {config.token} from {short(config.instance_data_dir)}", flush=True)
     step, checkpoint, previews, recent = None, None, [], deque[float](maxlen=25)
     target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
+    running: Any = train(pipe, config)
     try:
-        with closing(train(pipe, config)) as steps, bar() as progress:
+        with closing(running) as steps, bar() as progress:
             for step in steps:
                 recent.append(step.loss)
                 advance(progress, step.step, step.total, f"loss {sum(recent) / len(recent):.4f}")

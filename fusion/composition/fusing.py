@@ -48,7 +48,7 @@ def fuse(
         )
     values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
     if len(values) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters need as many strengths, got {len(values)}.")
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
     regated = [_with_gates(adapter, gating) for adapter in adapters]
     check_bases(regated)
     check_tokens(regated)

@@ -1,79 +1,61 @@
-"""Figures for people: which directions each adapter owns, and how much two adapters change the same thing.
+"""A figure for people: which directions each adapter owns, and how much two adapters change the same thing.
 
 Takes names, slices and numbers, knows neither files nor models, and touches no global state of matplotlib. Colours are
 told apart by every kind of colour vision (Okabe and Ito; a blue-orange scale), and no statement rests on colour alone.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 
 from fusion.spectral.slices import SpectralSlice
 
-INK, FAINT, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
-OWNED, SHARED, NEUTRAL = "#0072b2", "#d55e00", "#ededed"
-DIVERGING = LinearSegmentedColormap.from_list("opposed", ["#b35806", "#f6a75c", "#ffffff", "#7fb2da", "#08519c"])
+FAINT, NEUTRAL = "#6b6b6b", "#ededed"
+OWNED = {"color": "#0072b2", "label": "owned by one"}
+SHARED = {"color": "#d55e00", "label": "by several", "hatch": "////"}
+DIVERGING = LinearSegmentedColormap.from_list(
+    "opposed", ["#b35806", "#f6a75c", "#ffffff", "#7fb2da", "#08519c"]
+).with_extremes(bad=NEUTRAL)
 CALM = 0.3  # the cosine scale spans at least this much, so that noise looks like noise
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
+STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 12,
     "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
     "svg.fonttype": "none",
 }
 
 
-def slice_map(slices: Mapping[str, Sequence[SpectralSlice]], *, capacity: int | None = None) -> Figure:
-    """Which singular directions each adapter owns; directions that two of them own stand out.
-
-    `capacity`: how many directions the narrowest layer has.
-    """
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 1.7 + 0.36 * len(slices)), layout="constrained")
-        _draw_slices(figure.add_subplot(), slices, capacity)
-    return figure
-
-
-def interference_matrix(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> Figure:
-    """The cosine between every two changes ΔWᵢ, ΔWⱼ as an (N, N) table in colours."""
-    with rc_context(STYLE):
-        side = 2.6 + 0.55 * len(names)
-        figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-        _draw_cosines(figure.add_subplot(), names, cosine)
-    return figure
-
-
 def overview(
-    slices: Mapping[str, Sequence[SpectralSlice]],
     names: Sequence[str],
+    slices: Sequence[Sequence[SpectralSlice]],
     cosine: Sequence[Sequence[float]],
     *,
     capacity: int | None = None,
 ) -> Figure:
-    """Slice map and interference matrix side by side."""
+    """The slices of N adapters and, for several, the (N, N) cosines between their changes ΔWᵢ, ΔWⱼ beside them.
+
+    `capacity`: how many directions the narrowest layer has.
+    """
+    side = 2.6 + 0.5 * len(names)
     with rc_context(STYLE):
-        height = 2.6 + 0.5 * max(len(names), len(slices))
-        figure = Figure(figsize=(8 + height, height), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(8, height))
-        _draw_slices(left, slices, capacity)
-        _draw_cosines(right, names, cosine)
+        if len(names) == 1:
+            figure = Figure(figsize=(7.5, 2.1), layout="constrained")
+            _draw_slices(figure.add_subplot(), names, slices, capacity)
+        else:
+            figure = Figure(figsize=(8 + side, side), layout="constrained")
+            left, right = figure.subplots(1, 2, width_ratios=(8, side))
+            _draw_slices(left, names, slices, capacity)
+            _draw_cosines(right, names, cosine)
     return figure
 
 
@@ -86,63 +68,45 @@ def write(figure: Figure, path: str | Path) -> Path:
     return target
 
 
-def _draw_slices(axes: Axes, slices: Mapping[str, Sequence[SpectralSlice]], capacity: int | None) -> None:
-    owners: dict[int, int] = {}
-    for owned in slices.values():
-        for index in {i for part in owned for i in part.indices}:
-            owners[index] = owners.get(index, 0) + 1
-    end = _shown(max(owners, default=0) + 1, capacity)
-    for row, owned in enumerate(slices.values()):
-        axes.add_patch(Rectangle((0, row - 0.3), end, 0.6, facecolor=NEUTRAL, linewidth=0))
-        for index in sorted({i for part in owned for i in part.indices}):
-            shared = owners[index] > 1
-            axes.add_patch(
-                Rectangle(
-                    (index, row - 0.3), 1, 0.6, facecolor=SHARED if shared else OWNED, edgecolor="white", linewidth=0.8,
-                    hatch="////" if shared else None,
-                )
-            )  # fmt: skip
-        if not owned:
-            axes.text(end / 2, row, "owns no directions", ha="center", va="center", color=FAINT, fontsize=9)
-    axes.set(xlim=(0, end), ylim=(len(slices) - 0.5, -0.5), yticks=range(len(slices)), yticklabels=list(slices))
-    axes.set_xticks(range(0, end + 1, max(1, 2 ** round(math.log2(end / 8)))))
+def _draw_slices(
+    axes: Axes, names: Sequence[str], slices: Sequence[Sequence[SpectralSlice]], capacity: int | None
+) -> None:
+    """One bar a row; directions that two adapters own stand out."""
+    cells = [(row, index) for row, parts in enumerate(slices) for index in {i for part in parts for i in part.indices}]
+    owners = Counter(index for _, index in cells)
+    used = max(owners, default=0) + 1
+    end = max(used, min(max(2 * used, 16), capacity or math.inf))  # room for as many again, within the narrowest layer
+    axes.barh(range(len(names)), end, 0.6, color=NEUTRAL)
+    for look, shared in ((OWNED, False), (SHARED, True)):
+        if bars := [cell for cell in cells if (owners[cell[1]] > 1) == shared]:
+            rows, starts = zip(*bars, strict=True)
+            axes.barh(rows, 1, 0.6, left=starts, edgecolor="white", linewidth=0.8, **look)
+    for row in (row for row, parts in enumerate(slices) if not parts):
+        axes.text(end / 2, row, "owns no directions", ha="center", va="center", color=FAINT, fontsize=9)
+    axes.set(xlim=(0, end), ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
+    axes.set_xticks(range(0, int(end) + 1, max(1, 2 ** round(math.log2(end / 8)))))
     limit = f"; the narrowest layer has {capacity}" if capacity else ""
     axes.set(title="Slices: directions owned", xlabel=f"singular direction, 0 = largest{limit}")
     axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    if any(count > 1 for count in owners.values()):
-        key = [Patch(color=OWNED, label="owned by one"), Patch(fc=SHARED, ec="white", hatch="////", label="by several")]
-        axes.legend(handles=key, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-
-
-def _shown(used: int, capacity: int | None) -> int:
-    """How far the axis runs: room for as many slices again as are taken, within the narrowest layer."""
-    wanted = max(2 * used, 16)
-    return max(used, min(wanted, capacity) if capacity else wanted)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    if len(owners) < len(cells):
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
 
 def _draw_cosines(axes: Axes, names: Sequence[str], cosine: Sequence[Sequence[float]]) -> None:
     count = len(names)
-    apart = [abs(cosine[i][j]) for i in range(count) for j in range(count) if i != j]
-    limit = max([CALM, *apart])
-    cells = [[0.0 if i == j else cosine[i][j] for j in range(count)] for i in range(count)]
+    cells = np.where(np.eye(count, dtype=bool), np.nan, cosine)
+    limit = max(CALM, np.nanmax(np.abs(cells)))
     picture = axes.imshow(cells, cmap=DIVERGING, vmin=-limit, vmax=limit)
-    for i in range(count):
-        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor=NEUTRAL, linewidth=0))
-        for j in range(count):
-            strong = i != j and abs(cosine[i][j]) > 0.65 * limit
-            axes.text(
-                j, i, "1" if i == j else f"{cosine[i][j]:+.2f}", ha="center", va="center", fontsize=9,
-                color="white" if strong else FAINT if i == j else INK,
-            )  # fmt: skip
-    axes.set(xticks=range(count), yticks=range(count), yticklabels=list(names))
-    axes.set_xticklabels(list(names), rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_xticks([i - 0.5 for i in range(1, count)], minor=True)
-    axes.set_yticks([i - 0.5 for i in range(1, count)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0)
+    for (i, j), value in np.ndenumerate(cells):
+        text, colour = ("1", FAINT) if i == j else (f"{value:+.2f}", "white" if abs(value) > 0.65 * limit else "black")
+        axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+    axes.set(title="Interference: cosine of ΔW", xticks=range(count), yticks=range(count), yticklabels=names)
+    axes.set_xticklabels(names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.hlines(np.arange(1, count) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
+    axes.vlines(np.arange(1, count) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(title="Interference: cosine of ΔW")
     bar = axes.figure.colorbar(picture, ax=axes, shrink=0.85, ticks=[-limit, 0, limit])
     bar.ax.set_yticklabels([f"−{limit:.2f}  opposed", "0  independent", f"+{limit:.2f}  alike"], fontsize=9)
     bar.ax.tick_params(length=0)

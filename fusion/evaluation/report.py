@@ -9,6 +9,8 @@ from fusion.composition.verdict import Compatibility, compatibility
 from fusion.errors import ConfigError
 from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, measure_survival
 
+LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -21,42 +23,41 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def to_markdown(self) -> str:
-        """A table: one row per concept."""
-        measured = self.compatibility.interference
-        lines = [
-            f"**{self.compatibility.verdict}**: {self.compatibility.sentence}",
-            "",
-            "| concept | output error | the same as plain LoRA |",
-            "|---|---|---|",
-            *(
-                f"| {token} | {error:.3f} | {self.ungated.output_error[token]:.3f} |"
-                for token, error in self.gated.output_error.items()
-            ),
-            f"| drift on concept-free prompts | {self.gated.drift:.4f} | {self.ungated.drift:.4f} |",
-            "",
-            "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes.",
-            f"Energy of the sum over the strongest adapter: {measured.energy_ratio:.2f}.",
+    def rows(self) -> list[tuple[str, str, str]]:
+        """A heading, one row per concept, and the drift."""
+        errors = [(token, error, self.ungated.output_error[token]) for token, error in self.gated.output_error.items()]
+        return [
+            ("output error", "as the files say", "as plain LoRA, ungated"),
+            *((token, f"{now:.3f}", f"{plain:.3f}") for token, now, plain in errors),
+            ("drift without concepts", f"{self.gated.drift:.4f}", f"{self.ungated.drift:.4f}"),
         ]
-        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        heading, *rows = (f"| {' | '.join(row)} |" for row in self.rows())
+        return "\n".join(
+            [
+                f"**{self.compatibility.verdict}**: {self.compatibility.sentence}\n",
+                *(heading, "|---|---|---|", *rows),
+                f"\n{LEGEND}",
+                f"Energy of the sum over the strongest adapter: {self.compatibility.interference.energy_ratio:.2f}.",
+            ]
+        )
 
 
 def evaluate(
     pipe: Any,
     adapters: Sequence[Adapter],
     *,
-    prompts: Sequence[str] = PROMPTS,
-    concept_free: Sequence[str] = CONCEPT_FREE,
+    prompts: Sequence[str] | None = None,
+    concept_free: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights, and in what the UNet says.
 
-    `prompts` hold "{token}" where each concept goes. Raises ConfigError without adapters, and whatever attach raises.
+    `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. Raises ConfigError without adapters, and whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
-    measures = [
-        measure_survival(pipe, adapters, gating=gating, prompts=prompts, concept_free=concept_free, seed=seed)
-        for gating in (None, "none")
-    ]
-    return Evaluation(compatibility(adapters, pipe), *measures)
+    texts = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
+    gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
+    return Evaluation(compatibility(adapters, pipe), gated, ungated)

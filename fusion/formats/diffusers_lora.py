@@ -9,14 +9,10 @@ flattened CLIPTextModel of transformers >= 5.6 and ComfyUI insists on.
 
 import json
 import math
-import re
 from collections.abc import Mapping
-from typing import Any
 
 from fusion.errors import FormatError
-from fusion.formats.lora_file import LoraForm, split_key
-
-_PLAIN = re.compile(r"\^?[A-Za-z0-9_.]+")
+from fusion.formats.lora_file import LoraForm
 
 
 def key_stem(layer: str, family: str | None) -> str:
@@ -28,46 +24,35 @@ def key_stem(layer: str, family: str | None) -> str:
 
 def layer_name(stem: str) -> str | None:
     component, _, path = stem.partition(".")
-    return f"{component}.{path.removeprefix('text_model.')}" if path else None
+    return f"{component}.{path.removeprefix('text_model.')}"
 
 
-def stored_scale(metadata: Mapping[str, str], key: str, rank: int) -> float:
-    """alpha / rank of a layer by the LoraConfig that newer diffusers stores in the metadata; 1 if there is none.
+def stored_scale(metadata: Mapping[str, str], stem: str, rank: int) -> float:
+    """alpha / rank by the LoraConfig that newer diffusers stores in the metadata; 1 if there is none.
 
-    Raises FormatError for a config that cannot be read, or is no plain LoRA's.
+    Raises FormatError for a config that cannot be read, has alphas that differ, or is no plain LoRA's.
     """
-    if "lora_adapter_metadata" not in metadata:
-        return 1.0
-    component, _, path = (split_key(key) or (key, ""))[0].partition(".")
+    component = stem.partition(".")[0]
     try:
-        entries: dict[str, Any] = json.loads(metadata["lora_adapter_metadata"])
-        config = {k.removeprefix(f"{component}."): v for k, v in entries.items() if k.startswith(f"{component}.")}
-        alpha = float(config.get("lora_alpha") or rank)
-        for pattern, value in dict(config.get("alpha_pattern") or {}).items():
-            alpha = float(value) if _names(pattern, path) else alpha
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        entries = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if entries.get(f"{component}.use_dora") or entries.get(f"{component}.alpha_pattern"):
+            raise ValueError("DoRA and alpha_pattern are not supported")
+        root = math.sqrt(rank) if entries.get(f"{component}.use_rslora") else max(rank, 1)
+        scale = float(entries.get(f"{component}.lora_alpha") or rank) / root
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale is {scale}")
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise FormatError(f"The metadata entry lora_adapter_metadata cannot be read: {error}.") from error
-    if config.get("use_dora") or not math.isfinite(scale):
-        raise FormatError(f"The metadata say that {component} is no plain LoRA, or scale it by {scale}.")
+        raise FormatError(f"The metadata entry lora_adapter_metadata cannot be honoured: {error}.") from error
     return scale
-
-
-def _names(pattern: str, path: str) -> bool:
-    """Whether a pattern of PEFT means this path: in practice its last levels. ^: all of them."""
-    if not _PLAIN.fullmatch(pattern):
-        raise ValueError(f"alpha_pattern '{pattern[:60]}' is a regular expression")
-    whole, end = (f".{text.removeprefix('^').removeprefix('text_model.')}" for text in (path, pattern))
-    return whole == end if pattern.startswith("^") else whole.endswith(end)
 
 
 DIFFUSERS = LoraForm(
     title="diffusers",
-    implementation="diffusers",
+    sdxl="diffusers",
     stem=key_stem,
     layer=layer_name,
     up="lora_B.weight",
     down="lora_A.weight",
-    alpha=None,
     scale=stored_scale,
+    alpha=False,
 )

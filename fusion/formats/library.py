@@ -1,19 +1,17 @@
 """A library: a plain folder of adapter files. Which slices of which base are taken, its headers tell.
 
-A training reserves its slice while it runs: `.<id>.reserved` says which, and a lock on `.<id>.lock` says that its
-process lives, on any platform and after any crash.
+A training holds a lock on `.<random>.<whose>.<slice>.<process>.reserved` while it runs: the name says which slice it
+has, and the lock that its process lives, on any platform and after any crash.
 """
 
-import json
+import hashlib
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
@@ -21,40 +19,32 @@ from filelock import FileLock, Timeout
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import BaseInfo
 from fusion.errors import FormatError, FusionError, SliceConflict
-from fusion.formats import native
-from fusion.formats.native import AdapterFile
-from fusion.formats.safetensors_file import write_whole
+from fusion.formats.native import AdapterFile, read_info
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
 
 
 class SliceOwner(NamedTuple):
-    """Who owns a slice: an adapter file by name and token, or a training under way."""
+    """Who owns a slice, in words: an adapter file by name and tokens, or a training under way."""
 
-    name: str
-    token: str
+    who: str
     slice: SpectralSlice
 
 
 @dataclass
-class Reservation:
+class Reservation(AbstractContextManager["Reservation"]):
     """A slice held for as long as a training runs. `release()` gives it back; so does leaving a `with` block."""
 
     slice: SpectralSlice
-    _note: Path
     _lock: FileLock
 
     def release(self) -> None:
         """Give the slice back; once the adapter is saved in the library, its file holds it. Twice does nothing."""
-        self._note.unlink(missing_ok=True)
         self._lock.release()
-        _remove(Path(self._lock.lock_file))
+        _remove(self._lock)
 
-    def __enter__(self) -> "Reservation":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -69,14 +59,17 @@ class Library:
         found: list[AdapterFile] = []
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
-                found.append(native.read_info(path))
+                found.append(read_info(path))
             except FusionError as error:
                 logger.warning("Not part of the library: %s", error)
         return found
 
     def slice_map(self, base: BaseInfo, slice_of: str = "spectrum") -> list[SliceOwner]:
         """Who owns which slice of `base`: adapters first, then trainings under way."""
-        return [*self._stored(base, slice_of, None), *self._reserved(base, slice_of)]
+        if not self.folder.is_dir():
+            return []
+        with FileLock(self.folder / ".library.lock"):
+            return self._owners(base, slice_of, replacing=None)
 
     def reserve(
         self,
@@ -101,68 +94,56 @@ class Library:
         except OSError as error:
             raise FormatError(f"'{self.folder}' cannot be a library folder: {error.strerror}.") from error
         with FileLock(self.folder / ".library.lock"):
-            owners = [*self._stored(base, slice_of, replacing), *self._reserved(base, slice_of)]
+            owners = self._owners(base, slice_of, replacing)
             taken = [owner.slice for owner in owners]
-            if wanted is None:
-                wanted = free_slice(taken, rank, capacity=capacity, layout=layout, slots=slots)
-            elif owner := next((owner for owner in owners if owner.slice.overlap(wanted)), None):
-                raise SliceConflict(self._taken(base, wanted, owner))
-            return self._hold(base, slice_of, wanted)
+            part = wanted or free_slice(taken, rank, capacity=capacity, layout=layout, slots=slots)
+            for owner in owners:
+                if owner.slice.overlap(part):
+                    raise SliceConflict(
+                        f"Slice {part} of {base.name} is taken in '{self.folder}': {owner.who} owns directions "
+                        f"{owner.slice}. Leave the slice out to get the next free one, or name another."
+                    )
+            numbers = "-".join(map(str, part.to_json()))
+            note = f".{secrets.token_hex(4)}.{_digest(base, slice_of)}.{numbers}.{os.getpid()}.reserved"
+            # Not bound to a thread: whoever closes the training gives the slice back.
+            lock = FileLock(self.folder / note, thread_local=False)
+            lock.acquire()
+            return Reservation(part, lock)
 
-    def _taken(self, base: BaseInfo, wanted: SpectralSlice, owner: SliceOwner) -> str:
-        who = f"'{owner.name}' ({owner.token})" if owner.token else owner.name
-        return (
-            f"Slice {wanted} of {base.name} is taken in '{self.folder}': {who} owns directions {owner.slice}. "
-            "Leave the slice out to get the next free one, or name another."
-        )
+    def _owners(self, base: BaseInfo, slice_of: str, replacing: str | None) -> list[SliceOwner]:
+        return [*self._stored(base, slice_of, replacing), *self._reserved(_digest(base, slice_of))]
 
     def _stored(self, base: BaseInfo, slice_of: str, replacing: str | None) -> Iterator[SliceOwner]:
         for entry in self.adapters():
-            if entry.base is None or (entry.base.family, entry.base.name) != (base.family, base.name):
+            own = entry.info.base
+            if own is None or (own.family, own.name) != (base.family, base.name):
                 continue
-            own = [concept.token for concept in entry.info.concepts]
             for branch in entry.branches:
-                tokens = branch.gate or tuple(own)
+                tokens = branch.gate or tuple(concept.token for concept in entry.info.concepts)
                 if ADAPTERS[branch.type].slice_of == slice_of and tokens != (replacing,):
                     for part in branch.slices:
-                        yield SliceOwner(entry.info.name, " ".join(tokens), part)
+                        yield SliceOwner(f"'{entry.info.name}' ({' '.join(tokens)})", part)
 
-    def _reserved(self, base: BaseInfo, slice_of: str) -> Iterator[SliceOwner]:
-        """Slices of trainings that still run; notes of those that ended without a word are removed."""
-        for note in sorted(self.folder.glob(".*.reserved")):
-            lock = FileLock(note.with_suffix(".lock"))
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-                note.unlink(missing_ok=True)
-                lock.release()
-                _remove(Path(lock.lock_file))
-                continue
+    def _reserved(self, whose: str) -> Iterator[SliceOwner]:
+        """Slices of trainings that still run; the notes of those that ended without a word are removed."""
+        for note in sorted(self.folder.glob(f".*.{whose}.*.reserved")):
+            lock = FileLock(note)
             try:
-                said = json.loads(note.read_text(encoding="utf-8"))
-                whose, part = said["of"], SpectralSlice.from_json(said["slice"])
-                running = f"a training under way (process {said['process']} on {said['host']})"
-            except FileNotFoundError:  # released just now
-                continue
-            except (OSError, ValueError, TypeError, LookupError) as error:
-                raise FormatError(f"The reservation '{note}' cannot be read; delete it if no training runs.") from error
-            if whose == [base.family, base.name, slice_of]:
-                yield SliceOwner(running, "", part)
-
-    def _hold(self, base: BaseInfo, slice_of: str, part: SpectralSlice) -> Reservation:
-        note = self.folder / f".{secrets.token_hex(4)}.reserved"
-        # Not bound to a thread: whoever closes the training gives the slice back.
-        lock = FileLock(note.with_suffix(".lock"), thread_local=False)
-        lock.acquire()
-        said = {
-            "slice": part.to_json(),
-            "of": [base.family, base.name, slice_of],
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-        }
-        write_whole(note, [json.dumps(said).encode()])
-        return Reservation(part, note, lock)
+                lock.acquire(timeout=0)
+            except Timeout:
+                numbers, process = note.name.split(".")[3:5]
+                part = SpectralSlice.from_json([int(number) for number in numbers.split("-")])
+                yield SliceOwner(f"a training under way (process {process})", part)
+            else:
+                lock.release()
+                _remove(lock)
 
 
-def _remove(lock: Path) -> None:
-    with suppress(OSError):  # Windows: another process looks at it
-        lock.unlink()
+def _digest(base: BaseInfo, slice_of: str) -> str:
+    """What the slices of a reservation mean, as letters that any file name may have."""
+    return hashlib.sha256(f"{base.family}\n{base.name}\n{slice_of}".encode()).hexdigest()[:16]
+
+
+def _remove(lock: FileLock) -> None:
+    with suppress(OSError):  # gone already, or, on Windows, another process looks at it
+        Path(lock.lock_file).unlink()

@@ -6,35 +6,59 @@
 
 Metadata (strings, nested ones JSON): format, format_version, adapter (a list of branches), base, concepts,
 provenance, name, and ModelSpec's entries. Types come from the metadata, never from tensor names.
-
-Shapes: O out_features, I in_features, R slice length.
 """
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import Json
 from torch import Tensor
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch
+from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
+from fusion.adapters.layer import AdapterLayer
+from fusion.config import StrictModel
 from fusion.errors import FormatError, FusionError, UnknownName, closest
-from fusion.formats.metadata import fields, from_json, info_entries, modelspec, parse_info, strings, to_json, typed
-from fusion.formats.safetensors_file import Header, TensorInfo, cast, opened, write_file
+from fusion.formats.metadata import modelspec
+from fusion.formats.safetensors_file import opened, write_file
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
 
-FORMAT, VERSION = "spectral-adapter", 1
+FORMAT, VERSION = "spectral-adapter", "1"
 
-_BRANCH = {"name": str, "type": str, "slices": list, "targets": list, "gate": list, "strength": float}
-_LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+")
+_LAYER = r"(?:unet|text_encoder|text_encoder_2)(?:\.[A-Za-z0-9_]+)+"
 _ROWS = re.compile(rf"(text_encoder(?:_2)?)\.token\.({TOKEN.pattern})")
 _FURTHEST = 2**16  # no weight of any model has more directions
+_MOST = 1000  # branches, concepts
+
+Grouped = dict[str, dict[str, Tensor]]  # layer name -> tensor name -> tensor, or token -> text encoder -> rows
+
+
+@dataclass(frozen=True)
+class _BranchEntry:
+    """A Branch in the metadata."""
+
+    name: str
+    type: str
+    slices: tuple[tuple[int, int, int], ...]  # start, rank, step
+    targets: tuple[str, ...]
+    gate: tuple[str, ...]
+    strength: float
+
+
+class _Entries(StrictModel):
+    """The metadata that make an adapter."""
+
+    name: str
+    base: Json[BaseInfo | None]
+    concepts: Json[tuple[Concept, ...]]
+    provenance: Json[Provenance]
+    adapter: Json[tuple[_BranchEntry, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,28 +66,10 @@ class AdapterFile:
     """What an adapter file says, read from its header alone."""
 
     path: Path
-    info: AdapterInfo
-    branches: tuple[Branch, ...]  # without their layers
-    layer_names: tuple[str, ...]
     size: int  # bytes
-
-    @property
-    def base(self) -> BaseInfo | None:
-        return self.info.base
-
-    @property
-    def slices(self) -> tuple[SpectralSlice, ...]:
-        return tuple(part for branch in self.branches for part in branch.slices)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where an adapter's parts stand in its file."""
-
     info: AdapterInfo
-    branches: tuple[Branch, ...]
-    layers: tuple[dict[str, dict[str, str]], ...]  # per branch: layer name -> tensor -> key
-    rows: dict[str, dict[str, str]]  # token -> component -> key
+    branches: tuple[Branch, ...]  # their tensors are on the meta device: shapes without values
+    slices: tuple[SpectralSlice, ...]
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16") -> None:
@@ -73,22 +79,22 @@ def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16")
     """
     tensors: dict[str, Tensor] = {}
     for number, branch in enumerate(adapter.branches):
+        prefix = f"{number}." if len(adapter.branches) > 1 else ""
         for layer_name, layer in branch.layers.items():
-            for tensor_name, tensor in layer.state_dict().items():
-                tensors[f"{_prefix(number, len(adapter.branches))}{layer_name}.{tensor_name}"] = tensor
+            tensors |= {f"{prefix}{layer_name}.{part}": tensor for part, tensor in layer.state_dict().items()}
     for token, rows in adapter.tokens.items():
         tensors |= {f"{component}.token.{token}": row for component, row in rows.items()}
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(VERSION),
-        "adapter": to_json([_described(branch) for branch in adapter.branches]),
-        **info_entries(adapter.info),
-        **modelspec(adapter.info, FORMAT),
-    }
-    made = cast(tensors, dtype)
-    infos = {name: TensorInfo("", tuple(tensor.shape)) for name, tensor in made.items()}
-    _survey(Path(path), Header(metadata, infos))  # never write what load would refuse
-    write_file(path, made, metadata)
+    info = adapter.info
+    branches = [
+        _BranchEntry(b.name, b.type, tuple((s.start, s.rank, s.step) for s in b.slices), b.targets, b.gate, b.strength)
+        for b in adapter.branches
+    ]
+    entries = _Entries.model_construct(
+        name=info.name, base=info.base, concepts=info.concepts, provenance=info.provenance, adapter=tuple(branches)
+    )
+    metadata = {"format": FORMAT, "format_version": VERSION, **entries.model_dump(round_trip=True)}
+    _built(Path(path), metadata, tensors)  # never write what load would refuse
+    write_file(path, tensors, metadata | modelspec(info, FORMAT), dtype)
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -96,141 +102,95 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
     Raises FormatError for anything that is not exactly what the metadata promise, UnknownName for an unknown type.
     """
+    read_info(path)  # refuses before any tensor is read
     with opened(path) as file:
-        layout = _survey(file.path, file.header)
-        tensors = {name: file.tensor(name) for name in file.header.tensors}
-    branches = tuple(
-        replace(
-            branch,
-            layers={
-                name: ADAPTERS[branch.type].from_tensors({part: tensors[key] for part, key in keys.items()})
-                for name, keys in layers.items()
-            },
-        )
-        for branch, layers in zip(layout.branches, layout.layers, strict=True)
-    )
-    rows = {token: {c: tensors[key] for c, key in keys.items()} for token, keys in layout.rows.items()}
-    return Adapter(layout.info, branches, rows)
+        return _built(file.path, file.metadata, {name: file.tensor(name) for name in file.shapes})
 
 
 def read_info(path: str | os.PathLike[str]) -> AdapterFile:
     """What a file says of itself, checked like `load` but for the values. Reads no tensor."""
     with opened(path) as file:
-        layout, size = _survey(file.path, file.header), file.path.stat().st_size
-    names = tuple(dict.fromkeys(name for layers in layout.layers for name in layers))
-    return AdapterFile(file.path, layout.info, layout.branches, names, size)
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
+        adapter = _built(file.path, file.metadata, shapes)
+    return AdapterFile(file.path, file.path.stat().st_size, adapter.info, adapter.branches, adapter.slices)
 
 
-def is_native(metadata: Mapping[str, str]) -> bool:
-    return metadata.get("format") == FORMAT
-
-
-def _prefix(number: int, branches: int) -> str:
-    return "" if branches == 1 else f"{number}."
-
-
-def _described(branch: Branch) -> dict[str, Any]:
-    return {
-        "name": branch.name,
-        "type": branch.type,
-        "slices": [part.to_json() for part in branch.slices],
-        "targets": list(branch.targets),
-        "gate": list(branch.gate),
-        "strength": branch.strength,
-    }
-
-
-def _survey(path: Path, header: Header) -> _Layout:
-    """Where everything stands, with every claim of the header checked against every other."""
-    metadata = header.metadata
-    if not is_native(metadata):
+def _built(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter a file holds, with every claim of its header checked against every other."""
+    if metadata.get("format") != FORMAT:
         raise FormatError(f"'{path}' is no spectral adapter file: its metadata do not say format = {FORMAT}.")
-    _check_version(path, metadata.get("format_version", ""))
+    if (version := metadata.get("format_version", "")) != VERSION:
+        raise FormatError(
+            f"'{path}' has format_version {version[:20]!r}, but {VERSION} is read; a newer one needs an update."
+        )
     try:
-        info = parse_info(metadata)
-        branches = tuple(_parse_branch(value) for value in typed(from_json(metadata, "adapter"), list, "adapter"))
-        Adapter(info, branches, {})  # distinct branch names, gates that have concepts
-        layers, rows = _assign(branches, header.tensors)
-        _check_shapes(branches, layers, header.tensors)
-        _check_rows(info, rows, header.tensors)
+        found = _Entries.model_validate({key: metadata[key] for key in _Entries.model_fields if key in metadata})
+        if max(len(found.adapter), len(found.concepts)) > _MOST:
+            raise FormatError(f"it has more than {_MOST} branches or concepts.")
+        layers, rows = _grouped(found.adapter, tensors)
+        weights: dict[str, dict[str, int]] = {}
+        branches = tuple(_branch(entry, own, weights) for entry, own in zip(found.adapter, layers, strict=True))
+        info = AdapterInfo(found.name, found.base, found.concepts, found.provenance)
+        _check_rows(info, rows)
+        return Adapter(info, branches, rows)
     except UnknownName as error:
         raise UnknownName(f"'{path}': {error}") from error
     except FusionError as error:
-        raise FormatError(f"'{path}' is no sound adapter file: {str(error).rstrip('.')}.") from error
-    return _Layout(info, branches, layers, rows)
+        raise FormatError(f"'{path}' is no sound adapter file: {error}") from error
 
 
-def _check_version(path: Path, version: str) -> None:
-    if not (version.isascii() and version.isdigit() and 0 < len(version) < 9):
-        raise FormatError(f"'{path}' says format_version = {version[:20]!r}, which is no version.")
-    if int(version) > VERSION:
-        raise FormatError(
-            f"'{path}' is of format version {version}, newer than this spectral-fusion reads ({VERSION}); update it."
-        )
-
-
-def _parse_branch(value: Any) -> Branch:
-    found = fields(value, _BRANCH, "a branch")
-    if found["type"] not in ADAPTERS:
-        known = ", ".join(ADAPTERS)
-        raise UnknownName(
-            f"no adapter type '{found['type'][:40]}'{closest(found['type'], ADAPTERS)} There are: {known}."
-        )
-    slices = tuple(_parse_slice(part) for part in found["slices"])
-    texts = {key: strings(found[key], f"{key} of a branch") for key in ("targets", "gate")}
-    return Branch(found["name"], found["type"], {}, slices, **texts, strength=float(found["strength"]))
-
-
-def _parse_slice(value: Any) -> SpectralSlice:
-    numbers = [typed(number, int, "each number of a slice") for number in typed(value, list, "a slice")]
-    if len(numbers) != 3 or any(not 0 <= number < _FURTHEST for number in numbers):
-        raise FormatError(f"a slice should be three numbers start, rank, step, not {str(value)[:40]}")
-    return SpectralSlice.from_json(numbers)
-
-
-def _assign(
-    branches: tuple[Branch, ...], tensors: Mapping[str, TensorInfo]
-) -> tuple[tuple[dict[str, dict[str, str]], ...], dict[str, dict[str, str]]]:
-    """Every key to its branch, layer and tensor, or to its token. FormatError lists what is left or lacking."""
-    layers: tuple[dict[str, dict[str, str]], ...] = tuple({} for _ in branches)
-    rows: dict[str, dict[str, str]] = {}
+def _grouped(entries: Sequence[_BranchEntry], tensors: Mapping[str, Tensor]) -> tuple[list[Grouped], Grouped]:
+    """Every tensor to its branch and layer, or to its token; FormatError names those that belong nowhere."""
+    numbers = {str(number): number for number in range(len(entries))}
+    layers: list[Grouped] = [{} for _ in entries]
+    rows: Grouped = {}
     strange: list[str] = []
-    for key in tensors:
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".") if len(entries) > 1 else ("0", "", key)
         if match := _ROWS.fullmatch(key):
-            rows.setdefault(match[2], {})[match[1]] = key
-        elif (place := _placed(key, branches)) is not None:
-            number, layer_name, part = place
-            layers[number].setdefault(layer_name, {})[part] = key
+            rows.setdefault(match[2], {})[match[1]] = tensor
+        elif number in numbers and (match := _keys(entries[numbers[number]].type).fullmatch(name)):
+            layers[numbers[number]].setdefault(match[1], {})[match[2]] = tensor
         else:
-            strange.append(key)
-    missing = [
-        f"{_prefix(number, len(branches))}{layer_name}.{part}"
-        for number, branch in enumerate(branches)
-        for layer_name, parts in layers[number].items()
-        for part in tensor_shapes(branch.type)
-        if part not in parts
-    ]
-    if strange or missing:
-        raise FormatError("; ".join([*_listed("it lacks", missing), *_listed("it has unexpected", strange)]))
+            strange.append(key[:120])
+    if strange:
+        raise FormatError(f"it has {len(strange)} unexpected tensors: {', '.join(strange[:3])}.")
     return layers, rows
 
 
-def _placed(key: str, branches: tuple[Branch, ...]) -> tuple[int, str, str] | None:
-    """Branch number, layer name and tensor name of a key."""
-    number = "0"
-    if len(branches) != 1:
-        number, _, key = key.partition(".")
-    if not (number.isascii() and number.isdigit() and len(number) < 6 and int(number) < len(branches)):
-        return None
-    for part in tensor_shapes(branches[int(number)].type):
-        if key.endswith(f".{part}") and _LAYER.fullmatch(layer_name := key.removesuffix(f".{part}")):
-            return int(number), layer_name, part
-    return None
+def _branch(entry: _BranchEntry, layers: Grouped, weights: dict[str, dict[str, int]]) -> Branch:
+    """A branch of layers with all their tensors, in shapes that fit each other.
+
+    `weights`: layer name -> sizes O and I, in which all branches agree.
+    """
+    slices = tuple(SpectralSlice(*numbers) for numbers in entry.slices)
+    if any(part.stop > _FURTHEST for part in slices):
+        raise FormatError(f"branch {entry.name!r} has a slice beyond direction {_FURTHEST}.")
+    owned = sum(part.rank for part in slices) if ADAPTERS[entry.type].slice_of else 0
+    made: dict[str, AdapterLayer] = {}
+    for name, parts in layers.items():
+        sizes = weights.get(name, {}) | ({"R": owned} if owned else {})
+        for part, letters in tensor_shapes(entry.type).items():
+            if part not in parts:
+                raise FormatError(f"it lacks {name}.{part}.")
+            shape = tuple(parts[part].shape)
+            fits = len(shape) == len(letters)
+            if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape, strict=True)):
+                raise FormatError(f"{name}.{part} has shape {shape}, which does not fit its layer {sizes}.")
+        weights[name] = {letter: n for letter, n in sizes.items() if letter != "R"}
+        made[name] = ADAPTERS[entry.type].from_tensors(parts)
+    return Branch(entry.name, entry.type, made, slices, entry.targets, entry.gate, entry.strength)
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{what} {', '.join(name[:120] for name in names[:3])}{more}"] if names else []
+def _check_rows(info: AdapterInfo, rows: Grouped) -> None:
+    """Every concept has its embeddings, as many as it says, and nothing else has."""
+    vectors = {concept.token: concept.vectors for concept in info.concepts}
+    if odd := sorted(vectors.keys() ^ rows.keys()):
+        raise FormatError(f"{odd[0]} has {'no embedding' if odd[0] in vectors else 'an embedding but no concept'}.")
+    for token, own in rows.items():
+        for row in own.values():
+            if row.ndim != 2 or len(row) != vectors[token]:
+                raise FormatError(f"{token} has {vectors[token]} vectors, but an embedding {tuple(row.shape)}.")
 
 
 @lru_cache(maxsize=64)
@@ -239,43 +199,15 @@ def tensor_shapes(kind: str) -> dict[str, str]:
 
     Read off a toy layer of O = 5, I = 7, R = 3, so that a new type needs no line here. No SVD: its basis is given.
     """
+    if kind not in ADAPTERS:
+        raise UnknownName(f"no adapter type '{kind[:40]}'{closest(kind, ADAPTERS)} There are: {', '.join(ADAPTERS)}.")
     toy = Spectrum(torch.zeros(5, 3), torch.zeros(3), torch.zeros(7, 3))
     layer = ADAPTERS[kind].fresh(torch.zeros(5, 7), SpectralSlice(0, 3), spectrum=toy)
     letters = {5: "O", 7: "I", 3: "R"}
     return {name: "".join(letters[n] for n in tensor.shape) for name, tensor in layer.state_dict().items()}
 
 
-def _check_shapes(
-    branches: tuple[Branch, ...], layers: tuple[dict[str, dict[str, str]], ...], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """The letters of a layer stand for one number each, R for its slices' length; O and I agree between branches."""
-    weights: dict[str, tuple[int, ...]] = {}
-    for branch, places in zip(branches, layers, strict=True):
-        owned = sum(part.rank for part in branch.slices) if ADAPTERS[branch.type].slice_of else 0
-        for layer_name, keys in places.items():
-            sizes = {"R": owned} if owned else {}
-            for part, letters in tensor_shapes(branch.type).items():
-                shape = tensors[keys[part]].shape
-                good = len(shape) == len(letters) and all(
-                    sizes.setdefault(letter, n) == n for letter, n in zip(letters, shape, strict=True)
-                )
-                if not good:
-                    raise FormatError(f"{keys[part]} has shape {shape}, which does not fit its layer {sizes}")
-            weight = tuple(sizes[letter] for letter in "OI" if letter in sizes)
-            if weights.setdefault(layer_name, weight) != weight:
-                raise FormatError(f"two branches take {layer_name} for {weights[layer_name]} and {weight}")
-
-
-def _check_rows(info: AdapterInfo, rows: Mapping[str, Mapping[str, str]], tensors: Mapping[str, TensorInfo]) -> None:
-    """Every concept has its embeddings, as many as it says, and nothing else has."""
-    tokens = {concept.token: concept.vectors for concept in info.concepts}
-    if odd := sorted(tokens.keys() ^ rows.keys()):
-        raise FormatError(f"{odd[0]} has {'no embedding' if odd[0] in tokens else 'an embedding but no concept'}")
-    if len(tokens) != len(info.concepts):
-        raise FormatError("two concepts have one token")
-    widths: dict[str, int] = {}
-    for token, keys in rows.items():
-        for component, key in keys.items():
-            shape = tensors[key].shape
-            if len(shape) != 2 or shape[0] != tokens[token] or widths.setdefault(component, shape[1]) != shape[1]:
-                raise FormatError(f"{key} has shape {shape}, but {token} has {tokens[token]} vectors")
+@lru_cache(maxsize=64)
+def _keys(kind: str) -> re.Pattern[str]:
+    """A layer name of the model and a tensor name of the type."""
+    return re.compile(rf"({_LAYER})\.({'|'.join(map(re.escape, tensor_shapes(kind)))})")

@@ -1,7 +1,7 @@
 """Singular directions on disk: one SVD per weight, however many concepts are trained on it.
 
-A file per weight, named by the SHA-256 of its exact bits. U and V are stored direction by direction, so that the
-first directions are one run of bytes and nothing else is read.
+A file per weight, named by the SHA-256 of its shape, dtype and bits: a fine-tune of a base has another spectrum.
+U and V are stored direction by direction, so that the first directions are one run of bytes and nothing else is read.
 
 Shapes: O out_features, I in_features, K directions.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusion.adapters.adapter import content
 from fusion.errors import FormatError
-from fusion.formats.safetensors_file import opened, raw_bytes, write_file
+from fusion.formats.safetensors_file import opened, write_file
 from fusion.spectral.spectrum import Spectrum, decompose
 
 logger = logging.getLogger(__name__)
@@ -37,29 +38,24 @@ def cached_spectrum(weight: Tensor, depth: int, folder: Path | None = None) -> S
     be written is done without, both with a warning.
     """
     wanted = min(depth, *weight.shape)
-    path = (folder or cache_folder()) / f"{fingerprint(weight)}.safetensors"
+    path = (folder or cache_folder()) / f"{hashlib.sha256(content(weight)).hexdigest()}.safetensors"
     found = _read(path, weight, wanted) if path.exists() else None
     if found is None:
         whole = decompose(weight, max(depth, KEPT))
-        _write(path, whole)
+        try:
+            write_file(path, {"U": whole.U.T, "S": whole.S, "V": whole.V.T}, {}, "float32")
+        except FormatError as error:
+            logger.warning("The spectrum cache cannot be used, every training will decompose the base again: %s", error)
         found = Spectrum(whole.U[:, :wanted], whole.S[:wanted], whole.V[:, :wanted])
     return Spectrum(*(part.to(weight.device, torch.float32).contiguous() for part in found))
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of shape, dtype and every bit: a fine-tune of a base has another spectrum."""
-    sha = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    sha.update(raw_bytes(weight.cpu()))
-    return sha.hexdigest()
 
 
 def _read(path: Path, weight: Tensor, wanted: int) -> Spectrum | None:
     """None if the file has too few directions, or is damaged."""
     try:
         with opened(path) as file:
-            shapes = {name: info.shape for name, info in file.header.tensors.items()}
-            stored = shapes["S"][0]
-            if shapes != {"U": (stored, weight.shape[0]), "S": (stored,), "V": (stored, weight.shape[1])}:
+            stored = file.shapes.get("S", (0,))[0]
+            if file.shapes != {"U": (stored, weight.shape[0]), "S": (stored,), "V": (stored, weight.shape[1])}:
                 raise FormatError(f"'{path}' is the spectrum of another weight.")
             if stored < wanted:
                 return None
@@ -68,15 +64,7 @@ def _read(path: Path, weight: Tensor, wanted: int) -> Spectrum | None:
         # Written so that NaN fails.
         if not ((lengths - 1).abs().max() < _OFF_UNIT and (S.diff() <= 0).all() and (S >= 0).all() and S[0].isfinite()):
             raise FormatError(f"'{path}' holds no singular directions.")
-    except (FormatError, LookupError) as error:
+    except FormatError as error:
         logger.warning("A cached spectrum is damaged and is made again: %s", error)
         return None
     return Spectrum(U.T, S, V.T)
-
-
-def _write(path: Path, spectrum: Spectrum) -> None:
-    rows = {"U": spectrum.U.T, "S": spectrum.S, "V": spectrum.V.T}
-    try:
-        write_file(path, {name: part.cpu().float().contiguous() for name, part in rows.items()}, {})
-    except FormatError as error:
-        logger.warning("The spectrum cache cannot be used, every training will decompose the base again: %s", error)

@@ -85,7 +85,9 @@ class _Adapted:
         self._changed()
 
     def _changed(self) -> None:
-        self._gates = [(b, b.gate) for b in self.branches.values() if b.gate is not None]
+        gates = [(b, b.gate) for b in self.branches.values() if b.gate is not None]
+        # In one order whichever was attached first, so that sums round alike.
+        self._gates = sorted(gates, key=lambda pair: pair[1].tokens)
         self._joined = None
 
     def open_delta(self, x: Tensor) -> tuple[Delta, float] | None:

@@ -268,10 +268,10 @@ def bake(pipe: Any, adapter: Adapter, gating: str | None = None) -> None:
     Raises GatingError for a gated adapter unless gating="none", since a weight cannot know which token it is given;
     FusionError if this adapter is baked in already, or anything is attached.
     """
-    if any(effective_gates(adapter, gating).values()):
+    if gates := dict.fromkeys(token for gate in effective_gates(adapter, gating).values() for token in gate):
         raise GatingError(
-            f"'{adapter.info.name}' is gated by {', '.join(t for b in adapter.branches for t in b.gate)}; baked "
-            "weights would act on every token. Attach it instead, or accept that with gating='none'."
+            f"'{adapter.info.name}' is gated by {', '.join(gates)}; baked weights would act on every token. Attach it "
+            "instead, or accept that with gating='none'."
         )
     if any(set(here.parts.values()) & set(components(pipe).values()) for here in _installations.values()):
         raise FusionError("Adapters are attached to this pipeline; detach them before baking.")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fusion.errors import DatasetError
 from fusion.training.config import worded
-from fusion.training.folders import MASKS, METADATA
-from fusion.training.pictures import SUFFIXES
+from fusion.training.folders import METADATA, is_picture
 
 
 def caption_for(text: str, token: str, trigger: str = "") -> str:
@@ -39,19 +38,17 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[Path, str | None]:
     Each line is {"file_name": "dog.png", "text": "a {token} asleep"}, the text optional, other keys ignored: the
     ImageFolder form of Hugging Face datasets. What is wrong is appended to `problems`, with its line.
     """
-    file = folder / METADATA
-    texts, lines = dict[Path, str | None](), dict[Path, int]()
+    file, texts = folder / METADATA, dict[Path, str | None]()
     # Not splitlines: JSON strings may hold other line separators of Unicode.
     for number, line in enumerate(read_text(file, METADATA).split("\n") if file.exists() else [], start=1):
         try:
-            if not line.strip():
-                continue
-            path, text = _entry(folder, line)
-            if path in lines:
-                raise DatasetError(f"'{path.name}' stands in line {lines[path]} already.")
-            lines[path], texts[path] = number, text
+            path, text = _entry(folder, line) if line.strip() else (None, None)
+            if path in texts:
+                raise DatasetError(f"'{path.name}' stands in an earlier line already.")
         except DatasetError as error:
             problems.append(f"{METADATA}, line {number}: {error}")
+        else:
+            texts |= {path: text} if path else {}
     return texts
 
 
@@ -68,11 +65,9 @@ def _entry(folder: Path, line: str) -> tuple[Path, str | None]:
     try:
         # A downloaded folder must not make us read files elsewhere.
         inside = path.resolve().is_relative_to(folder.resolve()) and ".." not in Path(name).parts
-        usable = inside and path.is_file() and path.suffix.lower() in SUFFIXES and path.parent.name != MASKS
+        usable = inside and is_picture(path) and path.is_file()
     except (OSError, ValueError):  # a name no file can have
-        inside, usable = True, False
-    if not inside:
-        raise DatasetError(f"'{name}' leads out of the folder; put the picture inside.")
+        usable = False
     if not usable:
-        raise DatasetError(f"'{name}' is no picture in this folder.")
+        raise DatasetError(f"'{name}' is no picture in this folder; put it inside, not hidden, and not as a mask.")
     return path, text

@@ -11,10 +11,11 @@ token gating, where it could teach nothing; without gates it is allowed, and sai
 import logging
 import random
 import re
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -22,10 +23,12 @@ from fusion.config import listing
 from fusion.errors import DatasetError
 from fusion.training.captions import caption_for, read_metadata, read_text
 from fusion.training.config import TrainingConfig
-from fusion.training.folders import METADATA, Contents, visible
+from fusion.training.folders import MASKS, METADATA, some, sort_files, visible
 from fusion.training.pictures import SUFFIXES, Cut, cut, decoded, is_transparent, load_mask, load_picture
 
 logger = logging.getLogger(__name__)
+
+Args, Made = ParamSpec("Args"), TypeVar("Made")
 
 _REPEATED = re.compile(r"([1-9]\d*)_(.+)")  # kohya's folder names
 
@@ -88,32 +91,13 @@ class BatchOrder:
 def prepare(example: Example, resolution: int, config: TrainingConfig, generator: torch.Generator | None = None) -> Cut:
     """The pixels of one example as the config wants them; `generator` draws crops and flips."""
     mask = load_mask(example.mask_path, example.size) if example.mask_path else None
-    return cut(
-        load_picture(example.image_path),
-        mask,
-        resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        interpolation=config.image_interpolation_mode,
-        generator=generator,
-    )
+    how = {"center_crop": config.center_crop, "random_flip": config.random_flip}
+    return cut(load_picture(example.image_path), mask, resolution, **how, generator=generator)
 
 
 def instance_dataset(config: TrainingConfig) -> Dataset:
     """The pictures of the concept. Raises DatasetError naming every file with a problem."""
-    reader = _Reader(
-        config.instance_data_dir,
-        prompt=config.worded(config.instance_prompt),
-        token=config.token,
-        caption_extension=config.caption_extension,
-        use_masks=config.use_masks,
-        token_needed=config.gating == "tokens",
-    )
-    examples = reader.examples(config.repeats)
-    if not examples and not reader.problems:
-        kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
-        reader.problems.append(f"there are no pictures in it; put some there ({kinds})")
-    return reader.finished(examples)
+    return _Reader(config.instance_data_dir, config.worded(config.instance_prompt), config).dataset()
 
 
 def class_dataset(config: TrainingConfig) -> Dataset:
@@ -121,135 +105,114 @@ def class_dataset(config: TrainingConfig) -> Dataset:
     folder = config.class_folder()
     if not config.class_prompt or not folder.exists():
         return Dataset(())
-    reader = _Reader(folder, config.class_prompt)
-    return reader.finished(reader.examples(1))
+    return _Reader(folder, config.class_prompt, None).dataset()
 
 
-@dataclass
 class _Reader:
     """Reads one dataset folder, collecting problems and what to tell over all files."""
 
-    folder: Path
-    prompt: str  # of pictures without a caption
-    token: str | None = None  # None: captions are not read
-    caption_extension: str = ""
-    use_masks: bool = False
-    token_needed: bool = False
-    problems: list[str] = field(default_factory=list[str])
-    unused: list[str] = field(default_factory=list[str])
-    captionless: list[str] = field(default_factory=list[str])
-    tokenless: list[str] = field(default_factory=list[str])
-    transparent: list[str] = field(default_factory=list[str])
+    def __init__(self, folder: Path, prompt: str, config: TrainingConfig | None) -> None:
+        """`prompt` is for pictures without a caption; without a config captions and masks are not read."""
+        if not folder.is_dir():
+            raise DatasetError(f"'{folder}' is no folder; name the one that holds the pictures.")
+        self.folder, self.prompt, self.config = folder, prompt, config
+        self.problems: list[str] = []
+        self.told = defaultdict[str, list[str]](list)  # names of files, by what there is to tell
+        self.examples: list[Example] = []
+        self.texts = read_metadata(folder, self.problems) if config else {}
 
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise DatasetError(f"'{self.folder}' is no folder; name the one that holds the pictures.")
-        self.texts = read_metadata(self.folder, self.problems) if self.token else {}
+    def dataset(self) -> Dataset:
+        """The examples of the folder, of its repeated sub-folders and of those that metadata names.
 
-    def examples(self, repeats: int) -> list[Example]:
-        """The examples of the folder, of its repeated sub-folders and of those that metadata names."""
-        times = {self.folder: 1} | {path.parent: 1 for path in self.texts}
-        folders = [path for path in visible(self.folder) if path.is_dir()]
-        times |= {path: int(match[1]) for path in folders if (match := _REPEATED.fullmatch(path.name))}
-        examples: list[Example] = []
-        lost = set(self.texts)
-        for path, count in sorted(times.items()):
-            contents = Contents.of(path, self.caption_extension)
-            lost -= {picture for pictures in contents.pictures.values() for picture in pictures}
-            deeper = {parent for other in times for parent in (other, *other.parents)}
-            self.unused += [f"{self._name(folder)}/" for folder in contents.folders if folder not in deeper]
-            if path != self.folder and (path / METADATA).exists():
-                self.unused.append(self._name(path / METADATA))
-            named = _REPEATED.fullmatch(path.name) if path != self.folder else None
-            examples += self._examples_of(contents, repeats * count, named[2].strip() if named else "")
-        self.problems += [f"{METADATA} names {self._name(path)}, which is a mask or hidden." for path in sorted(lost)]
-        return examples
-
-    def finished(self, examples: list[Example]) -> Dataset:
-        """The dataset, its notes said as warnings; or one DatasetError with all problems."""
+        What the user may not expect is said as warnings; problems are raised as one DatasetError.
+        """
+        folders = {self.folder, *(path.parent for path in self.texts)}
+        folders |= {path for path in visible(self.folder) if path.is_dir() and _REPEATED.fullmatch(path.name)}
+        for folder in sorted(folders):
+            self._read(folder, folders)
+        if self.config and not self.examples and not self.problems:
+            kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
+            self.problems.append(f"there are no pictures in it; put some there ({kinds})")
         if self.problems:
             raise DatasetError(f"'{self.folder.name}': {listing(self.problems)}")
-        maskless = [self._name(example.image_path) for example in examples if not example.mask_path]
-        tell = {
-            f"Without a caption, so '{self.prompt}' is used": _if_mixed(self.captionless, examples),
-            f"Captions that do not name {self.token}": self.tokenless,
-            "Without a mask, so learned whole": _if_mixed(maskless, examples),
-            "With transparent parts, which are filled with white": self.transparent,
-            "Not used": self.unused,
+        for what in ("captionless", "maskless"):  # worth telling only where others in the folder differ
+            if len(self.told[what]) == len(self.examples):
+                del self.told[what]
+        wording = {
+            "captionless": f"Without a caption, so '{self.prompt}' is used",
+            "tokenless": "Captions that do not name the token",
+            "maskless": "Without a mask, so learned whole",
+            "transparent": "With transparent parts, which are filled with white",
+            "unused": "Not used",
         }
-        notes = tuple(f"{what}: {_some(names)}." for what, names in tell.items() if names)
+        notes = tuple(f"{text}: {some(self.told[what])}." for what, text in wording.items() if self.told[what])
         for note in notes:
             logger.warning("'%s': %s", self.folder.name, note)
-        return Dataset(tuple(examples), notes)
+        return Dataset(tuple(self.examples), notes)
 
-    def _examples_of(self, contents: Contents, repeats: int, trigger: str) -> Iterator[Example]:
-        self.unused += [self._name(path) for path in contents.strays()]
-        for stem, paths in contents.pictures.items():
-            names = [self._name(path) for path in paths]
-            masks = contents.masks.get(stem, []) if self.use_masks else []
+    def _read(self, folder: Path, folders: set[Path]) -> None:
+        """The examples of one of the `folders` that are read."""
+        pictures, captions, masks, unused = sort_files(folder, ".txt")
+        within = {parent for path in folders for parent in (path, *path.parents)}
+        unused += [path for path in visible(folder) if path.is_dir() and path not in within and path.name != MASKS]
+        if folder != self.folder and (folder / METADATA).exists():
+            unused.append(folder / METADATA)
+        self.told["unused"] += [f"{self._name(path)}/" if path.is_dir() else self._name(path) for path in unused]
+        named = _REPEATED.fullmatch(folder.name) if folder != self.folder else None
+        repeats, trigger = (int(named[1]), named[2].strip()) if named else (1, "")
+        for stem, paths in pictures.items():
+            drawn = masks[stem] if self.config and self.config.use_masks else []
             if len(paths) > 1:
-                self.problems.append(f"{' and '.join(names)} share caption and mask; rename all but one.")
-            elif len(masks) > 1:
-                self.problems.append(f"{names[0]} has {len(masks)} masks: {_some(map(self._name, masks))}; keep one.")
+                self.problems.append(f"{some(map(self._name, paths))} share caption and mask; rename all but one.")
+            elif len(drawn) > 1:
+                names = some(map(self._name, drawn))
+                self.problems.append(f"{self._name(paths[0])} has {len(drawn)} masks: {names}; keep one.")
             else:
-                mask = masks[0] if masks else None
-                yield from self._example(paths[0], contents.captions.get(stem), mask, repeats, trigger)
+                mask, caption = next(iter(drawn), None), next(iter(captions[stem]), None)
+                size = self._noting(self._check, paths[0], mask)
+                text = self._noting(self._caption, paths[0], caption, trigger)
+                if size and text:
+                    times = repeats * (self.config.repeats if self.config else 1)
+                    self.examples.append(Example(paths[0], text, mask, times, size))
 
-    def _example(
-        self, path: Path, caption: Path | None, mask: Path | None, repeats: int, trigger: str
-    ) -> Iterator[Example]:
-        """The example of one picture, unless any part of it is wrong: that goes to the problems."""
-        before, size, text = len(self.problems), (0, 0), ""
-        with self._noting():
-            image = decoded(path, self._name(path))
-            size = image.size
-            if is_transparent(image):
-                self.transparent.append(self._name(path))
-            if mask:
-                load_mask(mask, size, self._name(mask))
-        with self._noting():
-            text = self._caption(path, caption, trigger)
-        if len(self.problems) == before:
-            yield Example(path, text, mask, repeats, size)
+    def _check(self, path: Path, mask: Path | None) -> tuple[int, int]:
+        """The size of a picture that can be read, as its mask can."""
+        image = decoded(path, self._name(path))
+        if is_transparent(image):
+            self.told["transparent"].append(self._name(path))
+        if mask:
+            load_mask(mask, image.size, self._name(mask))
+        else:
+            self.told["maskless"].append(self._name(path))
+        return image.size
 
     def _caption(self, path: Path, file: Path | None, trigger: str) -> str:
-        name = self._name(path)
-        written = read_text(file, self._name(file)) if file else None
-        listed = self.texts.get(path)
-        if file and listed is not None and listed != written:
-            raise DatasetError(f"{name} has different captions in {METADATA} and {file.name}; keep one.")
+        name, listed = self._name(path), self.texts.get(path)
+        written = read_text(file, self._name(file)) if file and self.config else None
+        if None not in (listed, written) and listed != written:
+            raise DatasetError(f"{name} has different captions in {METADATA} and {self._name(file or path)}; keep one.")
         text = written if listed is None else listed
-        if text is None or self.token is None:
-            self.captionless.append(name)
+        if text is None or not self.config:
+            self.told["captionless"].append(name)
             return self.prompt
-        source = self._name(file) if file else f"{METADATA}, {name}"
-        text = caption_for(text, self.token, trigger)
+        source, token = self._name(file) if file else f"{METADATA}, {name}", self.config.token
+        text = caption_for(text, token, trigger)
         if not text:
             raise DatasetError(f"{source} has an empty caption; write one, or remove it to use '{self.prompt}'.")
-        if self.token not in text:
-            if self.token_needed:
-                raise DatasetError(f"{source}: '{text}' does not name {self.token}; write it where that stands.")
-            self.tokenless.append(source)
+        if token not in text:
+            if self.config.gating == "tokens":
+                raise DatasetError(f"{source}: '{text}' does not name {token}; write it where that stands.")
+            self.told["tokenless"].append(source)
         return text
 
-    @contextmanager
-    def _noting(self) -> Generator[None]:
+    def _noting(self, read: Callable[Args, Made], *args: Args.args, **named: Args.kwargs) -> Made | None:
         """Problems are collected, not raised, so that the user hears of all of them at once."""
         try:
-            yield
+            return read(*args, **named)
         except DatasetError as error:
             self.problems.append(str(error))
+            return None
 
     def _name(self, path: Path) -> str:
         """How the user calls a file: its path in the folder."""
         return path.relative_to(self.folder).as_posix()
-
-
-def _if_mixed(names: list[str], examples: list[Example]) -> list[str]:
-    """Names worth telling because others in the folder differ."""
-    return names if len(names) < len(examples) else []
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -1,7 +1,8 @@
 """What lies in a dataset folder, sorted by what it is."""
 
 import unicodedata
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from fusion.errors import DatasetError
@@ -13,46 +14,35 @@ _MASK_ENDINGS = ("-masklabel", ".mask")
 # Files that may lie in a dataset folder without being part of it.
 _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "notice", "thumbs.db", "desktop.ini"}
 
+Files = defaultdict[str, list[Path]]  # by stem: picture, caption and mask of one stem belong together
 
-@dataclass
-class Contents:
-    """One folder's files by stem: picture, caption and mask of one stem belong together. Hidden files are none."""
 
-    pictures: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
-    captions: dict[str, Path] = field(default_factory=dict[str, Path])
-    masks: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
-    folders: list[Path] = field(default_factory=list[Path])
-    others: list[Path] = field(default_factory=list[Path])
+def sort_files(folder: Path, caption_extension: str) -> tuple[Files, Files, Files, list[Path]]:
+    """A folder's pictures, captions, masks, and files that belong to no picture. Hidden files are none."""
+    pictures, captions, masks, others = Files(list), Files(list), Files(list), list[Path]()
+    for path in visible(folder):
+        stem = _stem(path)
+        if path.is_dir() or path.name.lower() in _KNOWN:
+            continue
+        if is_picture(path):
+            pictures[stem].append(path)
+        elif path.suffix.lower() in SUFFIXES:
+            masks[stem.removesuffix(_MASK_ENDINGS[0]).removesuffix(_MASK_ENDINGS[1])].append(path)
+        elif path.suffix.lower() == caption_extension.lower():
+            captions[stem].append(path)
+        else:
+            others.append(path)
+    for path in visible(folder / MASKS) if (folder / MASKS).is_dir() else []:
+        masks[_stem(path)].append(path)
+    for files in (captions, masks):
+        others += [path for stem, paths in files.items() if stem not in pictures for path in paths]
+    return pictures, captions, masks, others
 
-    @classmethod
-    def of(cls, folder: Path, caption_extension: str) -> "Contents":
-        """Sort a folder's files. Raises DatasetError when it cannot be listed."""
-        found = cls()
-        for path in visible(folder):
-            stem, kind = _stem(path), path.suffix.lower()
-            subject = next((stem.removesuffix(ending) for ending in _MASK_ENDINGS if stem.endswith(ending)), None)
-            if path.is_dir() and path.name == MASKS:
-                for mask in visible(path):
-                    found.masks.setdefault(_stem(mask), []).append(mask)
-            elif path.is_dir():
-                found.folders.append(path)
-            elif path.name.lower() in _KNOWN:
-                continue
-            elif kind in SUFFIXES and subject is None:
-                found.pictures.setdefault(stem, []).append(path)
-            elif kind in SUFFIXES:
-                found.masks.setdefault(str(subject), []).append(path)
-            elif kind == caption_extension.lower():
-                found.captions[stem] = path
-            else:
-                found.others.append(path)
-        return found
 
-    def strays(self) -> list[Path]:
-        """Files that belong to no picture."""
-        captions = [path for stem, path in self.captions.items() if stem not in self.pictures]
-        masks = [path for stem, paths in self.masks.items() if stem not in self.pictures for path in paths]
-        return sorted([*captions, *masks, *self.others])
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture to learn from, no mask and not hidden."""
+    mask = path.stem.endswith(_MASK_ENDINGS) or path.parent.name == MASKS
+    return path.suffix.lower() in SUFFIXES and not mask and not path.name.startswith(".")
 
 
 def visible(folder: Path) -> list[Path]:
@@ -61,6 +51,12 @@ def visible(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise DatasetError(f"'{folder}' cannot be read: {error.strerror}.") from None
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of many names."""
+    listed = sorted(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def _stem(path: Path) -> str:

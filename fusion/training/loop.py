@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +52,7 @@ class TrainStep:
     checkpoint: Path | None = None
 
 
-def train(pipe: Any, config: TrainingConfig) -> Iterator[TrainStep]:
+def train(pipe: Any, config: TrainingConfig) -> Generator[TrainStep]:
     """Teach one concept to an adapter; the pipeline's own weights are never changed.
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
@@ -96,7 +96,7 @@ class _Run:
         self._checkpoints = config.output_dir / "checkpoints" / config.name
         self.done = self._resume()
 
-    def steps(self) -> Iterator[TrainStep]:
+    def steps(self) -> Generator[TrainStep]:
         config, began = self.config, time.monotonic()
         for step in range(self.done + 1, config.max_train_steps + 1):
             loss = self._optimize(step)

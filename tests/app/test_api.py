@@ -34,8 +34,8 @@ def upload(pictures):
 def test_teach_look_and_draw(client, session, pictures):
     progress, *_ = client.predict(upload(pictures), "rex", "dog", 2, "additive", 0, api_name="/teach")
     assert "Learned in 2 steps" in progress
-    picks, _, cards = client.predict([], api_name="/library")
-    assert picks["choices"] == [["<rex>", "rex"]] or picks["choices"] == [("<rex>", "rex")]
+    picks, cards = client.predict([], api_name="/library")
+    assert [tuple(choice) for choice in picks["choices"]] == [("<rex>", "rex")]
     assert "&lt;rex&gt;" in cards
     job = client.submit(["rex"], {}, "a <rex>", "", 3, False, 3, 2.5, 1, api_name="/draw")
     stage, caption, _ = job.result(timeout=60)
@@ -68,7 +68,7 @@ def test_a_cancelled_drawing_gives_the_pipeline_back(client, session):
 def test_errors_are_sentences(client):
     with pytest.raises(AppError, match="Write a prompt first"):
         client.predict([], {}, " ", "", 0, False, 2, 2.5, 1, api_name="/draw")
-    with pytest.raises(AppError, match="could not be opened|no model_index"):
+    with pytest.raises(AppError, match="/nowhere"):
         client.predict("/nowhere", api_name="/base")
 
 

@@ -81,7 +81,9 @@ def test_every_parameter_learns_and_its_gradient_is_right(kind):
     names, values = zip(*layer.named_parameters(), strict=True)
 
     def dense(*tensors):
-        return torch.func.functional_call(_Change(layer), {f"layer.{n}": t for n, t in zip(names, tensors)}, ())
+        return torch.func.functional_call(
+            _Change(layer), {f"layer.{n}": t for n, t in zip(names, tensors, strict=True)}, ()
+        )
 
     assert all(value.requires_grad for value in values)
     assert torch.autograd.gradcheck(dense, [value.detach().requires_grad_() for value in values])

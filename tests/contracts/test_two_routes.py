@@ -59,7 +59,9 @@ def test_a_gate_by_position_acts_on_its_rows_alone(kind, live):
     assert torch.allclose(found[rows], changed[rows], atol=1e-4)
 
 
-@pytest.mark.parametrize("base, x", [(linear(), torch.randn(3, 5, 12)), (nn.Conv2d(12, 20, 1), torch.randn(3, 12, 4, 4))])
+@pytest.mark.parametrize(
+    "base, x", [(linear(), torch.randn(3, 5, 12)), (nn.Conv2d(12, 20, 1), torch.randn(3, 12, 4, 4))]
+)
 def test_a_gate_by_picture_acts_on_whole_pictures(base, x):
     layer, wrapped = trained_layer("additive", base.weight.detach().flatten(1)), adapted(base)
     wrapped.add(0, LayerBranch(layer.delta().detach(), Knob(0.7), gate([0, 2], 3, by_picture=True)))
@@ -72,7 +74,9 @@ def test_a_gate_by_picture_acts_on_whole_pictures(base, x):
 def test_several_branches_add_up(live):
     base, x = linear(), torch.randn(2, 5, 12)
     wrapped, total = adapted(base), torch.zeros(20, 12)
-    for key, (kind, fresh, strength) in enumerate(zip(("additive", "lora", "core"), live, (1.0, -0.5, 2.0), strict=True)):
+    for key, (kind, fresh, strength) in enumerate(
+        zip(("additive", "lora", "core"), live, (1.0, -0.5, 2.0), strict=True)
+    ):
         layer = trained_layer(kind, base.weight, k=key % 3)
         wrapped.add(key, LayerBranch(layer.delta if fresh else layer.delta().detach(), Knob(strength), None))
         total += strength * layer.delta().detach().dense()

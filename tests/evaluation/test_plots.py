@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion.evaluation.plots import interference_matrix, overview, slice_map, write
+from fusion.evaluation.plots import overview, write
 from fusion.spectral.slices import SpectralSlice
 
 SLICES = {
@@ -13,7 +13,11 @@ SLICES = {
     "stripes": [SpectralSlice.strided(1, 3, 8)],
     "lora": [],
 }
-COSINE = np.array([[1, 0.02, -0.4], [0.02, 1, 0.1], [-0.4, 0.1, 1]]).tolist()
+COSINE = [[1, 0.02, -0.4, 0], [0.02, 1, 0.1, 0], [-0.4, 0.1, 1, 0.05], [0, 0, 0.05, 1]]
+
+
+def figure_of(slices, capacity=None):
+    return overview(list(slices), list(slices.values()), np.eye(len(slices)).tolist(), capacity=capacity)
 
 
 def owned(figure) -> list[tuple[int, int]]:
@@ -27,7 +31,7 @@ def texts(axes) -> list[str]:
 
 
 def test_the_slice_map_marks_every_direction_owned():
-    figure = slice_map(SLICES, capacity=64)
+    figure = figure_of(SLICES, capacity=64)
     rows = [sorted({i for part in parts for i in part.indices}) for parts in SLICES.values()]
     assert owned(figure) == [(row, index) for row, indices in enumerate(rows) for index in indices]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(SLICES)
@@ -36,29 +40,33 @@ def test_the_slice_map_marks_every_direction_owned():
 
 def test_shared_directions_are_hatched_not_only_coloured():
     shared = {"a": [SpectralSlice(0, 4)], "b": [SpectralSlice(2, 4)]}
-    hatched = [p for p in slice_map(shared).axes[0].patches if p.get_hatch()]
+    hatched = [p for p in figure_of(shared).axes[0].patches if p.get_hatch()]
     assert sorted(round(p.get_x()) for p in hatched) == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("capacity", [8, 40, None])
 def test_the_axis_stays_within_the_narrowest_layer(capacity):
-    figure = slice_map({"a": [SpectralSlice(4, 4)]}, capacity=capacity)
+    figure = figure_of({"a": [SpectralSlice(4, 4)]}, capacity=capacity)
     assert figure.axes[0].get_xlim()[1] == (8 if capacity == 8 else 16)
 
 
 def test_the_matrix_prints_its_numbers():
-    figure = interference_matrix(["a", "b", "c"], COSINE)
-    assert texts(figure.axes[0]) == ["1", "+0.02", "-0.40", "+0.02", "1", "+0.10", "-0.40", "+0.10", "1"]
+    axes = overview(list(SLICES), list(SLICES.values()), COSINE).axes[1]
+    said = [["1" if i == j else f"{value:+.2f}" for j, value in enumerate(row)] for i, row in enumerate(COSINE)]
+    assert texts(axes) == [text for row in said for text in row]
+
+
+def test_one_adapter_has_nothing_to_interfere_with():
+    assert len(figure_of({"a": [SpectralSlice(0, 4)]}).axes) == 1
 
 
 def test_every_axis_has_a_title():
-    figure = overview(SLICES, ["a", "b", "c"], COSINE, capacity=64)
-    assert all(axes.get_title(loc="left") for axes in figure.axes[:2])
+    assert all(axes.get_title(loc="left") for axes in figure_of(SLICES, capacity=64).axes[:2])
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_figures_are_written_by_ending(tmp_path, ending):
-    path = write(slice_map(SLICES), tmp_path / f"new/map.{ending}")
+    path = write(figure_of(SLICES), tmp_path / f"new/map.{ending}")
     assert path.stat().st_size > 1000
     if ending == "png":
         corner = Image.open(path).convert("RGB").getpixel((0, 0))
@@ -69,5 +77,5 @@ def test_drawing_leaves_matplotlib_as_it_was():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    overview(SLICES, ["a", "b", "c"], COSINE)
+    figure_of(SLICES)
     assert dict(matplotlib.rcParams) == before

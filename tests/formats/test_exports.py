@@ -1,7 +1,5 @@
 """Exports: exact, named as other programs expect, and drawing the same pictures in diffusers' own hands."""
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -44,7 +42,7 @@ def error(adapter, again):
 def load_in_diffusers(pipe, report, adapter):
     """What the notes of an export tell the user of diffusers to do."""
     pipe.load_lora_weights(str(report.path))
-    for concept, file in zip(adapter.info.concepts, report.files[1:-1], strict=True):
+    for concept, file in zip(adapter.info.concepts, report.files[1:], strict=True):
         if hasattr(pipe, "text_encoder_2"):
             rows = load_file(file)
             pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
@@ -138,22 +136,19 @@ def test_keys_and_metadata_of_a_kohya_file(family, trained, side_by_side, wide, 
     )
     assert (metadata["ss_network_module"], metadata["ss_network_dim"]) == ("networks.lora", "16")
     assert metadata["modelspec.trigger_phrase"] == "<rex>, <tom>" and metadata["modelspec.merged_from"] == "dog, cat"
-    assert metadata["modelspec.hash_sha256"] == f"0x{metadata['sshs_model_hash']}"
 
 
 @pytest.mark.parametrize(
     ("first", "ours"),
     [
         ("input_blocks_1_0_emb_layers_1", "down_blocks.0.resnets.0.time_emb_proj"),
-        ("input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
         (
             "input_blocks_8_1_transformer_blocks_9_attn1_to_q",
             "down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q",
         ),
         ("middle_block_2_skip_connection", "mid_block.resnets.1.conv_shortcut"),
         ("output_blocks_0_1_proj_in", "up_blocks.0.attentions.0.proj_in"),
-        ("output_blocks_5_2_conv", "up_blocks.1.upsamplers.0.conv"),
-        ("output_blocks_8_0_in_layers_2", "up_blocks.2.resnets.2.conv1"),
+        ("output_blocks_8_0_emb_layers_1", "up_blocks.2.resnets.2.time_emb_proj"),
         ("time_embed_2", "time_embedding.linear_2"),
         ("label_emb_0_0", "add_embedding.linear_1"),
         ("down_blocks_1_attentions_0_proj_out", "down_blocks.1.attentions.0.proj_out"),
@@ -161,7 +156,7 @@ def test_keys_and_metadata_of_a_kohya_file(family, trained, side_by_side, wide, 
 )
 def test_both_spellings_of_sdxl_are_read(first, ours):
     assert kohya_lora.layer_name(f"lora_unet_{first}") == f"unet.{ours}"
-    if "samplers" not in ours and not first.startswith("down"):
+    if not first.startswith("down"):
         assert kohya_lora.key_stem(f"unet.{ours}", "sdxl") == f"lora_unet_{first}"
 
 
@@ -190,11 +185,8 @@ def test_the_user_is_told_what_a_lora_cannot_do(trained, side_by_side, tmp_path)
     report = export(gated, tmp_path / "both.safetensors", "kohya")
     said = "\n".join(report.notes)
     assert "cannot be gated" in said and "<rex>, <tom>" in said and "load_textual_inversion" in said
-    names = ["both.safetensors", "both_rex.safetensors", "both_tom.safetensors", "both.json"]
+    names = ["both.safetensors", "both_rex.safetensors", "both_tom.safetensors"]
     assert report.files == [tmp_path / name for name in names] and all(file.exists() for file in report.files)
-    card = json.loads((tmp_path / "both.json").read_text())
-    assert (card["activation text"], card["sd version"]) == ("both_rex, both_tom", "SD1")
-    assert "load_textual_inversion('both_rex.safetensors')" in card["notes"] and str(tmp_path) not in card["notes"]
     assert "gated" not in "\n".join(export(trained(pipe, gated=False), tmp_path / "x.safetensors", "kohya").notes)
 
 

@@ -54,7 +54,7 @@ def rename(path, old, new):
 
 def tensors_of(path):
     with safetensors_file.opened(path) as file:
-        return {name: file.tensor(name) for name in file.header.tensors}, file.header.metadata
+        return {name: file.tensor(name) for name in file.shapes}, file.metadata
 
 
 def rewrite(path, change):
@@ -77,10 +77,11 @@ def both_refuse(path, reason, kind=FormatError):
         (b"abc", "not a safetensors file"),
         (b"PK\x03\x04" + b"\0" * 200, r"zip archive.*can run code"),
         (pickle.dumps({"weights": list(range(500))}), r"pickle.*can run code"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "PNG picture"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "not a safetensors file"),
         (b"<!DOCTYPE html><html>" + b" " * 100, "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
-        ((2**62).to_bytes(8, "little") + b'{"a": 1}', "cut short"),
+        ((2**62).to_bytes(8, "little") + b'{"a": 1}', "has a header of 4,611,686,018,427,387,904 bytes"),
+        ((2**20).to_bytes(8, "little") + b'{"a": 1}', "cut short"),
         ((10).to_bytes(8, "little") + b"{not json}" + b"\0" * 8, "damaged or cut short"),
     ],
 )
@@ -97,7 +98,7 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_missing_files_and_folders(small):
     with pytest.raises(FormatError, match=r"no file .*did you mean 'rex.safetensors'"):
         load(small.with_name("rax.safetensors"))
-    with pytest.raises(FormatError, match="is a folder"):
+    with pytest.raises(FormatError, match="cannot be read: Is a directory"):
         load(small.parent)
 
 
@@ -108,7 +109,7 @@ def test_truncated_anywhere(small):
         both_refuse(small, "rex")
 
 
-def test_a_header_that_lies_costs_nothing(small, monkeypatch):
+def test_a_header_that_lies_costs_nothing(small):
     header, data = parts(small)
     started = time.monotonic()
     for shape, offsets in [
@@ -118,6 +119,7 @@ def test_a_header_that_lies_costs_nothing(small, monkeypatch):
         ([16], [-64, 0]),
         ([16], [64, 0]),
         ([0, 2**60], [0, 0]),
+        ([0, 2**24, 2**24, 2**24], [0, 0]),
     ]:
         lying = {name: dict(entry) for name, entry in header.items()}
         lying[f"{LAYER}.dU"] |= {"shape": shape, "data_offsets": offsets}
@@ -125,9 +127,6 @@ def test_a_header_that_lies_costs_nothing(small, monkeypatch):
         both_refuse(small, "rex")
     put(small, b"{" + b" " * (40 * 2**20) + b"}", b"")
     both_refuse(small, "header of 41,943,042 bytes")
-    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 5)
-    put(small, header, data)
-    both_refuse(small, "at most 5 are read")
     assert time.monotonic() - started < 20
 
 
@@ -139,7 +138,9 @@ def test_only_floats(small, dtype):
 
 def test_missing_and_left_over_keys_are_listed(small):
     rename(small, f"{LAYER}.dU", f"{LAYER}.dX")
-    both_refuse(small, rf"lacks {LAYER}.dU; it has unexpected {LAYER}.dX")
+    both_refuse(small, rf"unexpected tensors: {LAYER}.dX")
+    rewrite(small, lambda tensors: tensors.pop(f"{LAYER}.dX"))
+    both_refuse(small, rf"lacks {LAYER}.dU")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,14 @@ def test_strange_keys_are_listed(small, key):
 
 def test_shapes_that_do_not_fit_each_other(small):
     whole = small.read_bytes()
-    for part, shape in [("dU", (32, 4)), ("basis.S", (5,)), ("dV", (32, 4, 1)), ("dS", (1, 4)), ("basis.V", (4, 32))]:
+    for part, shape in [
+        ("dU", (32, 4)),
+        ("basis.S", (5,)),
+        ("dV", (32, 4, 1)),
+        ("dS", (1, 4)),
+        ("basis.V", (4, 32)),
+        ("dS", ()),
+    ]:
         small.write_bytes(whole)
         rewrite(small, lambda tensors, p=part, s=shape: tensors.update({f"{LAYER}.{p}": torch.zeros(s)}))
         both_refuse(small, "does not fit its layer")
@@ -179,10 +187,10 @@ def test_values_that_are_no_numbers(small, bad):
 
 def test_newer_and_nonsense_versions(small):
     edit(small, format_version="2")
-    both_refuse(small, r"format version 2, newer than this spectral-fusion reads \(1\); update")
+    both_refuse(small, "format_version '2', but 1 is read; a newer one needs an update")
     for version in ("", "one", "-1", "²", "9" * 5000):
         edit(small, format_version=version)
-        both_refuse(small, "no version|newer")
+        both_refuse(small, "format_version")
 
 
 def test_an_unknown_type_is_met_with_a_suggestion(small):
@@ -250,6 +258,15 @@ def test_fields_of_the_wrong_kind(small, key, field, value):
     entries[0][field] = value
     edit(small, **{key: json.dumps(entries)})
     both_refuse(small, "rex")
+
+
+@pytest.mark.parametrize("key", ["adapter", "concepts"])
+def test_endless_lists_cost_no_time(small, key):
+    header, _ = parts(small)
+    edit(small, **{key: json.dumps(json.loads(header["__metadata__"][key]) * 20_000)})
+    started = time.monotonic()
+    both_refuse(small, "more than 1000 branches or concepts")
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("key", ["format_version", "adapter", "base", "concepts", "provenance", "name"])

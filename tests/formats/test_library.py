@@ -33,8 +33,8 @@ def filled(trained, tmp_path):
 def test_files_own_their_slices(filled):
     assert [entry.info.name for entry in Library(filled).adapters()] == ["cat", "dog"]
     assert Library(filled).slice_map(BASE) == [
-        ("cat", "<tom>", SpectralSlice(8, 4)),
-        ("dog", "<rex>", SpectralSlice(0, 4)),
+        ("'cat' (<tom>)", SpectralSlice(8, 4)),
+        ("'dog' (<rex>)", SpectralSlice(0, 4)),
     ]
     with reserve(filled) as one, reserve(filled) as two:
         assert (one.slice, two.slice) == (SpectralSlice(4, 4), SpectralSlice(12, 4))
@@ -132,7 +132,7 @@ def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
     assert ready.wait(120)
     with reserve(tmp_path) as beside:
         assert beside.slice.start == 4
-    assert f"process {worker.pid} " in Library(tmp_path).slice_map(BASE)[0].name
+    assert f"process {worker.pid})" in Library(tmp_path).slice_map(BASE)[0].who
     worker.kill()
     worker.join(60)
     with reserve(tmp_path) as again:

@@ -93,8 +93,11 @@ def test_the_header_tells_everything_but_the_values(trained, side_by_side, tmp_p
     native.save(fused, path)
     monkeypatch.setattr(safetensors_file.OpenFile, "tensor", None)
     info = native.read_info(path)
-    assert (info.info, info.slices, info.base) == (fused.info, fused.slices, fused.info.base)
-    assert info.layer_names == tuple(sorted(fused.layer_names)) and info.size == path.stat().st_size
+    assert (info.info, info.slices, info.size) == (fused.info, fused.slices, path.stat().st_size)
+    for said, branch in zip(info.branches, fused.branches, strict=True):
+        assert (said.name, said.type, said.gate, set(said.layers)) == (
+            *(branch.name, branch.type, branch.gate, set(branch.layers)),
+        )
 
 
 def test_a_loaded_adapter_does_not_follow_its_file(trained, tmp_path):
@@ -115,10 +118,10 @@ def test_what_cannot_be_stored_is_refused_and_leaves_the_old_file(trained, tmp_p
     before = path.read_bytes()
     layer = next(iter(adapter.layers.values()))
     layer.dU.data[0, 0] = 1e6
-    with pytest.raises(FormatError, match=r"1e\+06, beyond float16; save with dtype='float32'"):
+    with pytest.raises(FormatError, match=r"1e\+06, which float16 cannot hold; save with dtype='float32'"):
         native.save(adapter, path)
     layer.dU.data[0, 0] = float("nan")
-    with pytest.raises(FormatError, match="NaN"):
+    with pytest.raises(FormatError, match="reaches nan"):
         native.save(adapter, path, "float32")
     with pytest.raises(ConfigError, match="did you mean 'float16'"):
         native.save(adapter, path, "float61")
@@ -140,11 +143,9 @@ def test_a_failed_write_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [(".", "is a folder"), ("rex", "must end in .safetensors: '.*rex.safetensors'")]
-)
-def test_a_senseless_path_is_refused(name, reason, trained, tmp_path):
-    with pytest.raises(FormatError, match=reason):
+@pytest.mark.parametrize("name", [".", "rex"])
+def test_a_senseless_path_is_refused(name, trained, tmp_path):
+    with pytest.raises(FormatError, match=r"name a file that ends in \.safetensors"):
         native.save(trained(tiny.pipeline("sd1")), tmp_path / name)
 
 

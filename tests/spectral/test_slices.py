@@ -67,7 +67,7 @@ def test_impossible_slices_are_refused(values):
 
 
 def test_a_slot_beyond_the_last_is_refused():
-    with pytest.raises(SliceConflict, match="Slice 8 .* 8 strided slots; the last is 7"):
+    with pytest.raises(SliceConflict, match=r"Slice 8 .* 8 strided slots; the last is 7"):
         SpectralSlice.strided(8, 4, 8)
 
 

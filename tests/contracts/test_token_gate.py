@@ -1,0 +1,340 @@
+"""A token-gated adapter changes no bit of a prompt without its tokens (law 19), through the ordinary pipeline call."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+
+import tiny
+from fusion.adapters import ADAPTERS
+from fusion.composition.fusing import fuse
+from fusion.errors import GatingError
+from fusion.models.injection import attach
+from fusion.models.names import components, sites
+from trained import attached, draw, everywhere, trained_adapter
+
+LONG = "a photo of " + "the snow and " * 20
+# Every way to call a pipeline: (prompt, options), `{}` standing for the subject.
+CALLS = {
+    "guided": ("a photo of {}", {}),
+    "unguided": ("a photo of {}", {"guidance_scale": 1.0}),
+    "negative": ("a photo of {}", {"negative_prompt": "a cat"}),
+    "in the negative": ("a photo of a bird", {"negative_prompt": "a {}"}),
+    "several each": ("a {} in the snow", {"num_images_per_prompt": 3}),
+    "batch": (["a cat", "a photo of {}", "{} beside a {}"], {}),
+    "mixed negatives": (["{}", "a cat"], {"negative_prompt": ["a bird", "a {}"], "num_images_per_prompt": 2}),
+    "truncated": ("{} " + LONG, {}),
+    "nothing": ("", {"negative_prompt": "{}"}),
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+def called(pipe, call, subject):
+    prompt, options = CALLS[call]
+
+    def said(text):
+        return text.format(*[subject] * 3) if isinstance(text, str) else [said(t) for t in text]
+
+    negative = {k: said(v) for k, v in options.items() if k == "negative_prompt"}
+    return draw(pipe, said(prompt), num_inference_steps=1, **options | negative)
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    """For every family a pipeline and ten adapters of all types, on all sorts of targets."""
+    made = {}
+    for family in tiny.FAMILIES:
+        pipe, kinds = tiny.pipeline(family), list(ADAPTERS)
+        targets = [None, ["text_encoder", "unet.attn2"], everywhere(pipe), ["unet.attn1", "unet.ff", "unet.proj_in"]]
+        made[family] = (
+            pipe,
+            [
+                trained_adapter(
+                    pipe,
+                    f"<c{i}>",
+                    kind=kinds[i % 7],
+                    k=i,
+                    rank=2,
+                    vectors=1 + i % 3,
+                    targets=targets[i % 4],
+                    scale=0.2,
+                )
+                for i in range(10)
+            ],
+        )
+    return made
+
+
+@pytest.fixture
+def crowd(crowds, family):
+    return crowds[family]
+
+
+@every_call
+def test_a_prompt_without_tokens_is_the_base(call, crowd):
+    pipe, adapters = crowd
+    base = called(pipe, call, "a dog")
+    with attached(pipe, *adapters):
+        assert torch.equal(called(pipe, call, "a dog"), base)
+    assert torch.equal(called(pipe, call, "a dog"), base)
+
+
+@every_call
+@pytest.mark.parametrize("one", [0, 2])
+def test_a_prompt_with_one_token_is_that_adapter_alone(call, one, crowd):
+    pipe, adapters = crowd
+    with attached(pipe, adapters[one]):
+        alone = called(pipe, call, f"<c{one}>")
+    others = adapters[:]
+    random.Random(one).shuffle(others)
+    with attached(pipe, *others):
+        assert torch.equal(called(pipe, call, f"<c{one}>"), alone)
+        assert not torch.allclose(called(pipe, call, "a dog"), alone, atol=1e-4)
+
+
+def test_several_concepts_in_one_prompt_need_only_theirs(crowd):
+    pipe, adapters = crowd
+    prompts = ["a <c1> beside a <c6>", "<c6>", "a dog"]
+    with attached(pipe, adapters[1], adapters[6]):
+        two = draw(pipe, prompts)
+    with attached(pipe, *reversed(adapters)):
+        assert torch.equal(draw(pipe, prompts), two)
+    with attached(pipe, replace(adapters[1], branches=()), adapters[6]):
+        assert not torch.allclose(draw(pipe, prompts)[0], two[0], atol=1e-4)
+
+
+def test_neighbours_in_a_batch_do_not_touch_each_other(crowd):
+    pipe, adapters = crowd
+    base = draw(pipe, ["a dog", "a cat", "a bird"])
+    with attached(pipe, *adapters):
+        mixed = draw(pipe, ["a dog", "a <c2>", "a bird <c3> <c1>"])
+    assert torch.equal(mixed[0], base[0])
+
+
+def test_a_fused_adapter_is_its_parts_attached(crowd):
+    pipe, adapters = crowd
+    prompts = ["a <c1> beside a <c6>", "<c2>", "a dog"]
+    with attached(pipe, *adapters):
+        apart = draw(pipe, prompts)
+    with attached(pipe, fuse(adapters)):
+        assert torch.equal(draw(pipe, prompts), apart)
+
+
+def test_random_loading_orders_draw_the_same(crowd):
+    pipe, adapters = crowd
+    prompts, found = ["a <c0> beside a <c9>", "<c5> and <c4>"], []
+    for seed in range(3):
+        order = adapters[:]
+        random.Random(seed).shuffle(order)
+        with attached(pipe, *order):
+            found.append(draw(pipe, prompts, num_inference_steps=1))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_upper_case_and_punctuation_are_forgiven(crowd):
+    pipe, adapters = crowd
+    with attached(pipe, adapters[0]):
+        assert torch.equal(draw(pipe, "A <C0>, in the snow"), draw(pipe, "a <c0> , in the snow"))
+
+
+def test_a_token_beyond_the_end_of_the_prompt_is_not_there(crowd):
+    pipe, adapters = crowd
+    base = draw(pipe, f"{LONG} dog")
+    with attached(pipe, *adapters):
+        assert torch.equal(draw(pipe, f"{LONG} <c0>"), base)
+
+
+def embeddings(pipe, prompt, **options):
+    """(B, T, D) and what else SDXL needs, as keywords of the pipeline call."""
+    made = pipe.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **options
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {name: value.detach() for name, value in zip(names, made, strict=False)}
+
+
+def test_embeddings_made_after_attaching_are_as_good_as_prompts(crowd):
+    pipe, adapters = crowd
+    options = {"negative_prompt": "a <c3>"}
+    with attached(pipe, *adapters):
+        expected = draw(pipe, "a <c2> and a dog", **options)
+        assert torch.equal(draw(pipe, None, **embeddings(pipe, "a <c2> and a dog", **options)), expected)
+
+
+def test_embeddings_made_before_attaching_are_refused_and_zeros_are_not(crowd):
+    pipe, adapters = crowd
+    before = embeddings(pipe, "a dog")
+    zeros = {name: torch.zeros_like(value) for name, value in before.items()}
+    base = draw(pipe, None, **zeros)
+    with attached(pipe, adapters[0]):
+        with pytest.raises(GatingError, match=r"was not made by this text_encoder.*after attach"):
+            draw(pipe, None, **before)
+        assert torch.equal(draw(pipe, None, **zeros), base)
+    with attached(pipe, adapters[0], gating="none"):
+        assert draw(pipe, None, **before).isfinite().all()
+
+
+def test_long_prompts_may_be_encoded_in_chunks(crowd):
+    pipe, adapters = crowd
+    chunks = ["a dog in the snow", "a <c1>", "<c2> and a <c0>"]
+
+    def joined():
+        parts = [embeddings(pipe, chunk) for chunk in chunks]
+        whole = {n: torch.cat([p[n] for p in parts], dim=1) for n in parts[0] if "pooled" not in n}
+        return {**parts[0], **whole}
+
+    with attached(pipe, *adapters):
+        crowded = draw(pipe, None, **joined())
+    with attached(pipe, *adapters[:3]):
+        assert torch.equal(draw(pipe, None, **joined()), crowded)
+    with attached(pipe, *adapters[1:]), pytest.raises(AssertionError):
+        assert torch.equal(draw(pipe, None, **joined()), crowded)
+
+
+def test_positions_in_later_chunks_are_where_they_should_be():
+    pipe = tiny.pipeline("sd1")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    adapter, length = trained_adapter(pipe, targets=[name]), pipe.tokenizer.model_max_length
+    seen = {}
+    with attached(pipe, adapter):
+        layer = sites(pipe)[name].module
+        layer.register_forward_hook(lambda m, x, y: seen.update(changed=(y - m.base(x[0])).abs().sum(-1) > 0))
+        parts = [embeddings(pipe, chunk)["prompt_embeds"] for chunk in ("a dog", "a bird and a <rex>")]
+        draw(pipe, None, prompt_embeds=torch.cat(parts, dim=1), guidance_scale=1.0, num_inference_steps=1)
+    assert seen["changed"].nonzero().tolist() == [[0, length + 5]]  # after the start, "a bird and a"
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_inside_the_unet_keys_and_values_change_at_the_tokens_alone(vectors, pipe):
+    seen = {}
+    adapter = trained_adapter(pipe, targets=["unet.attn2.to_k", "unet.attn2.to_v"], vectors=vectors)
+    with attached(pipe, adapter):
+        for name in adapter.layer_names:
+            sites(pipe)[name].module.register_forward_hook(
+                lambda m, x, y, name=name: seen.update({name: (y - m.base(x[0])).abs().sum(-1) > 0})
+            )
+        draw(
+            pipe, ["a <rex>", "a dog", "<rex> and <rex>"], num_inference_steps=1, negative_prompt=["<rex>", "", "a cat"]
+        )
+    assert len(seen) == len(adapter.layer_names)
+    starts = [(0, 1), (3, 2), (5, 1), (5, 2 + vectors)]
+    for changed in seen.values():
+        assert changed.nonzero().tolist() == [[b, p + i] for b, p in starts for i in range(vectors)]
+
+
+def test_image_to_image_from_the_same_components(crowd, family):
+    pipe, adapters = crowd
+    kind = StableDiffusionXLImg2ImgPipeline if family == "sdxl" else StableDiffusionImg2ImgPipeline
+    options = {"image": torch.rand(1, 3, 16, 16), "strength": 1.0, "num_inference_steps": 1}
+
+    def redraw(prompt):
+        other = kind(**pipe.components)
+        other.set_progress_bar_config(disable=True)
+        return draw(other, prompt, **options)
+
+    base = redraw("a dog")
+    with attached(pipe, adapters[2]):
+        alone = redraw("a <c2>")
+    with attached(pipe, *adapters):
+        assert torch.equal(redraw("a dog"), base)
+        assert torch.equal(redraw("a <c2>"), alone) and not torch.equal(alone, base)
+
+
+@pytest.mark.parametrize("prompts", [("a <c0>", "a dog"), ("a dog", "a <c0>"), ("a <c0>", "the snow and a <c0> <c1>")])
+def test_the_two_prompts_of_sdxl_may_differ(prompts, crowds):
+    pipe, adapters = crowds["sdxl"]
+    options = {"prompt_2": prompts[1], "negative_prompt": "a cat", "negative_prompt_2": "a <c4>"}
+    with attached(pipe, adapters[0], adapters[1], adapters[4]):
+        needed = draw(pipe, prompts[0], **options)
+    with attached(pipe, *adapters):
+        assert torch.equal(draw(pipe, prompts[0], **options), needed)
+    plain = {"prompt_2": "a bird", "negative_prompt": "a cat", "negative_prompt_2": "a dog"}
+    base = draw(pipe, "a dog", **plain)
+    with attached(pipe, *adapters):
+        assert torch.equal(draw(pipe, "a dog", **plain), base)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip_is_recognised(family, skip):
+    pipe = tiny.pipeline(family)
+    if family == "sd1":  # diffusers 0.42 reads clip_skip through the old layout only
+        pipe.register_modules(text_encoder=tiny.old_clip_layout(pipe.text_encoder))
+    options = {"clip_skip": min(skip, 1 if family == "sdxl" else 2), "num_inference_steps": 1}
+    base, one, two = draw(pipe, **options), trained_adapter(pipe, "<a>"), trained_adapter(pipe, "<b>", k=1)
+    with attached(pipe, one):
+        alone = draw(pipe, "a <a>", **options)
+    with attached(pipe, two, one):
+        assert torch.equal(draw(pipe, **options), base)
+        assert torch.equal(draw(pipe, "a <a>", **options), alone) and not torch.equal(alone, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_hold_in_half_precision_and_under_autocast(dtype, crowds):
+    _, adapters = crowds["sd1"]
+    for cast in (False, True):
+        pipe = tiny.pipeline("sd1")
+        for part in () if cast else (*components(pipe).values(), pipe.vae):
+            part.to(dtype)
+
+        def run(prompt, pipe=pipe, cast=cast):
+            with torch.autocast("cpu", dtype, enabled=cast):
+                return draw(pipe, prompt, num_inference_steps=1)
+
+        base = run("a dog")
+        with attached(pipe, adapters[1]):
+            alone = run("a <c1>")
+        with attached(pipe, *adapters):
+            assert torch.equal(run("a dog"), base)
+            assert torch.equal(run("a <c1>"), alone)
+        assert base.isfinite().all() and alone.isfinite().all() and not torch.equal(alone, base)
+
+
+def test_strength_zero_shuts_a_concept_up_but_keeps_its_word(crowd):
+    pipe, adapters = crowd
+    with attached(pipe, replace(adapters[2], branches=())):
+        word_alone = draw(pipe, "a <c2>")
+    with attached(pipe, adapters[0]), attach(pipe, adapters[2]) as handle:
+        loud = draw(pipe, "a <c2>")
+        handle.strength("<c2>", 0)
+        assert torch.equal(draw(pipe, "a <c2>"), word_alone) and not torch.equal(loud, word_alone)
+        handle.strength("<c2>", 1)
+        assert torch.equal(draw(pipe, "a <c2>"), loud)
+
+
+def test_strength_is_linear_at_the_gated_rows():
+    pipe, seen = tiny.pipeline("sd1"), {}
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    with attach(pipe, trained_adapter(pipe, targets=[name])) as handle:
+        sites(pipe)[name].module.register_forward_hook(lambda m, x, y: seen.update(change=y - m.base(x[0])))
+        for strength in (1.0, 0.25, -2.0):
+            handle.strength("rex", strength)
+            draw(pipe, "a <rex>", num_inference_steps=1, guidance_scale=1.0)
+            seen[strength] = seen["change"]
+    assert torch.allclose(seen[0.25], 0.25 * seen[1.0], atol=1e-5)
+    assert torch.allclose(seen[-2.0], -2 * seen[1.0], atol=1e-5)
+
+
+def test_a_renamed_adapter_answers_to_its_new_word(crowd):
+    pipe, adapters = crowd
+    with attached(pipe, adapters[2]):
+        expected = draw(pipe, "a <c2>")
+    with attached(pipe, *adapters, adapters[2].renamed({"<c2>": "<max>"})):
+        assert torch.equal(draw(pipe, "a <max>"), expected)
+        assert torch.equal(draw(pipe, "a <c2>"), expected)
+
+
+def test_gating_is_chosen_at_attach_over_what_the_file_says(crowd):
+    pipe, _ = crowd
+    base = draw(pipe, "a dog")
+    gated, plain = trained_adapter(pipe), trained_adapter(pipe, gated=False)
+    for adapter, gating, silent in (
+        (gated, None, True),
+        (gated, "none", False),
+        (plain, None, False),
+        (plain, "tokens", True),
+    ):
+        with attached(pipe, adapter, gating=gating):
+            assert torch.equal(draw(pipe, "a dog"), base) is silent

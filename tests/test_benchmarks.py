@@ -1,0 +1,76 @@
+"""The measurements run at toy size and count right; what they measure at full size is in benchmarks/RESULTS.md."""
+
+import pytest
+import torch
+
+from benchmarks.__main__ import MEASUREMENTS
+from benchmarks.bases import Base
+from benchmarks.clock import Timing, interleaved, paired
+from benchmarks.memory import held_bytes, peak_bytes
+from benchmarks.report import Section, bar, table, write
+from benchmarks.training import Steps
+from benchmarks.variants import VARIANTS
+from fusion.models.names import sites
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Base(toy=True)
+
+
+def silent(_line):
+    pass
+
+
+@pytest.mark.parametrize("name", ["fusing", "files", "spectra"])
+def test_a_measurement_gives_a_section(base, name):
+    section = MEASUREMENTS[name](base, silent)
+    assert section.title and section.text
+    assert all(block.startswith("| ") for block in section.tables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training", "gating", "balance"])
+def test_a_long_measurement_gives_a_section(base, name):
+    assert MEASUREMENTS[name](base, silent).tables
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_trains_what_it_names_and_leaves_the_pipeline_as_found(base, name):
+    before = {where: site.module for where, site in sites(base.pipe).items()}
+    variant = VARIANTS[name](base)
+    start = [p.detach().clone() for p in variant.parameters]
+    steps = Steps(base, variant)
+    assert steps.seconds() > 0
+    steps.seconds()
+    assert all(not torch.equal(p, old) for p, old in zip(variant.parameters, start, strict=True))
+    assert {where: site.module for where, site in sites(base.pipe).items()} == before
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def work():
+        torch.empty(1000)  # released at once
+        kept = torch.empty(3000)
+        return kept.clone()
+
+    assert peak_bytes(work) == 4 * 6000
+    whole = torch.zeros(10)
+    assert held_bytes([whole, whole[:5]]) == 40
+
+
+def test_turns_are_taken_and_the_first_round_is_not_counted():
+    turns: list[str] = []
+    timing = interleaved({n: lambda n=n: turns.append(n) or 1.0 for n in ("a", "b")}, 2, silent)
+    assert turns == ["a", "b", "b", "a", "a", "b"]
+    assert timing["a"].seconds == (1.0, 1.0)
+    assert paired(Timing((2.0, 9.0, 4.0)), Timing((1.0, 1.0, 2.0))) == 2.0
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    write(path, [Section("One", "old"), Section("Two", "kept", [table(["a", "b"], [["1", bar(2, 1)]])])])
+    write(path, [Section("One", "new")])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# Benchmarks\n\n## One\n\nnew\n\n## Two\n\nkept\n\n| a | b |\n| --- | ---: |\n")
+    assert "**missed**" in text
+    assert "old" not in text

@@ -1,0 +1,56 @@
+"""README is true: its tree is the real one, its commands and its Python run, in the order they stand in."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fusion.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+QUICK = {"train": ["--max_train_steps", "2"], "generate": ["--steps", "2"]}
+
+
+@pytest.mark.slow
+def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, block in BLOCKS:
+        if kind == "bash":
+            for line in block.splitlines():
+                words = shlex.split(line)
+                assert words[0] == "fusion"
+                assert main([*words[1:], *QUICK.get(words[1], [])]) == 0, f"{line}\n{capsys.readouterr().err}"
+        elif kind == "python":
+            exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "out" / "both.png").is_file() and (tmp_path / "out" / "pair.png").is_file()
+
+
+def test_tree_is_the_real_one():
+    tree = next(block for kind, block in BLOCKS if not kind and block.startswith("assets/"))
+    listed: set[str] = set()
+    parents: list[str] = []
+    for line in tree.splitlines():
+        depth, text = (len(line) - len(line.lstrip())) // 2, line.strip().split("  ")[0]
+        parents = parents[:depth]
+        for name in text.split():
+            listed.add("".join([*parents, name]))
+        parents.append(text.split()[0])
+    for path in listed:
+        assert (ROOT / path).exists(), f"README lists {path}, which does not exist"
+    for folder in ("fusion", "app"):
+        real = {
+            f"{folder}/{path.name}{'/' if path.is_dir() else ''}"
+            for path in (ROOT / folder).iterdir()
+            if not path.name.startswith(("_", ".")) and path.suffix in ("", ".py")
+        }
+        assert real <= listed, f"README's tree misses {sorted(real - listed)}"
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), f"README points at {target}"
