@@ -10,7 +10,7 @@ import sys
 import textwrap
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,20 +124,24 @@ def example(*words: object) -> str:
     return shlex.join(["fusion", *map(str, words)])
 
 
-def bar() -> Any:
-    """A progress bar that stays away until `advance` first moves it, and is seldom redrawn in files and pipes."""
+@contextlib.contextmanager
+def progress() -> Generator[Callable[..., None]]:
+    """Gives `advance(done, total, note="")`, also good as an `on_step` of generate.
+
+    The bar stays away until it first moves, and is seldom redrawn in files and pipes.
+    """
     from tqdm import tqdm
 
     shape = "{percentage:3.0f}% {bar:30} {n}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     every = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(total=0, leave=False, mininterval=every, unit=" steps", bar_format=shape, delay=1e-9)
+    with tqdm(total=0, leave=False, mininterval=every, unit=" steps", bar_format=shape, delay=1e-9) as bar:
 
+        def advance(done: int, total: int, _preview: object = None, *, note: str = "") -> None:
+            bar.total = total
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
 
-def advance(bar: Any, done: int, total: int, note: str = "") -> None:
-    """Set a bar to `done` of `total`."""
-    bar.total = total
-    bar.set_postfix_str(note, refresh=False)
-    bar.update(done - bar.n)
+        yield advance
 
 
 def notes(lines: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, add_use_arguments, advance, bar, example, open_base
+from fusion.cli.console import UsageError, add_base_arguments, add_use_arguments, example, open_base, progress
 from fusion.errors import FormatError, closest
 
 logger = logging.getLogger(__name__)
@@ -60,12 +60,8 @@ def run(args: Namespace) -> None:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
     check_words(settings["prompt"], adapters)
-    with bar() as progress:
-
-        def show(step: int, total: int, _preview: Any) -> None:
-            advance(progress, step, total)
-
-        pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=show, **settings)
+    with progress() as advance:
+        pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=advance, **settings)
     if recipe is not None and args.seed is None and args.batch is None:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     paths = [write(picture, files, args.output, several=len(pictures) > 1) for picture in pictures]
@@ -74,22 +70,33 @@ def run(args: Namespace) -> None:
 
 
 def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
-    """The adapters given, else the recipe's own files, unchanged since."""
+    """The adapters given, else the recipe's own, unchanged since."""
     from fusion.formats.reading import load
 
     before = [used.strength for used in recipe.adapters] if recipe else []
     if args.adapters or recipe is None:
         same = before if len(before) == len(args.adapters) else None
         return [load(path) for path in args.adapters], args.adapters, args.strength or same
-    files = [find(used, args.source) for used in recipe.adapters]
-    adapters = [load(path) for path in files]
-    for used, path, adapter in zip(recipe.adapters, files, adapters, strict=True):
-        if (digest := adapter.digest()) != used.digest:
-            raise FormatError(
-                f"'{path}' is not the adapter this picture was drawn with: its contents are {digest[:12]}, the recipe "
-                f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
-            )
-    return adapters, files, args.strength or before
+    found = [again(used, args.source) for used in recipe.adapters]
+    return [adapter for adapter, _ in found], [path for _, path in found], args.strength or before
+
+
+def again(used: Any, picture: Path) -> tuple[Any, Path]:
+    """An adapter of a recipe and its file, where it was or beside the picture."""
+    from fusion.formats.reading import load
+
+    file = Path(used.file or "")
+    path = next((place for place in (file, picture.parent / file.name) if place.is_file()), None)
+    if path is None:
+        gone = f"'{used.file or used.name}' is gone, and '{picture}' needs it"
+        raise FormatError(f"{gone}; name the adapter's file before --from.")
+    adapter = load(path)
+    if (digest := adapter.digest()) != used.digest:
+        raise FormatError(
+            f"'{path}' is not the adapter this picture was drawn with: its contents are {digest[:12]}, the recipe "
+            f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
+        )
+    return adapter, path
 
 
 def check_words(prompt: str, adapters: list[Any]) -> None:
@@ -101,16 +108,6 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
     if any(adapter.gated for adapter in adapters) and not set(named) & set(known):
         logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
-
-
-def find(used: Any, picture: Path) -> Path:
-    """The file of an adapter in a recipe: where it was, or beside the picture."""
-    if used.file is None:
-        raise FormatError(f"The recipe does not say where '{used.name}' is; name the adapter's file before --from.")
-    for path in (Path(used.file), picture.parent / Path(used.file).name):
-        if path.is_file():
-            return path
-    raise FormatError(f"'{used.file}' is gone, and '{picture}' needs it; name the adapter's file before --from.")
 
 
 def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any:

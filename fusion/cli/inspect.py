@@ -12,6 +12,7 @@ from typing import Any
 from fusion.cli.console import labelled, size, table, verdict
 
 WIDTH = 64  # characters of the slice map
+COLUMNS = 9  # how many facts the table of several adapters shows
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,13 +41,15 @@ def run(args: Namespace) -> None:
         known = [describe(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
         print(json.dumps({"adapters": known, "compatibility": report.to_json()}, indent=2))
         return
+    told = [facts(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
     if len(adapters) == 1:
-        print_one(adapters[0], files[0])
+        for label, text in told[0].items():
+            if text:
+                labelled(f"{label:<10}", text)
     else:
-        print_several(adapters, files)
-    if any(slices) and len(slices) > 1:
-        print_slices(measured.names, slices, capacity)
+        table([list(told[0])[:COLUMNS], *([text or "-" for text in row.values()][:COLUMNS] for row in told)])
     if len(slices) > 1:
+        print_slices(measured.names, slices, capacity)
         print_matrix(measured)
     if len(adapters) > 1:
         print()
@@ -70,7 +73,7 @@ def expand(paths: list[Path]) -> Iterator[Path]:
 
 
 def describe(adapter: Any, path: Path) -> dict[str, Any]:
-    """Everything a file says of itself, as JSON."""
+    """Everything a file says of itself, for programs."""
     branches = [
         {**vars(b), "slices": [part.to_json() for part in b.slices], "layers": list(b.layers)} for b in adapter.branches
     ]
@@ -78,46 +81,35 @@ def describe(adapter: Any, path: Path) -> dict[str, Any]:
     return {**about, **asdict(adapter.info), "branches": branches}
 
 
-def print_one(adapter: Any, path: Path) -> None:
-    info, made = adapter.info, adapter.info.provenance
-    rows = [("concept", f"{c.token} from '{c.noun}', {c.vectors} vector{'s' * (c.vectors > 1)}") for c in info.concepts]
-    for b in adapter.branches:
-        slices = f" on slice {', '.join(map(str, b.slices))}" if b.slices else ""
-        strength = "" if b.strength == 1 else f", strength {b.strength:g}"
-        gate = f"at {' '.join(b.gate)} only" if b.gate else "on every token"
-        rows += [("branch", f"{b.name}: {b.type}{slices}{strength}, acts {gate}"), ("", ", ".join(b.targets))]
-    counts = Counter(name.partition(".")[0] for name in adapter.layer_names)
-    parameters = sum(p.numel() for p in adapter.parameters())
-    rows += [
-        ("layers", ", ".join(f"{count} in {part}" for part, count in counts.items())),
-        ("change", f"rank {adapter.rank} at most, {parameters:,} trained numbers"),
-        ("base", f"{info.base.name} ({info.base.family}, {info.base.prediction})" if info.base else "not known"),
-        ("trained", f"{made.steps} steps, seed {made.seed}" if made.steps else ""),
-        ("parents", ", ".join(made.parents)),
-        ("settings", ", ".join(f"{k} {v}" for k, v in made.settings.items())),
-    ]
-    print(f"{path}  {size(path)}, contents {adapter.digest()[:12]}")
-    for label, text in rows:
-        if text:
-            labelled(f"  {label:<10}", text)
-
-
-def print_several(adapters: list[Any], files: list[Path]) -> None:
-    rows = [("adapter", "concepts", "type", "slice", "rank", "layers", "acts", "base", "size")]
-    for adapter, path in zip(adapters, files, strict=True):
-        concepts = " ".join(concept.token for concept in adapter.info.concepts) or "-"
-        types = ", ".join(dict.fromkeys(branch.type for branch in adapter.branches))
-        slices = ", ".join(map(str, adapter.slices)) or "-"
-        acts = "at its tokens" if all(branch.gate for branch in adapter.branches) else "everywhere"
-        base = adapter.info.base.name if adapter.info.base else "not known"
-        sizes = (str(adapter.rank), str(len(adapter.layer_names)))
-        rows.append((adapter.info.name, concepts, types, slices, *sizes, acts, base, size(path)))
-    table(rows)
+def facts(adapter: Any, path: Path) -> dict[str, str]:
+    """Everything a file says of itself, for people."""
+    info, made, branches = adapter.info, adapter.info.provenance, adapter.branches
+    layers = Counter(name.partition(".")[0] for name in adapter.layer_names)
+    return {
+        "adapter": info.name,
+        "concepts": " ".join(concept.token for concept in info.concepts),
+        "type": ", ".join(dict.fromkeys(branch.type for branch in branches)),
+        "slice": ", ".join(map(str, adapter.slices)),
+        "rank": str(adapter.rank),
+        "layers": ", ".join(f"{count} {part}" for part, count in layers.items()),
+        "acts": "at its tokens" if all(branch.gate for branch in branches) else "everywhere",
+        "base": info.base.name if info.base else "not known",
+        "size": size(path),
+        # The table of several adapters ends here.
+        "vectors": ", ".join(f"{c.vectors} for {c.token}, from '{c.noun}'" for c in info.concepts),
+        "strength": ", ".join(f"{b.name} {b.strength:g}" for b in branches if b.strength != 1),
+        "targets": ", ".join(dict.fromkeys(target for branch in branches for target in branch.targets)),
+        "numbers": f"{sum(p.numel() for p in adapter.parameters()):,} trained",
+        "steps": f"{made.steps}, seed {made.seed}" if made.steps else "",
+        "parents": ", ".join(made.parents),
+        "settings": ", ".join(f"{key} {value}" for key, value in made.settings.items()),
+        "contents": adapter.digest()[:12],
+    }
 
 
 def print_slices(names: Sequence[str], slices: Sequence[Any], capacity: int) -> None:
     """The slice map as text: a line for each adapter, a character for one or several directions."""
-    end = min(capacity, max(16, 2 * max(part.stop for parts in slices for part in parts)))
+    end = min(capacity, max(16, 2 * max((part.stop for parts in slices for part in parts), default=0)))
     step = -(-end // WIDTH)
     mine, shared, free = "█▒·" if (sys.stdout.encoding or "").lower().startswith("utf") else "#x."
     cells = [{i // step for part in parts for i in part.indices} for parts in slices]

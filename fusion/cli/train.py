@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fusion.cli.console import UsageError, advance, bar, example, open_base, short, size
+from fusion.cli.console import UsageError, example, open_base, progress, short, size
 from fusion.config import read_base_defaults
 from fusion.errors import ConfigError
 from fusion.training.config import GROUPS, TrainingConfig
@@ -31,12 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starts, group = {first: title for title, first in GROUPS.items()}, parser
     for name, field in TrainingConfig.model_fields.items():
         group = parser.add_argument_group(starts[name]) if name in starts else group
-        how, text = kind(field.annotation), field.description or ""
-        if how.get("metavar") == "NAME":
-            text += f" One of {', '.join(how['choices'])}."
+        text = (field.description or "").replace("%", "%%")
         if not field.is_required() and field.default not in (None, ""):
             text += f" (default: {json.dumps(field.default, default=str)})"
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind(field.annotation))
 
 
 def kind(annotation: Any) -> dict[str, Any]:
@@ -46,7 +44,7 @@ def kind(annotation: Any) -> dict[str, Any]:
     if any(get_origin(k) is list for k in kinds):
         return {"nargs": "+", "metavar": "TEXT"}
     if get_origin(only) is Literal:
-        return {"choices": get_args(only), "metavar": "|".join(get_args(only)) if len(get_args(only)) < 4 else "NAME"}
+        return {"choices": get_args(only)}
     if only is bool:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
         return {"nargs": "?", "const": True, "type": truth, "metavar": "true|false"}
     return {"type": only, "metavar": {int: "N", float: "X", Path: "PATH"}.get(only, "TEXT")}
@@ -104,10 +102,10 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
     running: Any = train(pipe, config)
     try:
-        with closing(running) as steps, bar() as progress:
+        with closing(running) as steps, progress() as advance:
             for step in steps:
                 recent.append(step.loss)
-                advance(progress, step.step, step.total, f"loss {sum(recent) / len(recent):.4f}")
+                advance(step.step, step.total, note=f"loss {sum(recent) / len(recent):.4f}")
                 checkpoint = step.checkpoint or checkpoint
                 previews = keep(step, config) or previews
                 if step.step == step.total:  # while the slice is still reserved

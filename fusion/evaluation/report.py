@@ -54,7 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights, and in what the UNet says.
 
-    `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. Raises ConfigError without adapters, and whatever attach raises.
+    `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`.
+    Raises ConfigError without adapters, and whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")

@@ -5,8 +5,7 @@ Shapes: B examples, C latent channels, H W latent size.
 
 import hashlib
 import logging
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +19,19 @@ from fusion.training.dataset import Dataset, Example, class_dataset, instance_da
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     latents: Tensor  # (B, C, H, W), scaled as the UNet expects
-    captions: list[str]
+    mask: Tensor  # (B, 1, H, W), what each place counts
     time_ids: list[TimeIds]
-    mask: Tensor | None  # (B, 1, H, W), what each place counts
+    captions: list[str]
+    weights: Tensor  # (B,), what each example counts: the mean over the concept's, and that over class pictures
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """One prepared picture: its latents, mask and sizes."""
 
     latents: Tensor  # (C, H, W), the mode: the autoencoder's own spread is far below the noise of training
-    mask: Tensor | None  # (1, H, W)
+    mask: Tensor  # (1, H, W), 1 inside, `unmasked_weight` outside
     time_ids: TimeIds
 
 
@@ -48,10 +46,8 @@ class Batches:
         self.classes: Dataset | None = None
         self._encoded: dict[Example, Encoded] = {}
         if small := self.instances.smaller_than(self.resolution):
-            logger.warning(
-                "%d of %d pictures are smaller than %d px and are enlarged, first '%s'.",
-                len(small), len(self.instances), self.resolution, small[0].image_path.name,
-            )  # fmt: skip
+            first = small[0].image_path.name
+            logger.warning("%d pictures are smaller than %d px and enlarged: %s, …", len(small), self.resolution, first)
 
     @property
     def digest(self) -> str:
@@ -71,32 +67,18 @@ class Batches:
                 for example in dataset.examples if dataset else ():
                     self._encoded[example] = self._encode(example, None)
 
-    def instance(self, number: int, generator: torch.Generator) -> Batch:
-        """The concept's pictures of batch `number`; `generator` draws crops and flips."""
-        return self._batch(self.instances, number, generator)
-
-    def prior(self, number: int, generator: torch.Generator) -> Batch | None:
-        """The class pictures of batch `number`, None without prior preservation."""
-        return self._batch(self.classes, number, generator) if self.classes else None
-
-    def _batch(self, dataset: Dataset, number: int, generator: torch.Generator) -> Batch:
-        order = dataset.order(self.config.train_batch_size, self.config.seed)
-        examples = [dataset.examples[i] for i in order.batch(number)]
+    def batch(self, number: int, generator: torch.Generator) -> Batch:
+        """Batch `number`, class pictures after the concept's; `generator` draws crops and flips."""
+        parts = [(self.instances, 1.0)] + ([(self.classes, self.config.prior_loss_weight)] if self.classes else [])
+        examples, weights = list[Example](), list[float]()
+        for dataset, weight in parts:
+            order = dataset.order(self.config.train_batch_size, self.config.seed)
+            examples += [dataset.examples[i] for i in order.batch(number)]
+            weights += [weight * len(parts)] * self.config.train_batch_size
         encoded = [self._encoded.get(example) or self._encode(example, generator) for example in examples]
-        return Batch(
-            torch.stack([e.latents for e in encoded]),
-            [example.caption for example in examples],
-            [e.time_ids for e in encoded],
-            self._mask(encoded),
-        )
-
-    def _mask(self, encoded: list[Encoded]) -> Tensor | None:
-        """Masks as weights: 1 inside, `unmasked_weight` outside; pictures without one count everywhere."""
-        if all(e.mask is None for e in encoded):
-            return None
-        outside = self.config.unmasked_weight
-        whole = torch.ones_like(encoded[0].latents[:1])
-        return torch.stack([whole if e.mask is None else outside + (1 - outside) * e.mask for e in encoded])
+        latents, masks, time_ids = zip(*encoded, strict=True)
+        captions = [example.caption for example in examples]
+        return Batch(torch.stack(latents), torch.stack(masks), list(time_ids), captions, latents[0].new_tensor(weights))
 
     def _encode(self, example: Example, generator: torch.Generator | None) -> Encoded:
         """Pixels to scaled latents, by an autoencoder in float32 where half precision overflows."""
@@ -110,11 +92,11 @@ class Batches:
         if vae.dtype != stored:
             vae.to(stored)
         latents = found[0].float() * vae.config.scaling_factor
-        mask = picture.mask
-        if mask is not None:
-            mask = F.interpolate(mask[None].to(device), latents.shape[-2:], mode="area")[0]
-        size = (self.resolution, self.resolution)
-        return Encoded(latents, mask, (*picture.original_size, *picture.crop_top_left, *size))
+        mask, outside = torch.ones_like(latents[:1]), self.config.unmasked_weight
+        if picture.mask is not None:
+            inside = F.interpolate(picture.mask[None].to(device), latents.shape[-2:], mode="area")[0]
+            mask = outside + (1 - outside) * inside
+        return Encoded(latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2))
 
     def _draw_class_pictures(self) -> None:
         """Class pictures by the base, as many as are missing; the adapter attached is untrained and changes nothing."""

@@ -7,11 +7,13 @@ state there is.
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,35 +24,20 @@ _TENSORS, _STATE = "state.safetensors", "state.json"
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    extra: Mapping[str, Any],
-    *,
-    limit: int | None,
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scheduler: Any, lasting: Mapping[str, Any]
 ) -> Path:
-    """Write `folder`/checkpoint-<step>, whole or not at all, and keep the newest `limit`.
-
-    `parameters` in the optimizer's order; `extra` is small JSON: the settings that must not change on resuming.
-    """
-    target = folder / f"checkpoint-{step}"
-    working = folder / f".checkpoint-{step}.writing"
+    """Write the checkpoint `path`, whole or not at all. `lasting`: settings that must not change on resuming."""
+    working = path.with_name(f".{path.name}.writing")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, working / _TENSORS)
-    state = {"step": step, "scheduler": _plain(scheduler.state_dict()), **extra}
+    kept = optimizer.state_dict()
+    tensors = {f"parameter.{name}": parameter for name, parameter in parameters.items()}
+    tensors |= {f"optimizer.{i}.{key}": value for i, state in kept["state"].items() for key, value in state.items()}
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, working / _TENSORS)
+    state = {"settings": lasting, "scheduler": _plain(scheduler.state_dict()), "groups": kept["param_groups"]}
     (working / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    working.rename(target)
-    for old in checkpoints(folder)[: -limit if limit else None] if limit else []:
-        shutil.rmtree(old)
-    return target
+    shutil.rmtree(path, ignore_errors=True)
+    return working.rename(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -62,12 +49,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(asked: str, folder: Path) -> Path:
     """The checkpoint `--resume_from_checkpoint` means: "latest", a name in `folder`, or a path."""
     if asked == "latest":
-        found = checkpoints(folder)
-        if not found:
-            raise ConfigError(
-                f"There is no checkpoint in '{folder}' to resume from; train without --resume_from_checkpoint."
-            )
-        return found[-1]
+        if found := checkpoints(folder):
+            return found[-1]
+        raise ConfigError(f"'{folder}' holds no checkpoint to resume from; train without --resume_from_checkpoint.")
     for candidate in (folder / asked, Path(asked)):
         if (candidate / _STATE).is_file():
             return candidate
@@ -75,44 +59,33 @@ def find_checkpoint(asked: str, folder: Path) -> Path:
 
 
 def load_checkpoint(
-    path: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    extra: Mapping[str, Any],
-) -> int:
-    """Put everything back and return the number of steps done. Raises ConfigError where the settings differ."""
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scheduler: Any, lasting: Mapping[str, Any]
+) -> None:
+    """Put everything back. Raises FormatError for a broken checkpoint, ConfigError where the settings differ."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         tensors = load_file(path / _TENSORS)
-    except (OSError, ValueError) as error:
+        settings, scheduled, groups = state["settings"], state["scheduler"], state["groups"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FormatError(f"Checkpoint '{path}' cannot be read: {error}.") from error
-    for key, value in extra.items():
-        if state.get(key) != value:
-            raise ConfigError(
-                f"Checkpoint '{path}' was made with {key} = {state.get(key)!r}, not {value!r}; use that again."
-            )
-    named = {key.removeprefix("parameter."): value for key, value in tensors.items() if key.startswith("parameter.")}
-    if named.keys() != parameters.keys():
-        strange = sorted(named.keys() ^ parameters.keys())[0]
-        raise ConfigError(f"Checkpoint '{path}' holds other parameters than this training, first {strange}.")
+    for key, value in lasting.items():
+        if (before := settings.get(key)) != value:
+            raise ConfigError(f"Checkpoint '{path}' was made with {key} = {before!r}, not {value!r}; use that again.")
+    named, moments = dict[str, Tensor](), defaultdict[int, dict[str, Tensor]](dict)
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "parameter":
+            named[name] = value
+        else:
+            index, _, entry = name.partition(".")
+            moments[int(index)][entry] = value
+    if strange := sorted(named.keys() ^ parameters.keys()):
+        raise ConfigError(f"Checkpoint '{path}' holds other parameters than this training, first {strange[0]}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(named[name])
-            optimizer.state[parameter] = _optimizer_state(tensors, name, parameter)
-    scheduler.load_state_dict(state["scheduler"])
-    for group, rate in zip(optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
-        group["lr"] = rate
-    return int(state["step"])
-
-
-def _optimizer_state(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> dict[str, Tensor]:
-    keys = [key for key in tensors if key.startswith("optimizer.") and key.split(".", 2)[2] == name]
-    # AdamW keeps its step counter on the CPU; everything shaped like the parameter goes beside it.
-    return {
-        key.split(".", 2)[1]: tensors[key].to(like.device) if tensors[key].shape == like.shape else tensors[key]
-        for key in keys
-    }
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+    scheduler.load_state_dict(scheduled)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

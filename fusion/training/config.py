@@ -60,8 +60,6 @@ class TrainingConfig(StrictModel):
     """Folder of pictures of the concept, with captions in name.txt or metadata.jsonl if there are any."""
     instance_prompt: str = "a {token}"
     """Caption of the pictures that have none of their own; {token} stands for the token."""
-    caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
-    """Ending of caption files."""
     repeats: int = Field(1, ge=1)
     """How often each picture is seen per epoch, times N in folders called N_name."""
     resolution: int | None = Field(None, ge=8, multiple_of=8)
@@ -70,8 +68,6 @@ class TrainingConfig(StrictModel):
     """Cut out the middle of each picture. If false, a place drawn anew each time."""
     random_flip: bool = False
     """Mirror half of the pictures. Not for faces, letters or logos."""
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = "lanczos"
-    """How pictures are resized."""
     use_masks: bool = True
     """Use masks where there are any: masks/name.png, white where the concept is."""
     unmasked_weight: float = Field(0.1, ge=0, le=1)
@@ -104,14 +100,10 @@ class TrainingConfig(StrictModel):
     """Learning rate of the text encoders' layers; 0 freezes them."""
     token_lr: float = Field(1e-3, ge=0)
     """Learning rate of the token's embedding; 0 freezes it."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "linear"
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "linear"
     """How learning rates fall; linear reaches zero at the last step."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which learning rates rise from zero."""
-    lr_num_cycles: int = Field(1, ge=1)
-    """Restarts of cosine_with_restarts."""
     max_train_steps: int = Field(1250, ge=1)
     """Optimizer steps in all."""
     train_batch_size: int = Field(2, ge=1)
@@ -178,8 +170,6 @@ class TrainingConfig(StrictModel):
     """Checkpoint folder to continue from, or "latest"."""
     report_to: Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "swanlab"] | None = None
     """Where to log loss and learning rate. Default: nowhere."""
-    logging_dir: Path | None = None
-    """Folder for those logs. Default: logs in output_dir."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -249,9 +239,6 @@ class TrainingConfig(StrictModel):
         """The prompts of previews, with the token in place."""
         prompts = self.validation_prompt or []
         return tuple(self.worded(text) for text in ([prompts] if isinstance(prompts, str) else prompts))
-
-    def logging_folder(self) -> Path:
-        return self.logging_dir or self.output_dir / "logs"
 
     def class_folder(self) -> Path:
         """Where class pictures are: a folder for each class prompt, shared by concepts of one noun."""

@@ -28,7 +28,8 @@ from fusion.training.pictures import SUFFIXES, Cut, cut, decoded, is_transparent
 
 logger = logging.getLogger(__name__)
 
-Args, Made = ParamSpec("Args"), TypeVar("Made")
+Args = ParamSpec("Args")
+Made = TypeVar("Made")
 
 _REPEATED = re.compile(r"([1-9]\d*)_(.+)")  # kohya's folder names
 
@@ -152,7 +153,7 @@ class _Reader:
 
     def _read(self, folder: Path, folders: set[Path]) -> None:
         """The examples of one of the `folders` that are read."""
-        pictures, captions, masks, unused = sort_files(folder, ".txt")
+        pictures, captions, masks, unused = sort_files(folder)
         within = {parent for path in folders for parent in (path, *path.parents)}
         unused += [path for path in visible(folder) if path.is_dir() and path not in within and path.name != MASKS]
         if folder != self.folder and (folder / METADATA).exists():
@@ -163,7 +164,9 @@ class _Reader:
         for stem, paths in pictures.items():
             drawn = masks[stem] if self.config and self.config.use_masks else []
             if len(paths) > 1:
-                self.problems.append(f"{some(map(self._name, paths))} share caption and mask; rename all but one.")
+                self.problems.append(
+                    f"{' and '.join(map(self._name, paths))} share caption and mask; rename all but one."
+                )
             elif len(drawn) > 1:
                 names = some(map(self._name, drawn))
                 self.problems.append(f"{self._name(paths[0])} has {len(drawn)} masks: {names}; keep one.")

@@ -17,7 +17,7 @@ _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "noti
 Files = defaultdict[str, list[Path]]  # by stem: picture, caption and mask of one stem belong together
 
 
-def sort_files(folder: Path, caption_extension: str) -> tuple[Files, Files, Files, list[Path]]:
+def sort_files(folder: Path) -> tuple[Files, Files, Files, list[Path]]:
     """A folder's pictures, captions, masks, and files that belong to no picture. Hidden files are none."""
     pictures, captions, masks, others = Files(list), Files(list), Files(list), list[Path]()
     for path in visible(folder):
@@ -28,7 +28,7 @@ def sort_files(folder: Path, caption_extension: str) -> tuple[Files, Files, File
             pictures[stem].append(path)
         elif path.suffix.lower() in SUFFIXES:
             masks[stem.removesuffix(_MASK_ENDINGS[0]).removesuffix(_MASK_ENDINGS[1])].append(path)
-        elif path.suffix.lower() == caption_extension.lower():
+        elif path.suffix.lower() == ".txt":
             captions[stem].append(path)
         else:
             others.append(path)

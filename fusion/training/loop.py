@@ -7,35 +7,42 @@ generator) and the pipeline is as it was found.
 import hashlib
 import logging
 import math
+import shutil
 import time
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 
 from fusion.adapters.adapter import Adapter
-from fusion.errors import ConfigError, FusionError
+from fusion.errors import FusionError
 from fusion.generation import generate
 from fusion.models.bases import base_defaults
 from fusion.models.conditioning import Conditioning, encode_prompts, predict
 from fusion.models.injection import attach
-from fusion.models.names import component_of, components
+from fusion.models.names import component_of
+from fusion.models.targets import sees_tokens
 from fusion.training.batches import Batches
-from fusion.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from fusion.training.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
-from fusion.training.preparation import fresh_adapter, parameter_groups, tokenless
+from fusion.training.preparation import fresh_adapter, parameter_groups
+from fusion.training.surroundings import accelerated, frozen
 
 logger = logging.getLogger(__name__)
+
+# Settings under which a resumed training would not be the same training.
+LASTING = (
+    "seed", "adapter_type", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "text_encoder_lr", "token_lr", "balance_slices",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,18 @@ class _Run:
 
     def __init__(self, pipe: Any, config: TrainingConfig, held: ExitStack) -> None:
         self.pipe, self.config = pipe, config
-        _check_precision(pipe, config)
         self.batches = Batches(pipe, config)
-        self.accelerator = held.enter_context(_accelerator(pipe, config))
-        held.enter_context(_frozen(pipe, config))
+        self.accelerator = held.enter_context(accelerated(pipe, config))
+        held.enter_context(frozen(pipe, config))
         self.adapter = fresh_adapter(pipe, config, held)
         self._tell_about_gates()
         held.enter_context(attach(pipe, self.adapter, live=True))
         self.batches.prepare()
         groups = parameter_groups(pipe, self.adapter, config)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        warm_up, total = config.lr_warmup_steps, config.max_train_steps
         self.scheduler = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-            num_cycles=config.lr_num_cycles,
+            config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
         )
         self.optimizer: Any = self.accelerator.prepare(optimizer)
         self.noise = _noise_schedule(pipe, config)
@@ -93,7 +96,7 @@ class _Run:
         self.parameters = {name: p for name, p in named_parameters(self.adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(n) != "unet" for n in self.adapter.layer_names)
         self.text_cache: dict[str, Conditioning] = {}
-        self._checkpoints = config.output_dir / "checkpoints" / config.name
+        self.checkpoints = config.output_dir / "checkpoints" / config.name
         self.done = self._resume()
 
     def steps(self) -> Generator[TrainStep]:
@@ -105,16 +108,8 @@ class _Run:
                 self.accelerator.log({"loss": loss, "learning_rate": rate}, step=step)
             provenance = replace(self.adapter.info.provenance, steps=step)
             self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
-            yield TrainStep(
-                step,
-                config.max_train_steps,
-                loss,
-                rate,
-                self.adapter,
-                time.monotonic() - began,
-                images=self._previews() if self._looks(step) else [],
-                checkpoint=self._checkpoint(step) if _due(step, config.checkpointing_steps) else None,
-            )
+            seconds, images, checkpoint = time.monotonic() - began, self._previews(step), self._checkpoint(step)
+            yield TrainStep(step, config.max_train_steps, loss, rate, self.adapter, seconds, images, checkpoint)
 
     def _optimize(self, step: int) -> float:
         """One optimizer step over all micro-batches; returns the mean loss."""
@@ -131,7 +126,6 @@ class _Run:
                 f"The loss is {total} at step {step}; the learning rate ({config.learning_rate:g}) is probably too "
                 "high for this base. The last checkpoint, if any, is untouched."
             )
-        self._average_over_processes()
         if config.max_grad_norm:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
         self.optimizer.step()
@@ -141,32 +135,17 @@ class _Run:
     def _loss(self, number: int) -> Tensor:
         """The loss of micro-batch `number`: a function of the seed and that number alone."""
         config, device = self.config, self.accelerator.device
-        # Processes take different batches of one order.
-        number = number * self.accelerator.num_processes + self.accelerator.process_index
         generator = _generator(config.seed, number)
-        batch = self.batches.instance(number, generator)
-        prior = self.batches.prior(number, generator)
-        latents = torch.cat([batch.latents, prior.latents]) if prior else batch.latents
-        count = len(latents)
+        latents, mask, time_ids, captions, weights = self.batches.batch(number, generator)
         noise = sample_noise(latents.shape, config.noise_offset, generator).to(device)
-        steps = sample_timesteps(count, self.noise.config.num_train_timesteps, generator).to(device)
-        captions = [*batch.captions, *(prior.captions if prior else [])]
-        time_ids = [*batch.time_ids, *(prior.time_ids if prior else [])]
+        steps = sample_timesteps(len(latents), self.noise.config.num_train_timesteps, generator).to(device)
         noisy = self.noise.add_noise(latents, noise, steps)
         prediction = predict(self.pipe, noisy, steps, self._encode(captions), time_ids)
-        target = denoising_target(self.noise, latents, noise, steps)
-        weights = snr_weights(self.noise, steps, config.snr_gamma) if config.snr_gamma else None
-        own = len(batch.latents)
-        loss = denoising_loss(
-            prediction[:own],
-            target[:own],
-            weights=None if weights is None else weights[:own],
-            mask=batch.mask,
+        if config.snr_gamma:
+            weights = weights * snr_weights(self.noise, steps, config.snr_gamma)
+        return denoising_loss(
+            prediction, denoising_target(self.noise, latents, noise, steps), weights=weights, mask=mask
         )
-        if prior:
-            rest = None if weights is None else weights[own:]
-            loss = loss + config.prior_loss_weight * denoising_loss(prediction[own:], target[own:], weights=rest)
-        return loss
 
     def _encode(self, captions: list[str]) -> Conditioning:
         """Encoded captions; once per caption where nothing in the text encoder is trained."""
@@ -178,69 +157,49 @@ class _Run:
                     self.text_cache[caption] = encode_prompts(self.pipe, [caption])
         return Conditioning.join([self.text_cache[caption] for caption in captions])
 
-    def _average_over_processes(self) -> None:
-        """Gradients are a few megabytes: averaged directly, without wrapping the frozen models for it."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    mean: Any = self.accelerator.reduce(parameter.grad, reduction="mean")
-                    parameter.grad = mean
-
-    def _looks(self, step: int) -> bool:
-        """Previews are drawn every `validation_steps`, and of the finished adapter."""
-        return _due(step, self.config.validation_steps) or step == self.config.max_train_steps
-
-    def _previews(self) -> list[Image.Image]:
-        """Pictures of the validation prompts, by the code that draws all pictures."""
-        return [
-            picture.image
-            for prompt in self.config.validation_prompts()
-            for picture in generate(self.pipe, prompt, seed=self.config.seed, batch=self.config.num_validation_images)
+    def _previews(self, step: int) -> list[Image.Image]:
+        """Pictures of the validation prompts, every `validation_steps` and of the finished adapter."""
+        config = self.config
+        if step % config.validation_steps and step != config.max_train_steps:
+            return []
+        drawn = [
+            generate(self.pipe, prompt, seed=config.seed, batch=config.num_validation_images)
+            for prompt in config.validation_prompts()
         ]
+        return [picture.image for pictures in drawn for picture in pictures]
 
     def _checkpoint(self, step: int) -> Path | None:
-        if not self.accelerator.is_main_process:
+        """Every `checkpointing_steps`, keeping the newest `checkpoints_total_limit`."""
+        if not self.config.checkpointing_steps or step % self.config.checkpointing_steps:
             return None
-        return save_checkpoint(
-            self._checkpoints,
-            step,
-            self.parameters,
-            getattr(self.optimizer, "optimizer", self.optimizer),
-            self.scheduler,
-            self._unchangeable(),
-            limit=self.config.checkpoints_total_limit,
-        )
+        path = self.checkpoints / f"checkpoint-{step}"
+        save_checkpoint(path, self.parameters, self.optimizer, self.scheduler, self._lasting())
+        if limit := self.config.checkpoints_total_limit:
+            for old in checkpoints(self.checkpoints)[:-limit]:
+                shutil.rmtree(old)
+        return path
 
     def _resume(self) -> int:
+        """The number of steps done already."""
         if self.config.resume_from_checkpoint is None:
             return 0
-        path = find_checkpoint(self.config.resume_from_checkpoint, self._checkpoints)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        done = load_checkpoint(path, self.parameters, optimizer, self.scheduler, self._unchangeable())
+        path = find_checkpoint(self.config.resume_from_checkpoint, self.checkpoints)
+        load_checkpoint(path, self.parameters, self.optimizer, self.scheduler, self._lasting())
+        done = int(self.scheduler.last_epoch)
         logger.info("Resuming from '%s' after %d steps.", path, done)
         return done
 
-    def _unchangeable(self) -> Mapping[str, Any]:
-        """Settings under which a resumed training would not be the same training."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "adapter_type": config.adapter_type,
-            "max_train_steps": config.max_train_steps,
-            "train_batch_size": config.train_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "examples": self.batches.digest,
-        }
+    def _lasting(self) -> dict[str, Any]:
+        return {"examples": self.batches.digest} | {name: getattr(self.config, name) for name in LASTING}
 
     def _tell_about_gates(self) -> None:
-        config = self.config
+        config, names = self.config, self.adapter.layer_names
         if config.gating != "tokens":
             return
-        if blind := tokenless(self.adapter.layer_names):
+        if blind := [name for name in names if not sees_tokens(name)]:
             logger.warning(
                 "%d of %d targeted layers see no tokens (%s, …); there %s acts on whole pictures whose prompt holds "
-                "it, so concepts drawn together will mix.",
-                len(blind), len(self.adapter.layer_names), blind[0], config.token,
+                "it, so concepts drawn together will mix.", len(blind), len(names), blind[0], config.token,
             )  # fmt: skip
         if config.with_prior_preservation:
             logger.warning(
@@ -257,10 +216,6 @@ def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
     return found
 
 
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0
-
-
 def _generator(seed: int, number: int) -> torch.Generator:
     name = hashlib.sha256(f"{seed} {number}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(name[:7], "big"))
@@ -272,59 +227,3 @@ def _noise_schedule(pipe: Any, config: TrainingConfig) -> Any:
     if config.prediction_type:
         schedule.register_to_config(prediction_type=config.prediction_type)
     return schedule
-
-
-def _check_precision(pipe: Any, config: TrainingConfig) -> None:
-    dtype = next(pipe.unet.parameters()).dtype
-    if dtype == torch.float16 and config.mixed_precision != "fp16":
-        raise ConfigError("The base is loaded in float16; train with mixed_precision = 'fp16', or load it in float32.")
-
-
-@contextmanager
-def _accelerator(pipe: Any, config: TrainingConfig) -> Generator[Accelerator]:
-    """An Accelerator on the pipeline's device; its process-wide state is cleared so that the next may differ."""
-    AcceleratorState._reset_state(reset_partial_state=pipe.device.type == "cpu")
-    accelerator = Accelerator(
-        cpu=pipe.device.type == "cpu",
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_dir=config.logging_folder(),
-    )
-    if accelerator.device != pipe.device:
-        pipe.to(accelerator.device)
-    if config.report_to:
-        # Trackers take flat values only.
-        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.lasting_settings().items()}
-        accelerator.init_trackers(config.name, config=flat)
-    try:
-        yield accelerator
-    finally:
-        if config.report_to:
-            accelerator.end_training()
-        accelerator.free_memory()
-        AcceleratorState._reset_state()
-
-
-@contextmanager
-def _frozen(pipe: Any, config: TrainingConfig) -> Generator[None]:
-    """Freeze the base for the training, and give back every flag as it was."""
-    models: list[Any] = [*components(pipe).values(), pipe.vae]
-    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    checkpointed: list[Any] = list(components(pipe).values()) if config.gradient_checkpointing else []
-    for model in checkpointed:
-        enable = getattr(model, "enable_gradient_checkpointing", None) or model.activation_checkpointing_enable
-        enable()
-        model.train()  # transformers recomputes only in training mode; these models have no dropout
-    try:
-        yield
-    finally:
-        for model in checkpointed:
-            disable = getattr(model, "disable_gradient_checkpointing", None) or model.activation_checkpointing_disable
-            disable()
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -32,11 +32,7 @@ def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: 
 
 
 def denoising_loss(
-    prediction: Tensor,
-    target: Tensor,
-    *,
-    weights: Tensor | None = None,
-    mask: Tensor | None = None,
+    prediction: Tensor, target: Tensor, *, weights: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Mean squared error over a batch, a scalar in float32.
 

@@ -3,7 +3,6 @@
 Shapes: H W sides of the cut, in pixels.
 """
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +33,20 @@ def decoded(path: Path, name: str) -> Image.Image:
         raise DatasetError(f"{name} is no file.")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            _check_header(image, name)
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if min(image.size) < MIN_SIDE:
+                size = f"{image.width}x{image.height}"
+                raise DatasetError(f"{name} is {size} pixels; both sides need at least {MIN_SIDE}.")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a second picture behind the first
+                raise DatasetError(f"{name} is an animation of {frames} frames; save the one you mean as a picture.")
             image.load()
             return ImageOps.exif_transpose(image)
     except DatasetError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        pixels = re.search(r"\d+", str(error))
-        raise DatasetError(_too_large(name, int(pixels[0]) if pixels else MAX_PIXELS + 1)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DatasetError(f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels; make it smaller.") from None
     except UnidentifiedImageError:
         raise DatasetError(f"{name} is no PNG, JPEG or WebP picture, whatever its name says.") from None
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
@@ -65,9 +70,8 @@ def load_mask(path: str | Path, size: tuple[int, int], name: str | None = None) 
     name = name or Path(path).name
     mask = flattened(decoded(Path(path), name), "black").convert("L")
     if mask.size != size:
-        raise DatasetError(
-            f"{name} is {mask.width}x{mask.height}, its picture {size[0]}x{size[1]}; a mask needs the same size."
-        )
+        sizes = f"{mask.width}x{mask.height}, its picture {size[0]}x{size[1]}"
+        raise DatasetError(f"{name} is {sizes}; a mask needs the same size.")
     if mask.getextrema() == (0, 0):
         raise DatasetError(f"{name} is all black and would hide the whole picture; paint the concept white.")
     return mask
@@ -96,7 +100,6 @@ def cut(
     *,
     center_crop: bool = True,
     random_flip: bool = False,
-    interpolation: str = "lanczos",
     generator: torch.Generator | None = None,
 ) -> Cut:
     """Resize so that the shorter side has `resolution` pixels, and cut a square out of the longer one.
@@ -112,36 +115,14 @@ def cut(
         top = int(torch.randint(high - resolution + 1, (), generator=generator))
     mirrored = random_flip and bool(torch.rand((), generator=generator) < 0.5)
     # Resizing only the square gives the same pixels, and a panorama costs no more than a portrait.
-    box = (
-        left * width / wide,
-        top * height / high,
-        (left + resolution) * width / wide,
-        (top + resolution) * height / high,
-    )
+    across, down = width / wide, height / high
+    box = (left * across, top * down, (left + resolution) * across, (top + resolution) * down)
 
-    def square(image: Image.Image, method: str) -> Tensor:  # (H, W, channels), 0 … 1
-        image = image.resize((resolution, resolution), Image.Resampling[method.upper()], box=box)
-        image = ImageOps.mirror(image) if mirrored else image
-        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).reshape(resolution, resolution, -1)
+    def square(image: Image.Image, method: Image.Resampling) -> Tensor:  # (channels, H, W), 0 … 1
+        image = image.resize((resolution, resolution), method, box=box)
+        values = np.asarray(ImageOps.mirror(image) if mirrored else image, dtype=np.float32) / 255
+        return torch.from_numpy(values).reshape(resolution, resolution, -1).permute(2, 0, 1).contiguous()
 
-    return Cut(
-        pixels=square(picture, interpolation).permute(2, 0, 1).contiguous() * 2 - 1,
-        mask=None if mask is None else square(mask, "bilinear").permute(2, 0, 1).contiguous(),
-        original_size=(height, width),
-        crop_top_left=(top, wide - resolution - left if mirrored else left),
-    )
-
-
-def _check_header(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DatasetError(_too_large(name, width * height))
-    if min(width, height) < MIN_SIDE:
-        raise DatasetError(f"{name} is {width}x{height} pixels; both sides need at least {MIN_SIDE}.")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a second picture behind the first
-        raise DatasetError(f"{name} is an animation of {frames} frames; save the one you mean as a picture.")
-
-
-def _too_large(name: str, pixels: int) -> str:
-    return f"{name} has {pixels / 1e6:.0f} megapixels; the limit is {MAX_PIXELS / 1e6:.0f}. Make it smaller."
+    pixels = square(picture, Image.Resampling.LANCZOS) * 2 - 1
+    place = None if mask is None else square(mask, Image.Resampling.BILINEAR)
+    return Cut(pixels, place, (height, width), (top, wide - resolution - left if mirrored else left))

@@ -1,6 +1,5 @@
 """What a training starts from: a fresh adapter on its slice, attached live, and the groups its optimizer sees."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,7 +15,7 @@ from fusion.formats.spectrum_cache import cached_spectrum
 from fusion.models.families import base_info
 from fusion.models.injection import matrix
 from fusion.models.names import component_of, components, sites
-from fusion.models.targets import default_targets, resolve, sees_tokens
+from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice
 from fusion.training.config import TrainingConfig
@@ -54,29 +53,22 @@ def choose_slice(
     config: TrainingConfig, kind: type[AdapterLayer], base: BaseInfo, capacity: int, held: ExitStack
 ) -> SpectralSlice:
     """The slice the config names, or else the library's next free one."""
-    wanted = None
-    if config.slice is not None:
-        strided = config.layout == "strided"
-        wanted = (
-            SpectralSlice.strided(config.slice, config.rank, config.slots)
-            if strided
-            else SpectralSlice.contiguous(config.slice, config.rank)
-        )
     if kind.slice_of is None:
         return SpectralSlice(0, config.rank)
-    folder = config.library or config.output_dir
-    return held.enter_context(
-        Library(folder).reserve(
-            base,
-            config.rank,
-            capacity=capacity,
-            layout=config.layout,
-            slots=config.slots,
-            slice_of=kind.slice_of,
-            wanted=wanted,
-            replacing=config.token,
-        )
-    ).slice
+    wanted = None
+    if config.slice is not None and config.layout == "strided":
+        wanted = SpectralSlice.strided(config.slice, config.rank, config.slots)
+    elif config.slice is not None:
+        wanted = SpectralSlice.contiguous(config.slice, config.rank)
+    where: dict[str, Any] = {
+        "capacity": capacity,
+        "layout": config.layout,
+        "slots": config.slots,
+        "slice_of": kind.slice_of,
+    }
+    library = Library(config.library or config.output_dir)
+    reserved = library.reserve(base, config.rank, wanted=wanted, replacing=config.token, **where)
+    return held.enter_context(reserved).slice
 
 
 def fresh_layer(
@@ -101,25 +93,16 @@ def parameter_groups(pipe: Any, adapter: Adapter, config: TrainingConfig) -> lis
         rate = config.learning_rate if component_of(name) == "unet" else config.text_encoder_lr
         if not rate:
             continue
-        gains = _gains(layer, matrix(places[name]), config.rank) if config.balance_slices else {}
+        gains = {}
+        if config.balance_slices:
+            spectrum = cached_spectrum(matrix(places[name]).float(), config.rank)
+            gains = layer.learning_rate_gains(spectrum.S[: config.rank])
         for key, parameter in layer.named_parameters():
             groups.setdefault(rate * gains.get(key, 1.0), []).append(parameter)
     rows = [row for per_component in adapter.tokens.values() for row in per_component.values()]
     decay = config.adam_weight_decay
     made = [{"params": params, "lr": rate, "weight_decay": decay} for rate, params in groups.items()]
-    return [
-        *made,
-        *([{"params": rows, "lr": config.token_lr, "weight_decay": 0.0}] if config.token_lr else []),
-    ]
-
-
-def _gains(layer: AdapterLayer, weight: Tensor, rank: int) -> dict[str, float]:
-    return layer.learning_rate_gains(cached_spectrum(weight.float(), rank).S[:rank])
-
-
-def tokenless(layers: Sequence[str]) -> list[str]:
-    """Targeted layers that see no tokens: their gate opens for whole pictures."""
-    return [name for name in layers if not sees_tokens(name)]
+    return [*made, {"params": rows, "lr": config.token_lr, "weight_decay": 0.0}] if config.token_lr else made
 
 
 def tool_version() -> str:

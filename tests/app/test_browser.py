@@ -38,11 +38,13 @@ def tab(chromium, session):
     assert [url for url in foreign if not url.startswith(served.local_url)] == [] and errors == []
 
 
-def open_lesson(tab, steps: int) -> None:
+def open_lesson(tab, usual: int, steps: int) -> None:
     tab.get_by_role("tab", name="Teach").click()
     tab.get_by_role("button", name="robot", exact=True).click()
     expect(tab.locator("#pictures img")).to_have_count(6, timeout=PATIENCE)
     tab.locator("#teach-settings button").first.click()
+    tab.locator("label", has_text="Quick").click()
+    expect(tab.locator("#steps input")).to_have_value(str(round(0.4 * usual)))
     tab.locator("#steps input").fill(str(steps))
     tab.locator("#steps input").blur()
 
@@ -50,7 +52,7 @@ def open_lesson(tab, steps: int) -> None:
 def test_teach_then_pick_then_draw(tab, session):
     expect(tab.get_by_text("No concepts yet")).to_be_visible()
     tab.locator("#teach-first").click()
-    open_lesson(tab, 4)
+    open_lesson(tab, session.usual()[0], 4)
     tab.locator("#teach").click()
     expect(tab.locator("#progress")).to_contain_text("Learned in 4 steps", timeout=PATIENCE)
     expect(tab.locator("#previews img")).to_have_count(4)
@@ -66,8 +68,11 @@ def test_teach_then_pick_then_draw(tab, session):
     expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background")
     tab.get_by_role("button", name="+ <robot>").click()
     expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background <robot>")
+    tab.get_by_label("number input for Strength of robot").fill("0.5")
+    tab.keyboard.press("Tab")
+    tab.wait_for_timeout(500)
     tab.locator("#draw").click()
-    expect(tab.locator("#caption")).to_contain_text("20 steps", timeout=PATIENCE)
+    expect(tab.locator("#caption")).to_contain_text("<robot> at 0.5", timeout=PATIENCE)
     drawn = tab.locator("#stage img")
     expect(drawn).to_be_visible()
     assert drawn.evaluate("image => image.naturalWidth") == 64
@@ -78,7 +83,7 @@ def test_teach_then_pick_then_draw(tab, session):
 
 
 def test_stop_in_the_middle_keeps_the_concept(tab, session):
-    open_lesson(tab, 5000)
+    open_lesson(tab, session.usual()[0], 5000)
     tab.locator("#teach").click()
     expect(tab.locator("#progress")).to_contain_text("Step 2", timeout=PATIENCE)
     tab.reload()  # a page that comes back joins the running training
@@ -102,3 +107,23 @@ def test_an_error_is_a_notice_in_one_sentence(tab):
     tab.locator("#noun input, #noun textarea").fill("dog")
     tab.locator("#teach").click()
     expect(tab.get_by_text("No pictures cannot be learned from")).to_be_visible()
+    tab.locator("#base input").fill("/nowhere")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_text("'/nowhere' could not be opened")).to_be_visible(timeout=PATIENCE)
+    expect(tab.locator("#base input")).to_have_value("pocket", timeout=PATIENCE)
+
+
+def test_a_drawing_can_be_stopped(tab):
+    tab.locator("#prompt textarea").fill("a dog")
+    tab.locator("#settings button").first.click()
+    tab.get_by_label("number input for Pictures").fill("8")
+    tab.get_by_label("number input for Steps").fill("100")
+    tab.locator("#draw").click()
+    expect(tab.locator("#stage img")).to_be_visible(timeout=PATIENCE)
+    tab.locator("#stop-drawing").click()
+    expect(tab.locator("#caption")).to_contain_text("Stopped")
+    tab.get_by_label("number input for Pictures").fill("1")
+    tab.get_by_label("number input for Steps").fill("3")
+    tab.keyboard.press("Tab")
+    tab.locator("#draw").click()
+    expect(tab.locator("#caption")).to_contain_text("3 steps", timeout=PATIENCE)

@@ -6,7 +6,6 @@ from typing import get_args
 
 import pytest
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from PIL import Image
 
 from fusion.adapters import ADAPTERS
 from fusion.config import read_base_defaults
@@ -19,12 +18,12 @@ FIELDS = TrainingConfig.model_fields
 # A value other than the default for every field, all of which agree.
 EVERY = NEEDED | {
     "pretrained_model_name_or_path": "runwayml/sd", "revision": "main", "variant": "fp16", "noun": "dog",
-    "num_vectors": 2, "instance_prompt": "a photo of [trigger]", "caption_extension": ".caption", "repeats": 3,
-    "resolution": 512, "center_crop": False, "random_flip": True, "image_interpolation_mode": "bicubic",
+    "num_vectors": 2, "instance_prompt": "a photo of [trigger]", "repeats": 3,
+    "resolution": 512, "center_crop": False, "random_flip": True,
     "use_masks": False, "unmasked_weight": 0.5, "adapter_type": "lora", "rank": 4, "slice": 3, "layout": "strided",
     "slots": 4, "targets": ["unet.attn2"], "gating": "none", "guard": 16, "balance_slices": True, "library": "/lib",
-    "learning_rate": 2e-4, "text_encoder_lr": 0.0, "token_lr": 1, "lr_scheduler": "cosine_with_restarts",
-    "lr_warmup_steps": 10, "lr_num_cycles": 2, "max_train_steps": 20, "train_batch_size": 1,
+    "learning_rate": 2e-4, "text_encoder_lr": 0.0, "token_lr": 1, "lr_scheduler": "polynomial",
+    "lr_warmup_steps": 10, "max_train_steps": 20, "train_batch_size": 1,
     "gradient_accumulation_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_weight_decay": 0.0,
     "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "snr_gamma": 5.0, "noise_offset": 0.01,
     "prediction_type": "v_prediction", "seed": 7, "with_prior_preservation": True, "class_data_dir": "/class",
@@ -32,7 +31,7 @@ EVERY = NEEDED | {
     "mixed_precision": "bf16", "gradient_checkpointing": True, "cache_latents": False,
     "validation_prompt": ["a {token}"], "num_validation_images": 1, "validation_steps": 5, "output_dir": "/out",
     "output_name": "rex", "save_precision": "float32", "checkpointing_steps": 7, "checkpoints_total_limit": 2,
-    "resume_from_checkpoint": "latest", "report_to": "tensorboard", "logging_dir": "/logs",
+    "resume_from_checkpoint": "latest", "report_to": "tensorboard",
 }  # fmt: skip
 
 
@@ -76,8 +75,6 @@ def test_defaults_are_names_that_exist():
     assert config().adapter_type in ADAPTERS
     known = {scheduler.value for scheduler in TYPE_TO_SCHEDULER_FUNCTION}
     assert set(get_args(FIELDS["lr_scheduler"].annotation)) <= known
-    methods = get_args(FIELDS["image_interpolation_mode"].annotation)
-    assert {name.upper() for name in methods} <= {method.name for method in Image.Resampling}
 
 
 @pytest.mark.parametrize("token", ["dog", "<Dog>", "<my dog>", "<>", "<dog", "<dög>"])
@@ -129,9 +126,8 @@ def test_placeholders_become_the_token():
 
 def test_base_defaults_fill_only_what_the_user_left_open():
     table = read_base_defaults(ROOT / "assets/pocket", "training")
-    assert table["rank"] == 4
-    assert config().with_base_defaults(table).rank == 4
-    assert config(rank=8).with_base_defaults(table).rank == 8
+    assert config().with_base_defaults(table).rank == table["rank"]
+    assert config(rank=3).with_base_defaults(table).rank == 3
     assert config(resolution=None).with_base_defaults(table).resolution == table["resolution"]
     assert config().with_base_defaults({}) == config()
 
@@ -142,7 +138,7 @@ def test_base_defaults_are_checked_as_the_users_are():
             config().with_base_defaults(table)
 
 
-@pytest.mark.parametrize("name", ["token", "output_dir", "instance_data_dir", "resume_from_checkpoint", "logging_dir"])
+@pytest.mark.parametrize("name", ["token", "output_dir", "instance_data_dir", "resume_from_checkpoint", "library"])
 def test_a_base_may_not_choose_files_or_tokens(name):
     with pytest.raises(ConfigError, match=f"'{name}', which only you may"):
         config().with_base_defaults({name: "/elsewhere"})

@@ -95,7 +95,9 @@ def test_loss_falls_on_one_picture(pictures):
         (pictures / extra).unlink()
     pipe = tiny.pipeline("sd1")
     # The same noise every time, so that only learning can lower the loss: one long batch, two passes over its seeds.
-    steps, _ = run(pipe, config(pictures, gating="none", max_train_steps=40, train_batch_size=8, lr_scheduler="constant"))
+    steps, _ = run(
+        pipe, config(pictures, gating="none", max_train_steps=40, train_batch_size=8, lr_scheduler="constant")
+    )
     losses = [step.loss for step in steps]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
@@ -275,6 +277,6 @@ def test_batches_are_a_function_of_their_number(pictures):
     batches = Batches(pipe, settings)
     batches.prepare()
     generator = torch.Generator
-    one = batches.instance(4, generator().manual_seed(0))
-    assert torch.equal(one.latents, batches.instance(4, generator().manual_seed(0)).latents)
+    one = batches.batch(4, generator().manual_seed(0))
+    assert torch.equal(one.latents, batches.batch(4, generator().manual_seed(0)).latents)
     assert len(one.captions) == settings.train_batch_size

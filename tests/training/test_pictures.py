@@ -151,14 +151,12 @@ def test_other_kinds_of_picture_are_refused_whatever_their_name(tmp_path):
     assert "no PNG, JPEG or WebP" in refusal(tmp_path / "dog.png")
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "shown"), [(60_000, 60_000, "3600"), (10_000, 10_000, "100"), (8001, 8000, "64")]
-)
-def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, width, height, shown, monkeypatch):
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (10_000, 10_000), (8001, 8000)])
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, width, height, monkeypatch):
     path = tmp_path / "dog.png"
     path.write_bytes(header_only_png(width, height))
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
-    assert f"{shown} megapixels; the limit is 64" in refusal(path)
+    assert "more than 64 megapixels" in refusal(path)
     assert width * height > MAX_PIXELS
 
 
