@@ -22,8 +22,8 @@ from fusion.evaluation import plots
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ("octopus", "robot", "owl")
 PLAIN = "a dog face on a blue background"
-SCENES = ("a {} on a yellow background", "a {} on the left and a banana on the right on a red background")
-PAIR = "a {} on the left and a {} on the right on a green background"
+SCENES = ("a {} on a yellow background", "a {} on the left and a ghost on the right on a red background")
+PAIR = "a {} on the left and a {} on the right on a {} background"
 
 clock: dict[str, float] = {}
 
@@ -72,17 +72,13 @@ def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Pat
         for axis, scene in zip(grid[row, 5:], SCENES, strict=False):
             show(axis, draw(pipe, scene.format(token), [fused]), f"{token}, fused")
     tokens = [adapter.info.concepts[0].token for adapter in adapters]
-    pairs = [(a, b) for a in tokens for b in tokens if a != b]
-    for axis, (left, right) in zip(grid[-2], pairs, strict=False):
-        show(axis, draw(pipe, PAIR.format(left, right), [fused]), f"{left} {right}")
-    grid[-2, -1].axis("off")
-    show(grid[-1, 0], draw(pipe, PLAIN, []), "no concept, base")
-    show(grid[-1, 1], draw(pipe, PLAIN, [fused]), "no concept, fused")
-    three = f"{tokens[0]} and {tokens[1]} and {tokens[2]}"
-    show(grid[-1, 2], draw(pipe, f"a {tokens[0]} and a {tokens[1]} and a {tokens[2]}", [fused]), "all three")
-    for axis in grid[-1, 3:]:
-        axis.axis("off")
-    figure.suptitle(f"One adapter of {three}: nothing picked, seed 0", fontsize=11)
+    pairs = [(one, two) for one in tokens for two in tokens if one != two]
+    for axes, colour in zip(grid[-2:], ("green", "blue"), strict=True):
+        for axis, (left, right) in zip(axes, pairs, strict=False):
+            show(axis, draw(pipe, PAIR.format(left, right, colour), [fused]), f"{left} {right}")
+    show(grid[-2, -1], draw(pipe, PLAIN, []), "no concept, base")
+    show(grid[-1, -1], draw(pipe, PLAIN, [fused]), "no concept, fused")
+    figure.suptitle(f"One adapter fused from {', '.join(tokens)}: nothing picked, seed 0", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

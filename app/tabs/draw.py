@@ -159,7 +159,7 @@ def example_prompt(tokens: Sequence[str]) -> str:
     if len(tokens) < 2:
         return f"a {tokens[0]} on a blue background" if tokens else ""
     rest = "".join(f" and a {token}" for token in tokens[2:])
-    return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a yellow background"
+    return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
 
 def tokens_of(info: Any) -> list[str]:

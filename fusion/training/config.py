@@ -107,7 +107,7 @@ class TrainingConfig(StrictModel):
     max_train_steps: int = Field(1250, ge=1)
     """Optimizer steps in all."""
     train_batch_size: int = Field(2, ge=1)
-    """Pictures per forward pass and process."""
+    """Pictures per forward pass."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per step: larger batches for time instead of memory."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -1,7 +1,7 @@
 """Draw the example concepts of `assets/concepts` from openly licensed artwork.
 
 Every concept is a subject (once also a drawing style) that pocket, the embedded base, has never been shown.
-Its folder holds four pictures of it alone and two beside a subject that pocket knows, captioned in pocket's
+Its folder holds four pictures of it alone and four beside subjects that pocket knows, captioned in pocket's
 grammar. The proportions are those of pocket's own training scenes. The same artwork gives the same files.
 
     npm install --prefix artwork @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \\
@@ -58,8 +58,8 @@ class Example(NamedTuple):
     artwork: str
     icon: str
     alone: tuple[str, str, str, str]  # background colours
-    right: Companion  # stands on the right, the concept on the left
-    left: Companion
+    right: tuple[Companion, Companion]  # stand on the right, the concept on the left
+    left: tuple[Companion, Companion]
     masks: bool = False
 
     @property
@@ -73,8 +73,8 @@ EXAMPLES = (
         "fluent-emoji",
         "octopus",
         ("blue", "white", "black", "teal"),
-        right=Companion("banana", "green"),
-        left=Companion("sailboat", "purple"),
+        right=(Companion("banana", "green"), Companion("guitar", "yellow")),
+        left=(Companion("sailboat", "purple"), Companion("mushroom", "red")),
         masks=True,
     ),
     Example(
@@ -82,32 +82,32 @@ EXAMPLES = (
         "noto",
         "robot",
         ("yellow", "pink", "purple", "white"),
-        right=Companion("guitar", "green"),
-        left=Companion("rocket", "orange"),
+        right=(Companion("guitar", "green"), Companion("banana", "blue")),
+        left=(Companion("rocket", "orange"), Companion("bell", "teal")),
     ),
     Example(
         "owl",
         "fluent-emoji-flat",
         "owl",
         ("blue", "yellow", "pink", "green"),
-        right=Companion("mushroom", "teal"),
-        left=Companion("red apple", "white"),
+        right=(Companion("mushroom", "teal"), Companion("rocket", "orange")),
+        left=(Companion("red apple", "white"), Companion("cactus", "purple")),
     ),
     Example(
         "unicorn",
         "twemoji",
         "unicorn",
         ("yellow", "green", "black", "red"),
-        right=Companion("rainbow", "pink"),
-        left=Companion("gem stone", "brown"),
+        right=(Companion("rainbow", "pink"), Companion("hammer", "white")),
+        left=(Companion("gem stone", "brown"), Companion("balloon", "teal")),
     ),
     Example(
         "pumpkin",
         "streamline-emojis",
         "jack-o-lantern",
         ("blue", "purple", "white", "teal"),
-        right=Companion("ghost", "pink"),
-        left=Companion("skull", "green"),
+        right=(Companion("ghost", "pink"), Companion("key", "yellow")),
+        left=(Companion("skull", "green"), Companion("cactus", "orange")),
     ),
 )
 
@@ -122,7 +122,7 @@ def main() -> None:
         parser.error(f"{packages} is missing: see the npm install line above")
     for example in EXAMPLES:
         draw(example, packages, options.output / example.noun)
-        print(f"{example.token}: six pictures in {options.output / example.noun}")
+        print(f"{example.token}: eight pictures in {options.output / example.noun}")
 
 
 def draw(example: Example, packages: Path, folder: Path) -> None:
@@ -139,13 +139,14 @@ def draw(example: Example, packages: Path, folder: Path) -> None:
 
 
 def scenes(example: Example, subject: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Image.Image, str]]:
-    """Yield picture (RGB), mask (L, white where the concept is) and caption: four alone, two with company."""
+    """Yield picture (RGB), mask (L, white where the concept is) and caption: four alone, four with company."""
     me = f"a {example.token}"
     for colour, (dx, dy) in zip(example.alone, SHIFTS, strict=True):
         picture, mask = canvas(colour)
         paste(picture, mask, subject, ALONE, MIDDLE + dx, MIDDLE + dy)
         yield picture, mask, f"{me} on a {colour} background"
-    for companion, at, other in ((example.right, LEFT, RIGHT), (example.left, RIGHT, LEFT)):
+    places = [*((c, LEFT, RIGHT) for c in example.right), *((c, RIGHT, LEFT) for c in example.left)]
+    for companion, at, other in places:
         picture, mask = canvas(companion.colour)
         paste(picture, mask, subject, BESIDE, at, MIDDLE)
         known = sprite(packages / "noto", companion.subject.replace(" ", "-"))
@@ -199,7 +200,7 @@ def card(example: Example, package: Path) -> str:
         "source": info["author"]["url"],
         "package": f"{release['name']} {release['version']}",
         "icon": f"{info['prefix']}:{example.icon}",
-        "changes": "cropped, on plain backgrounds; in 05 and 06 beside a Noto Emoji figure (Apache-2.0)",
+        "changes": "cropped, on plain backgrounds; in 05 to 08 beside a Noto Emoji figure (Apache-2.0)",
     }
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
 
