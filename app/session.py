@@ -40,7 +40,7 @@ class Frame(NamedTuple):
 class Session:
     """Base, library and turn. `base` None is the embedded pocket base."""
 
-    def __init__(self, base: str | None = None, library: str | Path = "library") -> None:
+    def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
         self.base, self.library = base, Path(library)
         self.teaching: Any = None  # the latest teaching.Teaching
         self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads

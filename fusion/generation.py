@@ -55,7 +55,7 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that made one picture: the same code with the same recipe makes it again, exactly so on one machine."""
+    """Everything that made one picture: the same code with the same recipe makes it again, exact on one machine."""
 
     prompt: str
     negative_prompt: str

@@ -87,8 +87,9 @@ class _Adapted:
     def _changed(self) -> None:
         gates = [(b, b.gate) for b in self.branches.values() if b.gate is not None]
         # In one order whichever was attached first, so that sums round alike.
-        self._gates = sorted(gates, key=lambda pair: pair[1].tokens)
-        self._joined = None
+        self._gates[:] = sorted(gates, key=lambda pair: pair[1].tokens)
+        if self._joined is not None:
+            self._joined = None
 
     def open_delta(self, x: Tensor) -> tuple[Delta, float] | None:
         """All branches without a gate as one ΔW and the strength it still needs; None if nothing acts."""

@@ -41,7 +41,7 @@ class Installation:
         self.sites = sites(pipe)
         self.reader = PromptReader({name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()})
         self.tokens = ConceptTokens(pipe, self.reader)
-        self.gates = 0  # gated branches attached: without any, the UNet's prompts need not be recognised
+        self.gates = 0  # gated branches in the UNet: without any, its prompts need not be recognised
         self.layers: dict[str, Any] = {}  # canonical name -> AdaptedLinear or AdaptedConv1x1
         self.attachments = 0
         self._hooks = [
@@ -124,7 +124,10 @@ class Attachment:
         self._here = _installation(pipe)
         self._knobs: dict[str, Knob] = {}
         self._placed: list[tuple[str, int]] = []
-        self._gated = sum(bool(gate) for gate in gates.values())
+        self._gated = sum(
+            bool(gates[branch.name]) and any(component_of(name) == "unet" for name in branch.layers)
+            for branch in adapter.branches
+        )
         self._key: int | None = next(_keys)
         self._here.attachments += 1
         self._here.gates += self._gated

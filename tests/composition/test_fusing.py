@@ -1,5 +1,7 @@
 """fuse: exact, closed, and refusing by name what cannot be fused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,6 @@ import tiny
 from fusion.adapters.adapter import BaseInfo
 from fusion.errors import BaseMismatch, ConfigError, GatingError, SliceConflict, TokenConflict, UnknownName
 from fusion.methods import METHODS
-from dataclasses import replace
 from trained import attached, draw, trained_adapter
 
 TOKENS = ("<rex>", "<tom>", "<ann>")
