@@ -110,12 +110,17 @@ def recipe_of(path: str | Path) -> Recipe:
     if text is None:
         raise FormatError(f"'{path}' carries no recipe; only PNGs drawn by `fusion generate` do.")
     try:
-        raw: dict[str, Any] = json.loads(text)
-        listed: list[dict[str, Any]] = raw.pop("adapters")
-        used = tuple(UsedAdapter(**{**a, "tokens": tuple(a["tokens"])}) for a in listed)
+        raw = json.loads(text)
+        used = tuple(_used_from(entry) for entry in raw.pop("adapters"))
         return Recipe(**raw, adapters=used)
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"The recipe in '{path}' is damaged: {error}.") from error
+
+
+def _used_from(entry: dict[str, Any]) -> UsedAdapter:
+    return UsedAdapter(
+        entry["name"], entry["digest"], float(entry["strength"]), tuple(entry["tokens"]), entry.get("file")
+    )
 
 
 def generate(

@@ -112,7 +112,7 @@ def _free_scene(pipe: Any, prompts: list[str], seed: int) -> _Scene:
 def _noised(pipe: Any, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
     """Noisy latents (prompts · LEVELS, C, H, W) of drawn pictures, and their timesteps; always the same ones."""
     pictures = [generate(pipe, prompt, adapters=adapters, seed=seed)[0].image for prompt in prompts]
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess(pictures).to(pipe.vae.device, pipe.vae.dtype)
         clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
