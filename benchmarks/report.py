@@ -29,8 +29,8 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def bar(value: float, limit: float, unit: str = "×") -> str:
-    """A value held against its bar: `0.96× (bar 1.03×: met)`."""
-    return f"{value:.2f}{unit} (bar {limit:g}{unit}: {'met' if value <= limit else '**missed**'})"
+    """A value held against its bar: `0.960× (bar 1.03×: met)`."""
+    return f"{value:.3f}{unit} (bar {limit:g}{unit}: {'met' if value <= limit else '**missed**'})"
 
 
 def machine() -> str:
