@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from fusion.spectral.slices import SpectralSlice
 
 FAINT, NEUTRAL = "#6b6b6b", "#ededed"
-OWNED = {"color": "#0072b2", "label": "owned by one"}
-SHARED = {"color": "#d55e00", "label": "by several", "hatch": "////"}
+OWNED: dict[str, Any] = {"color": "#0072b2", "label": "owned by one"}
+SHARED: dict[str, Any] = {"color": "#d55e00", "label": "by several", "hatch": "////"}
 DIVERGING = LinearSegmentedColormap.from_list(
     "opposed", ["#b35806", "#f6a75c", "#ffffff", "#7fb2da", "#08519c"]
 ).with_extremes(bad=NEUTRAL)
