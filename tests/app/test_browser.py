@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyw
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-PATIENCE = 120_000  # milliseconds, for slow machines
+PATIENCE = 300_000  # milliseconds, for slow machines
 expect.set_options(timeout=PATIENCE)
 
 
