@@ -122,9 +122,7 @@ def _weights(
     return row.weights(strengths, whole_gram)
 
 
-def _moments(
-    parts: list[Adapter], method: str, pipe: Any, moments: Sequence[Moments] | None
-) -> Sequence[Moments]:
+def _moments(parts: list[Adapter], method: str, pipe: Any, moments: Sequence[Moments] | None) -> Sequence[Moments]:
     """One for each part: those given, or recorded now."""
     if moments is None and pipe is None:
         raise ConfigError(

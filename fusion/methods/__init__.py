@@ -1,6 +1,7 @@
 """Fusion methods: many changes of one weight become one. A new method is one file and one line here."""
 
 from fusion.methods.method import LayerMerge, Method, WeightedSum
+from fusion.methods.method import MethodOptions as MethodOptions
 
 METHODS: dict[str, Method] = {
     "direct_sum": WeightedSum("fusion.methods.direct_sum:weights", "the sum; exact on disjoint slices", linear=True),

@@ -1,8 +1,8 @@
-"""Gradient fusion as Mix-of-Show does it (Gu et al. 2023, arXiv 2305.18292): the least squares of `regression`, by LBFGS.
+"""Gradient fusion as Mix-of-Show does it (Gu et al. 2023, arXiv 2305.18292): what `regression` solves, by LBFGS.
 
-On the same second moments, from no change, with the settings of the original (500 iterations, history 25, strong Wolfe).
-The reference that `regression` has to match, and a thousand times slower. The optimised matrix is dense, in float64, one
-layer at a time; the result is kept exactly, of rank min(O, I).
+On the same second moments, from no change, with the original's settings (500 iterations, history 25, strong Wolfe). The
+reference that `regression` has to match, and far slower. The optimised matrix is dense, in float64, one layer at a
+time; the result is kept exactly, of rank min(O, I).
 
 Shapes: O out_features, I in_features.
 """

@@ -1,4 +1,4 @@
-"""What the layers of a base are given while concepts are prompted: second moments of their inputs, through the pipeline.
+"""What the layers of a base are given while concepts are prompted: second moments of their inputs.
 
 Every concept is attached alone, its prompts are drawn from noise in a few steps, and each layer's inputs are counted:
 as the concept's own where its change acts (at its tokens, where it is gated by them), else as inputs to be left alone.
@@ -53,7 +53,7 @@ def record_moments(
         tokens = list(dict.fromkeys(token for branch in adapter.branches for token in branch.gate))
         tokens = tokens or [concept.token for concept in adapter.info.concepts]
         asked = _worded(prompts or (PROMPTS if tokens else ()), tokens)
-        nouns = [f"a {concept.noun}" for concept in adapter.info.concepts if concept.noun]
+        nouns = [f"a {c.noun}" for c in adapter.info.concepts if c.token in tokens and c.noun]
         with attach(pipe, adapter) as handle, _Recorder(pipe, layers) as recorder, torch.no_grad():
             draws = any(component_of(layer) == "unet" for layer in layers)
             _imagine(pipe, asked or concept_free, steps if draws else 0, seed)
@@ -61,7 +61,7 @@ def record_moments(
                 for branch in adapter.branches:
                     handle.strength(branch.name, 0.0)
                 recorder.silent = True
-                _imagine(pipe, [*concept_free, *nouns], steps if draws else 0, seed)
+                _imagine(pipe, list(dict.fromkeys([*concept_free, *nouns])), steps if draws else 0, seed)
             made.append(Moments(recorder.moments(), everywhere=not asked))
     return made
 

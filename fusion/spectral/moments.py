@@ -57,6 +57,6 @@ def settled(parts: Sequence[Moments], neutral: float, ridge: float) -> Moments:
 
 
 def response(delta: Delta, moment: Tensor) -> Tensor:
-    """Root mean square of ΔW x over the inputs of `moment` (I, I): ‖ΔW X‖ / √n = tr(down C downᵀ · upᵀ up)^½, float64."""
+    """‖ΔW X‖ / √n over the n inputs of `moment` C (I, I): tr(down C downᵀ · upᵀ up)^½, in float64."""
     up, down = delta.up.double(), delta.down.double()
     return ((down @ moment @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt()
