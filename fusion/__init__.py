@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fusion.adapters import ADAPTERS as ADAPTERS
     from fusion.adapters.adapter import Adapter as Adapter
     from fusion.adapters.adapter import Concept as Concept
+    from fusion.composition.activations import cross_talk as cross_talk
+    from fusion.composition.activations import merge_error as merge_error
     from fusion.composition.fusing import fuse as fuse
     from fusion.composition.measures import interference as interference
     from fusion.composition.verdict import compatibility as compatibility
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
     from fusion.formats.library import Library as Library
+    from fusion.formats.moments_file import load_moments as load_moments
+    from fusion.formats.moments_file import save_moments as save_moments
     from fusion.formats.native import save as save
     from fusion.formats.reading import load as load
     from fusion.generation import Cancelled as Cancelled
@@ -33,10 +37,12 @@ if TYPE_CHECKING:
     from fusion.generation import generate as generate
     from fusion.generation import recipe_of as recipe_of
     from fusion.methods import METHODS as METHODS
+    from fusion.methods import MethodOptions as MethodOptions
     from fusion.models.bases import open_pipeline as open_pipeline
     from fusion.models.bases import pocket as pocket
     from fusion.models.injection import attach as attach
     from fusion.models.injection import bake as bake
+    from fusion.models.recording import record_moments as record_moments
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.loop import TrainStep as TrainStep
@@ -51,6 +57,7 @@ _PUBLIC = {
     "FusionError": "fusion.errors",
     "Library": "fusion.formats.library",
     "METHODS": "fusion.methods",
+    "MethodOptions": "fusion.methods",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
     "SpectralSlice": "fusion.spectral.slices",
@@ -59,16 +66,21 @@ _PUBLIC = {
     "attach": "fusion.models.injection",
     "bake": "fusion.models.injection",
     "compatibility": "fusion.composition.verdict",
+    "cross_talk": "fusion.composition.activations",
     "evaluate": "fusion.evaluation.report",
     "export": "fusion.formats.exporting",
     "fuse": "fusion.composition.fusing",
     "generate": "fusion.generation",
     "interference": "fusion.composition.measures",
     "load": "fusion.formats.reading",
+    "load_moments": "fusion.formats.moments_file",
+    "merge_error": "fusion.composition.activations",
     "open_pipeline": "fusion.models.bases",
     "pocket": "fusion.models.bases",
     "recipe_of": "fusion.generation",
+    "record_moments": "fusion.models.recording",
     "save": "fusion.formats.native",
+    "save_moments": "fusion.formats.moments_file",
     "train": "fusion.training.loop",
 }
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -53,15 +53,11 @@ def fuse(
     Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName; ConfigError
     where moments are needed and neither they nor a pipe are given.
     """
-    if not adapters:
-        raise ConfigError("There is nothing to fuse; give at least one adapter.")
     if method not in METHODS:
         raise UnknownName(
             f"No fusion method is called '{method}'{closest(method, METHODS)} There are: {quoted(METHODS)}."
         )
-    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
-    if len(values) != len(adapters):
-        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    values = _one_each(adapters, strengths)
     regated = [_with_gates(adapter, gating) for adapter in adapters]
     check_bases(regated)
     check_tokens(regated)
@@ -74,10 +70,8 @@ def fuse(
         )
     if METHODS[method].moments:
         parts = [(part, value) for a, value in zip(regated, values, strict=True) for part in taken_apart(a)]
-        met = _moments([part for part, _ in parts], method, pipe, moments)
-        if any(each.everywhere for each in met):
-            options = replace(options, neutral=0.0)  # what one concept should leave alone is another's own
-        fused = _merged([part for part, _ in parts], [value for _, value in parts], method, options, met)
+        apart, values_apart = [part for part, _ in parts], [value for _, value in parts]
+        fused = _merged(apart, values_apart, method, options, _moments(apart, method, pipe, moments))
     elif merge:
         fused = _merged(regated, values, method, options, ())
     else:
@@ -86,6 +80,15 @@ def fuse(
         fused = _compressed(fused, rank, energy)
     info = _fused_info(regated, values, method, options, name)
     return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
+
+
+def _one_each(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
+    if not adapters:
+        raise ConfigError("There is nothing to fuse; give at least one adapter.")
+    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
+    if len(values) != len(adapters):
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    return values
 
 
 def taken_apart(adapter: Adapter) -> list[Adapter]:
@@ -140,6 +143,8 @@ def _merged(
 ) -> tuple[Branch, ...]:
     """Any method, carried out layer by layer on whole changes."""
     changes = [adapter.deltas() for adapter in adapters]
+    if any(each.everywhere for each in moments):
+        options = replace(options, neutral=0.0)  # what one concept should leave alone is another's own
     if isinstance(METHODS[method], WeightedSum):  # its weights belong to whole adapters
         strengths, method = list(_weights(method, strengths, [adapter.deltas for adapter in adapters])), "direct_sum"
     layers: dict[str, LoraLayer] = {}

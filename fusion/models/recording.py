@@ -66,6 +66,18 @@ def record_moments(
     return made
 
 
+def record_base(
+    pipe: Any, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0
+) -> dict[str, Moment]:
+    """What the layers hear as the pipeline is now, as inputs to be left alone."""
+    names = list(layers)
+    with _Recorder(pipe, names) as recorder, torch.no_grad():
+        recorder.silent = True
+        draws = any(component_of(layer) == "unet" for layer in names)
+        _imagine(pipe, prompts, steps if draws else 0, seed)
+    return recorder.moments()
+
+
 def _worded(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
     """Every prompt with every token; those without a place for one as they are."""
     worded = [prompt.replace("{token}", token) for prompt in prompts for token in tokens or ("",)]
