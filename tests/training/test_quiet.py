@@ -48,7 +48,7 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
         change, weight = delta.dense().double(), matrix(sites(pipe)[name]).double()
         free = met[name].free
         ratios.append(float((change @ free * change).sum() / (weight @ free * weight).sum()))
-    assert float(quiet.loss(adapter)) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
+    assert float(quiet.loss(adapter).detach()) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
 
 
 def test_decoys_are_as_large_as_the_concept_and_leave_with_their_attachment():
