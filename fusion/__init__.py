@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fusion.models.bases import pocket as pocket
     from fusion.models.injection import attach as attach
     from fusion.models.injection import bake as bake
+    from fusion.models.regions import Region as Region
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.loop import TrainStep as TrainStep
@@ -53,6 +54,7 @@ _PUBLIC = {
     "METHODS": "fusion.methods",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
+    "Region": "fusion.models.regions",
     "SpectralSlice": "fusion.spectral.slices",
     "TrainStep": "fusion.training.loop",
     "TrainingConfig": "fusion.training.config",
