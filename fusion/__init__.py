@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusion.composition.measures import interference as interference
     from fusion.composition.verdict import compatibility as compatibility
     from fusion.errors import FusionError as FusionError
+    from fusion.evaluation.judge import open_judge as open_judge
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
     from fusion.formats.library import Library as Library
@@ -67,6 +68,7 @@ _PUBLIC = {
     "generate": "fusion.generation",
     "interference": "fusion.composition.measures",
     "load": "fusion.formats.reading",
+    "open_judge": "fusion.evaluation.judge",
     "open_pipeline": "fusion.models.bases",
     "pocket": "fusion.models.bases",
     "recipe_of": "fusion.generation",
