@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fusion.composition.measures import interference as interference
     from fusion.composition.verdict import compatibility as compatibility
     from fusion.errors import FusionError as FusionError
+    from fusion.evaluation.judge import open_judge as open_judge
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
     from fusion.formats.library import Library as Library
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fusion.models.injection import attach as attach
     from fusion.models.injection import bake as bake
     from fusion.models.recording import record_moments as record_moments
+    from fusion.models.regions import Region as Region
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.loop import TrainStep as TrainStep
@@ -60,6 +62,7 @@ _PUBLIC = {
     "MethodOptions": "fusion.methods",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
+    "Region": "fusion.models.regions",
     "SpectralSlice": "fusion.spectral.slices",
     "TrainStep": "fusion.training.loop",
     "TrainingConfig": "fusion.training.config",
@@ -75,6 +78,7 @@ _PUBLIC = {
     "load": "fusion.formats.reading",
     "load_moments": "fusion.formats.moments_file",
     "merge_error": "fusion.composition.activations",
+    "open_judge": "fusion.evaluation.judge",
     "open_pipeline": "fusion.models.bases",
     "pocket": "fusion.models.bases",
     "recipe_of": "fusion.generation",

@@ -150,7 +150,7 @@ class _Recorder:
             ear = self._ears[name] = ear or _Ear(rows.shape[-1])
             if not ear.heard(x):
                 ear.last = weakref.ref(x)
-                self._count(ear, rows.reshape(-1, rows.shape[-1]), acting(layer, x))
+                self._count(ear, rows.flatten(0, -2), acting(layer, rows))
 
         return site.module.register_forward_pre_hook(hook)
 
@@ -171,14 +171,13 @@ class _Recorder:
             hook.remove()
 
 
-def acting(layer: nn.Module, x: Tensor) -> Tensor:
-    """Which rows of a layer's input, flattened, any branch acts on: (N,) of bool."""
-    cells = x.shape[2:].numel() if isinstance(layer, nn.Conv2d) else x.shape[1:-1].numel()
+def acting(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Which rows of a layer's input (…, I), flattened, any branch acts on: (N,) of bool."""
     branches = layer.branches.values() if isinstance(layer, AdaptedLinear | AdaptedConv1x1) else ()
-    where = torch.zeros(x.shape[0], cells, dtype=torch.bool, device=x.device)  # pictures, or prompts, and their rows
+    where = torch.zeros(rows.shape[:-1].numel(), dtype=torch.bool, device=rows.device)  # (N,)
     for branch in branches:
         if branch.gate is None:
             where[:] = True
-        elif (rows := branch.gate.rows(x)) is not None:
-            (where if branch.gate.by_picture else where.view(-1))[rows] = True
-    return where.flatten()
+        elif (open_rows := branch.gate.scope().open_rows(branch.gate.tokens, rows)) is not None:
+            where[open_rows] = True
+    return where
