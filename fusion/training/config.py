@@ -144,7 +144,7 @@ class TrainingConfig(StrictModel):
     """Class pictures drawn at a time."""
 
     quiet_loss_weight: float = Field(0.0, ge=0)
-    """What the adapter's loudness on prompts without the concept counts: an ungated export stays quiet. Try 1."""
+    """What the adapter's loudness on prompts without the concept counts: an ungated export stays quiet. Try 10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""
