@@ -33,8 +33,16 @@ def run(args: Namespace) -> None:
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
-    judged = {"references": references(args.references), "judge": judge(args), "seeds": args.seeds}
-    report = evaluate(pipe, adapters, prompts=args.prompts, concept_free=args.concept_free, seed=args.seed, **judged)
+    report = evaluate(
+        pipe,
+        adapters,
+        prompts=args.prompts,
+        concept_free=args.concept_free,
+        references=references(args.references),
+        judge=judge(args),
+        seeds=args.seeds,
+        seed=args.seed,
+    )
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return

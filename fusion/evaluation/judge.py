@@ -61,7 +61,7 @@ def open_judge(where: str | Path | None = None, *, device: str | torch.device | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = CLIPModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
             processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseMismatch(f"'{source}' could not be opened as a CLIP model to judge by: {error}") from error

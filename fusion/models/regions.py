@@ -59,7 +59,8 @@ class Region:
         if self.mask is None:
             return {"prompt": self.prompt, "box": list(self.box or ())}
         file = io.BytesIO()
-        self.mask.convert("L").point(lambda value: 255 * (value >= 255 * INSIDE)).convert("1").save(file, "PNG")
+        inside = np.asarray(self.mask.convert("L")) >= 255 * INSIDE
+        Image.fromarray(inside).save(file, "PNG")
         return {"prompt": self.prompt, "mask": base64.b64encode(file.getvalue()).decode()}
 
     @classmethod

@@ -113,7 +113,22 @@ def test_inspect_and_evaluate_speak_json(train, base, capsys):
     assert main(["evaluate", *files, "--base", base, *prompts, "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["gated"]["output_error"] == {"<dog>": 0, "<cat>": 0} and measured["gated"]["drift"] == 0
-    assert measured["ungated"]["drift"] > 0
+    assert measured["ungated"]["drift"] > 0 and measured["identity"] is None
+
+
+def test_pictures_are_judged_against_references(train, base, pictures, tmp_path, capsys):
+    assert train("<dog>") == train("<cat>") == 0
+    tiny.save_judge(tmp_path / "judge")
+    words = ["evaluate", "out/dog.safetensors", "out/cat.safetensors", "--base", base, "--seeds", "1"]
+    words += ["--prompts", "a {token}", "--concept_free", "a bird", "--judge", str(tmp_path / "judge")]
+    capsys.readouterr()
+    assert main([*words, "--references", f"<dog>={pictures}", "--references", f"<cat>={pictures}"]) == 0
+    shown = capsys.readouterr().out
+    assert "retention in pairs" in shown and "Judge: judge, which tells" in shown
+    assert main([*words, "--references", f"<rex>={pictures}"]) == 1
+    assert "No adapter knows <rex>" in capsys.readouterr().err
+    assert main([*words, "--references", pictures]) == 2
+    assert '--references takes "<token>=FOLDER"' in capsys.readouterr().err
 
 
 def test_one_token_twice_is_refused_until_renamed(train, capsys):
