@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from fusion.adapters.adapter import Concept as Concept
     from fusion.composition.fusing import fuse as fuse
     from fusion.composition.measures import interference as interference
+    from fusion.composition.ownership import SliceMap as SliceMap
+    from fusion.composition.ownership import slice_map as slice_map
     from fusion.composition.verdict import compatibility as compatibility
     from fusion.errors import FusionError as FusionError
+    from fusion.evaluation.comparison import Cell as Cell
+    from fusion.evaluation.comparison import compare as compare
+    from fusion.evaluation.contact import contact_sheet as contact_sheet
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
     from fusion.formats.library import Library as Library
@@ -33,42 +38,59 @@ if TYPE_CHECKING:
     from fusion.generation import generate as generate
     from fusion.generation import recipe_of as recipe_of
     from fusion.methods import METHODS as METHODS
+    from fusion.models.bases import base_defaults as base_defaults
     from fusion.models.bases import open_pipeline as open_pipeline
     from fusion.models.bases import pocket as pocket
+    from fusion.models.families import base_info as base_info
     from fusion.models.injection import attach as attach
     from fusion.models.injection import bake as bake
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
+    from fusion.training.examination import examine as examine
     from fusion.training.loop import TrainStep as TrainStep
     from fusion.training.loop import train as train
+    from fusion.training.pictures import load_picture as load_picture
+    from fusion.training.presets import PRESETS as PRESETS
+    from fusion.training.presets import preset as preset
 
 # Public name -> the module it lives in, imported on first use: `import fusion` costs nothing and needs no torch.
 _PUBLIC = {
     "ADAPTERS": "fusion.adapters",
     "Adapter": "fusion.adapters.adapter",
     "Cancelled": "fusion.generation",
+    "Cell": "fusion.evaluation.comparison",
     "Concept": "fusion.adapters.adapter",
     "FusionError": "fusion.errors",
     "Library": "fusion.formats.library",
     "METHODS": "fusion.methods",
+    "PRESETS": "fusion.training.presets",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
+    "SliceMap": "fusion.composition.ownership",
     "SpectralSlice": "fusion.spectral.slices",
     "TrainStep": "fusion.training.loop",
     "TrainingConfig": "fusion.training.config",
     "attach": "fusion.models.injection",
     "bake": "fusion.models.injection",
+    "base_defaults": "fusion.models.bases",
+    "base_info": "fusion.models.families",
+    "compare": "fusion.evaluation.comparison",
     "compatibility": "fusion.composition.verdict",
+    "contact_sheet": "fusion.evaluation.contact",
     "evaluate": "fusion.evaluation.report",
+    "examine": "fusion.training.examination",
     "export": "fusion.formats.exporting",
     "fuse": "fusion.composition.fusing",
     "generate": "fusion.generation",
     "interference": "fusion.composition.measures",
     "load": "fusion.formats.reading",
+    "load_picture": "fusion.training.pictures",
     "open_pipeline": "fusion.models.bases",
     "pocket": "fusion.models.bases",
+    "preset": "fusion.training.presets",
     "recipe_of": "fusion.generation",
     "save": "fusion.formats.native",
+    "slice_map": "fusion.composition.ownership",
     "train": "fusion.training.loop",
 }
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
