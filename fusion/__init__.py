@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fusion.generation import Cancelled as Cancelled
     from fusion.generation import Picture as Picture
     from fusion.generation import Recipe as Recipe
+    from fusion.generation import SCHEDULERS as SCHEDULERS
     from fusion.generation import generate as generate
     from fusion.generation import recipe_of as recipe_of
     from fusion.methods import METHODS as METHODS
@@ -66,6 +67,7 @@ _PUBLIC = {
     "PRESETS": "fusion.training.presets",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
+    "SCHEDULERS": "fusion.generation",
     "SliceMap": "fusion.composition.ownership",
     "SpectralSlice": "fusion.spectral.slices",
     "TrainStep": "fusion.training.loop",
