@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from fusion.evaluation.comparison import Cell as Cell
     from fusion.evaluation.comparison import compare as compare
     from fusion.evaluation.contact import contact_sheet as contact_sheet
+    from fusion.evaluation.judge import open_judge as open_judge
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
     from fusion.formats.library import Library as Library
     from fusion.formats.native import save as save
     from fusion.formats.reading import load as load
+    from fusion.generation import SCHEDULERS as SCHEDULERS
     from fusion.generation import Cancelled as Cancelled
     from fusion.generation import Picture as Picture
     from fusion.generation import Recipe as Recipe
-    from fusion.generation import SCHEDULERS as SCHEDULERS
     from fusion.generation import generate as generate
     from fusion.generation import recipe_of as recipe_of
     from fusion.methods import METHODS as METHODS
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fusion.models.families import base_info as base_info
     from fusion.models.injection import attach as attach
     from fusion.models.injection import bake as bake
+    from fusion.models.regions import Region as Region
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.examination import examine as examine
@@ -67,6 +69,7 @@ _PUBLIC = {
     "PRESETS": "fusion.training.presets",
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
+    "Region": "fusion.models.regions",
     "SCHEDULERS": "fusion.generation",
     "SliceMap": "fusion.composition.ownership",
     "SpectralSlice": "fusion.spectral.slices",
@@ -87,6 +90,7 @@ _PUBLIC = {
     "interference": "fusion.composition.measures",
     "load": "fusion.formats.reading",
     "load_picture": "fusion.training.pictures",
+    "open_judge": "fusion.evaluation.judge",
     "open_pipeline": "fusion.models.bases",
     "pocket": "fusion.models.bases",
     "preset": "fusion.training.presets",

@@ -172,3 +172,22 @@ def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path,
     assert "--image" in capsys.readouterr().err
     assert main(["generate", "--from", "dog.png", "--image", other, *words, "again.png"]) == 0
     assert "is not the picture" in capsys.readouterr().err
+
+
+def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save("right.png")
+    regions = ["--region", "a cat: 0 0 0.5 1", "--region", "a bird: right.png"]
+    words = ["generate", "--prompt", "a dog", "--base", base, "-o"]
+    assert main([*words, "plain.png"]) == main([*words, "parts.png", *regions]) == 0
+    assert not (pixels("plain.png") == pixels("parts.png")).all()
+    assert main(["generate", "--from", "parts.png", "--base", base, "-o", "again.png"]) == 0
+    assert (pixels("again.png") == pixels("parts.png")).all()
+    capsys.readouterr()
+    for wrong, said in (("a cat", "PROMPT: LEFT TOP"), ("a cat: 0 1", "neither four numbers nor a picture")):
+        assert main([*words, "wrong.png", "--region", wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*words, "wrong.png", "--region", "a cat: 0 0 64 64"]) == 1
+    assert "in shares of the picture" in capsys.readouterr().err
