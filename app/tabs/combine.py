@@ -37,7 +37,7 @@ def build(session: Session) -> SimpleNamespace:
                 save = gr.Button("Save as one adapter", elem_id="save", min_width=120)
             with gr.Accordion("Export for other programs", open=False, elem_id="export-part"):
                 form = gr.Radio(list(FORMS.items()), value="native", label="Form", elem_classes="radio-chips")
-                rank = gr.Number(None, label="Compress to rank", precision=0, minimum=1, info="Empty: exact")
+                rank = gr.Number(0, label="Compress to rank", precision=0, minimum=0, info="0: exact")
                 export = gr.Button("Export", size="sm", elem_id="export")
                 files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files")
             with gr.Accordion("Bake into a model", open=False, elem_id="bake-part"):

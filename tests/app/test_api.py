@@ -63,7 +63,7 @@ def test_teach_draw_compare_and_take_along(client, session, files):
     assert stage.endswith(".png") and "seed 3" in caption and len(job.outputs()) > 2 and "--seed 3" in str(cli)
     said, cli = client.predict(REX, "direct_sum", "pets", api_name="/fuse")
     assert "pets" in said and "pets" in session.entries() and "fusion fuse" in str(cli)
-    exported, _, _ = client.predict(REX, "direct_sum", "", "kohya", None, api_name="/export")
+    exported, _, _ = client.predict(REX, "direct_sum", "", "kohya", 0, api_name="/export")
     assert "rex_kohya.safetensors" in str(exported)
     grid, _, sheet, _ = client.predict(REX, "a <rex>", "1", ["direct_sum"], False, 0, api_name="/compare")
     assert "kept" in grid and "comparison" in str(sheet)

@@ -12,7 +12,7 @@ from PIL import Image
 import fusion
 from app import settings, teaching
 from app.markup import loss_svg
-from app.tabs import draw, library, teach
+from app.tabs import draw, library, progress, teach
 
 pytestmark = pytest.mark.slow
 
@@ -212,13 +212,13 @@ def test_advice_fits_what_happened(session, files):
     _, pictures, _ = teach.add_pictures(session, files)
     own = teaching.lesson(session, pictures, "rex", "dog", "quick")
     own.state, own.step, own.total = "stopped", 1, 10
-    assert "stopped early" in teach.advice(own)
+    assert "stopped early" in progress.advice(own)
     own.state, own.step = "learned", 10
-    assert "More pictures" in teach.advice(own)
+    assert "More pictures" in progress.advice(own)
     own.pictures, own.losses = 8, [1.0, 1.0, 0.8, 0.5]
-    assert "still falling" in teach.advice(own)
+    assert "still falling" in progress.advice(own)
     own.losses = [0.5] * 8
-    assert "Careful" in teach.advice(own)
+    assert "Careful" in progress.advice(own)
 
 
 def test_the_loss_is_drawn_for_any_length():
