@@ -23,8 +23,8 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing calls home
 
     from app.interface import build
+    from app.looks import launch_options
     from app.session import Session
-    from app.theme import launch_options
 
     session = Session(chosen.base, chosen.library)
     threading.Thread(target=session.warm_up, name="opening", daemon=True).start()

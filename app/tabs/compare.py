@@ -46,7 +46,7 @@ def build(session: Session) -> SimpleNamespace:
     picks.input(told(prompted, session), [picks, prompt], prompt, **LATEST)
     inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
     begun = start.click(lambda: working(True), None, [start, stop], **QUIET)
-    comparing = begun.then(told(compare, session), inputs, outputs, api_name="compare", **LONG)
+    comparing = begun.then(told(draw_grid, session), inputs, outputs, api_name="compare", **LONG)
     comparing.then(lambda: working(False), None, [start, stop], **QUIET)
     comparing.failure(lambda: working(False), None, [start, stop], **QUIET)
     stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **QUIET)
@@ -63,7 +63,7 @@ def prompted(session: Session, picks: Picks, prompt: str) -> Any:
     return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
 
 
-def compare(
+def draw_grid(
     session: Session, picks: Picks, prompt: str, strengths: str = "0.5 1", methods: Sequence[str] = ("direct_sum",),
     alone: bool = True, seed: float = 0,
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip

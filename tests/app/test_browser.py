@@ -9,9 +9,9 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from app.interface import build
+from app.looks import launch_options
 from app.session import Session
 from app.tabs.teach import example_concepts
-from app.theme import launch_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyword is deprecated")]  # gradio's pandas
 

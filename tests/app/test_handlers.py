@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import fusion
-from app import interface, markup, regions, theme
+from app import interface, looks, markup, regions
 from app.drawing import Frame
 from app.notices import told
 from app.session import safe_name
@@ -40,7 +40,7 @@ def drawn(session, *args, **named):
 
 def test_the_page_builds_without_torch():
     code = (
-        "import sys; from app.interface import build; from app.theme import launch_options;"
+        "import sys; from app.interface import build; from app.looks import launch_options;"
         "from app.session import Session; build(Session()); launch_options();"
         "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
     )
@@ -59,7 +59,7 @@ def test_the_app_says_that_it_starts_before_it_loads_anything(tmp_path):
 
 
 def test_private_by_default(session):
-    options, page = theme.launch_options(), interface.build(session)
+    options, page = looks.launch_options(), interface.build(session)
     assert options["run_history"] is False and "share" not in options and not options.get("allowed_paths")
     assert not page.analytics_enabled and page.delete_cache and options["max_file_size"]
     assert options["theme"]._stylesheets == []  # no fonts from elsewhere
@@ -250,12 +250,12 @@ def test_the_grid_is_measured_and_can_be_kept(session, taught):
     both = picks(rex=1, cat=1)
     assert compare.prompted(session, both, "") == "a <rex> on the left and a <cat> on the right on a red background"
     assert compare.prompted(session, both, "my own") == gr.skip()
-    *steps, (grid, legend, sheet, _) = compare.compare(session, both, "a <rex>", "0.5, 1", ["direct_sum", "average"])
+    *steps, (grid, legend, sheet, _) = compare.draw_grid(session, both, "a <rex>", "0.5, 1", ["direct_sum", "average"])
     assert grid.count("<img") == 8 and "kept" in grid and "leakage" in grid and "Kept" in legend
     assert Path(sheet.value["path"]).is_file() and "--strengths 0.5 1 --methods direct_sum average" in steps[0][3].value
     for strengths, sentence in (("much", "write numbers"), ("", "1 to 64 pictures")):
         with pytest.raises(fusion.FusionError, match=sentence):
-            list(compare.compare(session, both, "a <rex>", strengths))
+            list(compare.draw_grid(session, both, "a <rex>", strengths))
 
 
 def test_names_from_files_are_words_never_markup(session, taught):
