@@ -15,7 +15,7 @@ from app.drawing import Done, Frame, Screen, streamed
 from app.notices import told, warn
 from app.regions import as_regions, regions_of
 from app.session import Session, tokens_of
-from app.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, shown, widget
+from app.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, received, shown, widget
 from app.teaching import ENDINGS
 
 HISTORY = 24  # pictures kept on the page
@@ -127,7 +127,7 @@ def inserted(prompt: str, event: gr.EventData) -> str:
 
 def started_from(session: Session, file: str) -> tuple[Any, ...]:
     """A picture to start from, checked and kept under a name of our own."""
-    kept = session.take_upload(file)
+    kept = received(session, file)
     picture = fusion.load_picture(kept, "The picture")
     return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 

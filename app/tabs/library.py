@@ -11,7 +11,7 @@ import fusion
 from app import commands, markup
 from app.notices import told
 from app.session import Session, safe_name, tokens_of
-from app.tabs import QUIET, cli_box, shown, widget
+from app.tabs import QUIET, cli_box, received, shown, widget
 from app.tabs.combine import FORMS, export_adapter
 
 EMPTY = markup.nothing("The library is empty", "What you teach lands here, as plain files. You can take in others too.")
@@ -147,7 +147,7 @@ def deleted(session: Session, key: str) -> tuple[Any, ...]:
 
 def taken_in(session: Session, file: str) -> tuple[Any, ...]:
     """A copy of somebody's adapter file, checked before it is let in."""
-    kept, name = session.take_upload(file), safe_name(Path(file).stem)
+    kept, name = received(session, file), safe_name(Path(file).stem)
     try:
         added = fusion.Library(session.library).add(kept, name)
     except fusion.FusionError as error:

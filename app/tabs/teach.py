@@ -13,7 +13,7 @@ from app import commands, markup
 from app.notices import told
 from app.session import Session
 from app.settings import form_html
-from app.tabs import LONG, QUIET, cli_box, shown, widget
+from app.tabs import LONG, QUIET, cli_box, received, shown, widget
 from app.tabs.progress import watch
 from app.teaching import ENDINGS, Teaching, lesson
 
@@ -88,7 +88,7 @@ def add_pictures(
     session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Dropped files as they will be learned, beside those that are there already."""
-    kept = [(session.take_upload(file).name, Path(file).name) for file in files or ()]
+    kept = [(received(session, file).name, Path(file).name) for file in files or ()]
     new = [{"id": name, "name": title, "caption": ""} for name, title in kept]
     return gr.File(None), *reconsidered(session, [*(pictures or ()), *new])
 

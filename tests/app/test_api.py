@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -133,6 +134,7 @@ def test_hostile_files_are_named_and_the_app_goes_on(client, session, files, tmp
     notes = [" ".join(picture["notes"]) for picture in pictures]
     assert "megapixels" in notes[0] and "is no PNG" in notes[1] and [bool(p["crop"]) for p in pictures[:3]] == [0, 0, 1]
     assert {path.parent for path in session.uploads.iterdir()} == {session.uploads}
+    assert not [path for path in Path(get_upload_folder()).rglob("*") if path.name in ("huge.png", "text.png")]
     with pytest.raises(AppError, match="megapixels"):
         client.predict(handle_file(huge), api_name="/start_picture")
     (tmp_path / "weights.safetensors").write_bytes(pickle.dumps({"a": 1}))
