@@ -40,7 +40,7 @@ def build(session: Session) -> gr.Blocks:
                 comparing = compare.build(session)
             with gr.Tab("Library", id="library") as library_tab:
                 shelf = library.build(session)
-        usual = [title, base, *drawing.usual, combining.method, comparing.methods, teaching.settings]
+        usual = [title, base, *drawing.usual, teaching.settings]
         parts = SimpleNamespace(
             drawing=drawing, teaching=teaching, combining=combining, comparing=comparing, shelf=shelf, tabs=tabs
         )
@@ -120,13 +120,9 @@ def base_ready(session: Session) -> tuple[Any, ...]:
         size, (_, steps, guidance) = session.side(), session.usual()
     except fusion.FusionError as error:
         warn(str(error))
-        return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 6
-    base, methods = gr.update(value=name, info=f"ready, draws {size} × {size}"), list(fusion.METHODS)
+        return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
+    base = gr.update(value=name, info=f"ready, draws {size} × {size}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])
     usual = {key: str(value).lower() for key, value in fusion.base_defaults(session.pipe, "training").items()}
     settings = {"filled": {}, "usual": usual}
-    return HEADER + CRISP * (size <= SMALL), base, steps, guidance, schedulers, *choices(methods), settings
-
-
-def choices(methods: list[str]) -> tuple[Any, Any]:
-    return gr.Dropdown(methods), gr.CheckboxGroup(methods)
+    return HEADER + CRISP * (size <= SMALL), base, steps, guidance, schedulers, settings

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,10 @@ class Session:
         """The picked adapters at their strengths, as one."""
         if not picked:
             raise fusion.FusionError("Pick at least one concept first.")
-        return fusion.fuse(self.adapters(list(picked)), list(picked.values()), method, name=name)
+        adapters, strengths = self.adapters(list(picked)), list(picked.values())
+        needs = method in fusion.METHODS and fusion.METHODS[method].moments  # then the base is run
+        with self.line.turn("Concepts are being fused") if needs else nullcontext():
+            return fusion.fuse(adapters, strengths, method, pipe=self.pipe if needs else None, name=name)
 
     def keep(self, picture: fusion.Picture) -> str:
         """A drawn picture as a PNG with its recipe, where pages may show it from."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from fusion.adapters.adapter import Adapter
+from fusion.config import TOKEN
 from fusion.errors import ConfigError, FormatError, FusionError, UnknownName, closest
 from fusion.models.bases import base_defaults
 from fusion.models.families import base_info
@@ -154,7 +155,8 @@ def generate(
 
     Adapters are attached for the call and taken out again whatever happens. What is not given comes from the base's
     `fusion.toml`, then from the pipeline. With `image` the drawing starts from that picture, `image_strength` (0 to 1)
-    of the way towards noise. With `regions` their parts of the picture follow their prompts instead of `prompt`.
+    of the way towards noise. With `regions` their parts of the picture follow their prompts instead of `prompt`; one
+    that says no more than tokens, "<dog>", follows `prompt` itself with all other concepts by their nouns.
     `on_step(step, total, preview)` is told every step; preview() decodes the first picture.
     Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
     """
@@ -182,7 +184,7 @@ def generate(
         gating=gating,
         image=hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() if image else None,
         image_strength=image_strength if image else None,
-        regions=tuple(regions),
+        regions=tuple(_spelled_out(region, prompt, adapters) for region in regions),
     )
     _check_size(pipe, recipe)
     with ExitStack() as attached:
@@ -192,6 +194,20 @@ def generate(
                 handle.strength(branch.name, branch.strength * strength)
         images = _draw(pipe, recipe, image, on_step)
     return [Picture(drawn, replace(recipe, index=i)) for i, drawn in enumerate(images)]
+
+
+def _spelled_out(region: Region, prompt: str, adapters: Sequence[Adapter]) -> Region:
+    """A region of bare tokens with the prompt of the picture, in which no other concept is named.
+
+    A concept is drawn worse where the text encoder has read another one's token before its own.
+    """
+    words = region.prompt.split()
+    if not all(TOKEN.fullmatch(word) and word in prompt for word in words):
+        return region
+    for concept in (concept for adapter in adapters for concept in adapter.info.concepts):
+        if concept.token not in words:
+            prompt = prompt.replace(concept.token, concept.noun or "thing")
+    return replace(region, prompt=prompt)
 
 
 def _draw(

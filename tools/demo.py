@@ -24,8 +24,6 @@ CONCEPTS = ("octopus", "robot", "owl")
 PLAIN = "a dog face on a blue background"
 SCENES = ("a {} on a yellow background", "a {} on the left and a ghost on the right on a red background")
 PAIR = "a {} on the left and a {} on the right on a green background"
-# pocket draws one thing large and in the middle, so a region that is half a picture asks for one of two.
-HALF = "a {0} on the left and a {0} on the right on a green background"
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 
 clock: dict[str, float] = {}
@@ -77,8 +75,7 @@ def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Pat
     tokens = [adapter.info.concepts[0].token for adapter in adapters]
     pairs = [(one, two) for one in tokens for two in tokens if one != two]
     for column, (left, right) in enumerate(pairs):
-        prompt, own = PAIR.format(left, right), [(left, LEFT), (right, RIGHT)]
-        halves = [fusion.Region(HALF.format(token), box) for token, box in own]
+        prompt, halves = PAIR.format(left, right), [fusion.Region(left, LEFT), fusion.Region(right, RIGHT)]
         show(grid[-2, column], draw(pipe, prompt, [fused]), f"{left} {right}")
         show(grid[-1, column], draw(pipe, prompt, [fused], halves), "the same, in regions")
     show(grid[-2, -1], draw(pipe, PLAIN, []), "no concept, base")

@@ -16,7 +16,7 @@ from app.session import Session, safe_name
 from app.tabs import LATEST, Picks, cli_box, picked_of, shown, widget
 
 ASK = markup.nothing("Pick concepts to combine", "Whether they go together is said here before anything is drawn.")
-METHOD = "direct_sum keeps every concept at its own words. Methods that merge cannot: they act on every word."
+METHOD = "Sums keep every concept at its own words. Methods that merge cannot: they act on every word."
 FORMS = {"ours": "native", "diffusers": "diffusers", "kohya (A1111, ComfyUI)": "kohya"}
 BAKE = (
     "A copy of the base with the concepts in its own weights, as a diffusers folder that any program draws with. "
@@ -28,9 +28,8 @@ def build(session: Session) -> SimpleNamespace:
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
             picks = widget("concepts", {}, inserts=False, elem_id="combine-picks")
-            method = gr.Dropdown(
-                ["direct_sum"], value="direct_sum", label="Fusion method", info=METHOD, elem_id="method"
-            )
+            about = [(f"{name}: {row.about}", name) for name, row in fusion.METHODS.items()]
+            method = gr.Dropdown(about, value="direct_sum", label="Fusion method", info=METHOD, elem_id="method")
             name = gr.Textbox("", label="Name of the result", placeholder="made of the concepts' names", elem_id="name")
             with gr.Row():
                 draw = gr.Button("Draw with these", variant="primary", elem_id="combine-draw", min_width=120)
@@ -64,8 +63,8 @@ def judged(session: Session, picks: Picks, method: str) -> str:
     adapters = session.adapters(list(picked))
     found = fusion.compatibility(adapters, session.pipe)
     heat = markup.heat_map(found) if len(found.names) > 1 else ""
-    merged = f"<p>{markup.escape(METHOD)}</p>" if method != "direct_sum" else ""
-    return markup.verdict(found) + merged + heat
+    about = markup.hint(f"{method}: {fusion.METHODS[method].about}. {METHOD}") if method != "direct_sum" else ""
+    return markup.verdict(found) + about + heat
 
 
 def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
@@ -132,6 +131,7 @@ def called(picked: Mapping[str, float], name: str) -> str:
 
 def _fuse_line(session: Session, picked: Mapping[str, float], method: str, target: Path | str) -> str:
     how = ["--method", method] if method != "direct_sum" else []
+    how += session.base_words if fusion.METHODS[method].moments else []
     return commands.command("fuse", *commands.used(session, picked), *how, "-o", target)
 
 

@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--scheduler", metavar="NAME", help="ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ...")
     add("--width", type=int, metavar="PIXELS", help="width of the picture")
     add("--height", type=int, metavar="PIXELS", help="height of the picture")
-    where = '"a <dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
+    where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
     add("--region", dest="regions", action="append", metavar="PROMPT: PLACE", help=f"what a part of it shows: {where}")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
     add("--image_strength", type=float, metavar="X", help="0 to 1: how far to leave it (default: 0.6)")

@@ -69,7 +69,7 @@ def compare(
     if not 0 < total <= MOST:
         raise ConfigError(f"A grid has 1 to {MOST} pictures, not {total}; pick concepts, methods and strengths for it.")
     ready = [
-        (strength, name, fuse(parts, [strength * weight for weight in weights], method))
+        (strength, name, fuse(parts, [strength * weight for weight in weights], method, pipe=pipe))
         for strength in strengths
         for name, parts, method, weights in settings
     ]

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ class Library:
         found: list[AdapterFile] = []
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
-                found.append(read_info(path))
-            except FusionError as error:
+                found.append(_header(path, path.stat().st_mtime_ns))
+            except (FusionError, OSError) as error:  # OSError: deleted this very moment
                 logger.warning("Not part of the library: %s", error)
         return found
 
@@ -183,6 +184,12 @@ class Library:
             else:
                 lock.release()
                 _remove(lock)
+
+
+@lru_cache(maxsize=1024)
+def _header(path: Path, changed: int) -> AdapterFile:
+    """Read once for as long as the file stays as it is."""
+    return read_info(path)
 
 
 def _stored_as(adapter: Adapter) -> str:

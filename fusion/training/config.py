@@ -20,6 +20,7 @@ GROUPS = {
     "adapter": "adapter_type",
     "optimisation": "learning_rate",
     "prior preservation": "with_prior_preservation",
+    "isolation": "quiet_loss_weight",
     "speed and memory": "mixed_precision",
     "previews": "validation_prompt",
     "run": "output_dir",
@@ -141,6 +142,9 @@ class TrainingConfig(StrictModel):
     """What class pictures count in the loss."""
     sample_batch_size: int = Field(4, ge=1)
     """Class pictures drawn at a time."""
+
+    quiet_loss_weight: float = Field(0.0, ge=0)
+    """What the adapter's loudness on prompts without the concept counts: an ungated export stays quiet. Try 10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""

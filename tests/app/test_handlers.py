@@ -214,6 +214,8 @@ def test_the_verdict_and_the_heat_map_come_before_any_picture(session, taught):
     shown = combine.judged(session, picks(rex=1, cat=1), "direct_sum")
     assert "2 adapters, each acting" in shown and shown.count("<tr>") == 3 and "act on every word" not in shown
     assert "act on every word" in combine.judged(session, picks(rex=1, cat=1), "average")
+    assert "regression" in combine.save_as_one(session, picks(rex=1, cat=1), "regression")[1].value
+    assert "rex+cat" in session.entries() and not session.adapters(["rex+cat"])[0].gated
     fusion.save(session.adapters(["rex"])[0], session.library / "copy.safetensors")
     refused = combine.judged(session, picks(rex=1, copy=1), "direct_sum")
     assert "refused" in refused and "both use &lt;rex&gt;" in refused and "<rex>" not in refused
@@ -266,7 +268,11 @@ def test_names_from_files_are_words_never_markup(session, taught):
     fusion.save(type(adapter)(info, adapter.branches, adapter.tokens), session.library / "evil.safetensors")
     from app.tabs import library
 
-    shown = library.cards_html(session) + library.slices_html(session) + combine.judged(session, picks(evil=1), "")
+    shown = (
+        library.cards_html(session)
+        + library.slices_html(session)
+        + combine.judged(session, picks(evil=1), "direct_sum")
+    )
     shown += "".join(str(part) for part in library.detail(session, "evil"))
     assert "<img src=x" not in shown and "&lt;img src=x" in shown
 

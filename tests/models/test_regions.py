@@ -179,6 +179,21 @@ def test_a_picture_of_regions_is_repeated_by_its_recipe(pipe, tmp_path):
     assert generate(pipe, "a dog", **options)[1].image.tobytes() != first.image.tobytes()
 
 
+@pytest.mark.slow
+def test_a_region_of_a_token_alone_follows_the_picture_with_others_by_their_nouns(pipe):
+    adapters = [trained_adapter(pipe, "<a>"), trained_adapter(pipe, "<b>", k=1)]
+    options = {"adapters": adapters, "steps": 1}
+    regions = [Region("<a>", LEFT), Region("a cat", (0.5, 0, 1, 0.5)), Region("<b> <a>", (0.5, 0.5, 1, 1))]
+    short = generate(pipe, "a <a> and <b> in the snow", regions=regions, **options)[0]
+    prompts = ["a <a> and dog in the snow", "a cat", "a <a> and <b> in the snow"]
+    assert [region.prompt for region in short.recipe.regions] == prompts
+    long = [replace(region, prompt=prompt) for region, prompt in zip(regions, prompts, strict=True)]
+    again = generate(pipe, "a <a> and <b> in the snow", regions=long, **options)[0]
+    assert again.image.tobytes() == short.image.tobytes()
+    (alone,) = generate(pipe, "a bird", regions=[Region("<a>", LEFT)], **options)
+    assert alone.recipe.regions[0].prompt == "<a>"
+
+
 def test_without_regions_nothing_is_different_afterwards(pipe):
     adapter = trained_adapter(pipe, targets=everywhere(pipe))
     with attach(pipe, adapter):
