@@ -42,9 +42,9 @@ class Screen:
         self.frames.put(frame)
 
     def on_step(self, step: int, total: int, preview: Callable[[], Image.Image]) -> None:
-        """For generate: a preview each step, fewer on a slow page, or where they would take a third of the time."""
+        """For generate: a preview each step, fewer on a slow page or where they take a quarter of the time."""
         began, image = time.monotonic(), None
-        if self.frames.empty() and began - self._last >= 2 * self._cost:
+        if self.frames.empty() and began - self._last >= 3 * self._cost:
             image = preview()
             self._last = time.monotonic()
             self._cost = self._last - began

@@ -44,10 +44,10 @@ def build(session: Session) -> gr.Blocks:
         parts = SimpleNamespace(
             drawing=drawing, teaching=teaching, combining=combining, comparing=comparing, shelf=shelf, tabs=tabs
         )
-        fresh, judge = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
+        fresh = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
 
-        ready = page.load(told(base_ready, session), None, usual, **QUIET).then(*fresh, **QUIET)
-        ready.then(*judge, **QUIET)
+        page.load(*fresh, **QUIET)
+        page.load(told(base_ready, session), None, usual, **QUIET)
         page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
         changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **LONG)
@@ -56,7 +56,7 @@ def build(session: Session) -> gr.Blocks:
     return page
 
 
-def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> tuple[Any, Any]:
+def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     """What is picked in one tab is picked in all; what is new in the library is seen wherever one goes next."""
     drawing, combining, comparing, shelf = parts.drawing, parts.combining, parts.comparing, parts.shelf
     picked = gr.State({})
@@ -85,7 +85,7 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     leads_to_draw(shelf.draw, lambda key: ({key: 1.0} if key else {}, gr.Tabs(selected="draw")), shelf.chosen)
     leads_to_draw(combining.draw, lambda picks: (picked_of(picks), gr.Tabs(selected="draw")), combining.picks)
     drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **QUIET)
-    return fresh, (*judge, to_judge)
+    return fresh
 
 
 def taught(session: Session) -> tuple[Any, Any]:

@@ -38,8 +38,9 @@ def build(session: Session) -> SimpleNamespace:
                 teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
             picks = widget("concepts", {}, inserts=True, elem_id="picks")
             verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
-            prompt = gr.Textbox("", label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
-            example = gr.Button(visible=False, size="sm", elem_id="example", elem_classes="quiet")
+            first = example_prompt([])
+            prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
+            example = gr.Button(f"{TRY}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet")
             with gr.Row(elem_id="draw-row"):
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", visible=False, scale=1, min_width=90)
