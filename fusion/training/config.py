@@ -205,6 +205,15 @@ class TrainingConfig(StrictModel):
             yield "targets is empty; name a layer, or leave it out."
 
     @classmethod
+    def groups(cls) -> dict[str, list[str]]:
+        """The settings by what they are about, in order."""
+        starts, found, title = {first: title for title, first in GROUPS.items()}, dict[str, list[str]](), ""
+        for name in cls.model_fields:
+            title = starts.get(name, title)
+            found.setdefault(title, []).append(name)
+        return found
+
+    @classmethod
     def from_toml(cls, path: str | Path, over: Mapping[str, Any] | None = None) -> Self:
         """The settings in a file, those in `over` taking precedence. Raises ConfigError.
 
