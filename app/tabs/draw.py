@@ -27,7 +27,9 @@ NO_CONCEPTS = (
     "<li><b>Draw</b> it, with anything else.</li></ol>"
 )
 STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will appear here.")
-REGIONS = "Give parts of the picture prompts of their own. The prompt above describes all the rest."
+REGIONS = (
+    "Give parts of the picture prompts of their own, or just a concept's word. The prompt above is for all the rest."
+)
 
 
 def build(session: Session) -> SimpleNamespace:

@@ -25,8 +25,8 @@ const change = (index, about, redraw) => put(regions().map((r, i) => (i === inde
 function wording() {
   const used = regions().map((region) => region.prompt).join(" ");
   const tokens = props.value?.tokens ?? [];
-  const token = tokens.find((word) => !used.includes(word)) ?? tokens[0];
-  return token ? `a ${token}` : "";
+  // A token alone: the region then follows the picture's prompt, with all other concepts by their nouns.
+  return tokens.find((word) => !used.includes(word)) ?? tokens[0] ?? "";
 }
 
 function add(about) {
