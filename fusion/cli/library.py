@@ -36,8 +36,7 @@ def run(args: Namespace) -> None:
     for path in args.add:
         print(f"added {library.add(path)}")
     if args.rename:
-        pairs = dict(token.split("=", 1) for token in args.tokens if "=" in token)
-        print(f"renamed to {library.rename(*args.rename, tokens=pairs)}")
+        print(f"renamed to {library.rename(*args.rename, tokens=dict(map(pair, args.tokens)))}")
     for name in args.delete:
         library.remove(name)
         print(f"deleted {name}")
@@ -47,6 +46,13 @@ def run(args: Namespace) -> None:
         table([("name", "concepts", "nouns", "slice", "base", "size"), *rows])
     if args.slices:
         print_slices(open_base(args.base, args, args.dtype), library)
+
+
+def pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise UsageError(f'--tokens takes "<old>=<new>", got "{text}".')
+    return old, new
 
 
 def row(entry: Any) -> tuple[str, ...]:

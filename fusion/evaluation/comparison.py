@@ -6,15 +6,16 @@
 Both are read from what the UNet says (survival.py), so they hold for the setting, not for one lucky picture.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
-from fusion.evaluation.survival import CONCEPT_FREE, _concept_scene, _free_scene, concepts_of
+from fusion.evaluation.survival import CONCEPT_FREE, concept_question, concepts_of, free_question
 from fusion.generation import Picture, generate
 from fusion.models.injection import attach
 
@@ -50,16 +51,17 @@ def compare(
     methods: Sequence[str] = ("direct_sum",),
     alone: bool = False,
     seed: int = 0,
-    **drawing: Any,
+    steps: int | None = None,
+    on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> Generator[Cell]:
     """Draw the grid, row by row: every strength by every method, and with `alone` by every adapter alone.
 
-    `own_strengths` weigh the adapters against each other; `drawing` is handed to generate (steps, on_step, …).
+    `own_strengths` weigh the adapters against each other; `steps` and `on_step` as in generate.
     Raises ConfigError for a grid that is empty or of more than 64 pictures, and whatever fuse and generate raise.
     """
     own = [1.0] * len(adapters) if own_strengths is None else list(own_strengths)
     settings: list[tuple[str, list[Adapter], str, list[float]]] = []
-    if len(adapters) > 0:
+    if adapters:
         settings += [(method, list(adapters), method, own) for method in methods]
     if alone:
         for adapter, weight in zip(adapters, own, strict=True):
@@ -73,17 +75,16 @@ def compare(
         for strength in strengths
         for name, parts, method, weights in settings
     ]
-    scenes = {
-        token: _concept_scene(pipe, single, [f"a {token}"], seed)
+    questions = {
+        token: concept_question(pipe, single, [f"a {token}"], seed)
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    free = _free_scene(pipe, list(CONCEPT_FREE[:2]), seed)
+    free = free_question(pipe, list(CONCEPT_FREE[:2]), seed)
     for number, (strength, name, fused) in enumerate(ready, start=1):
-        (picture,) = generate(pipe, prompt, adapters=[fused], seed=seed, **drawing)
+        (picture,) = generate(pipe, prompt, adapters=[fused], seed=seed, steps=steps, on_step=on_step)
         known = [concept.token for concept in fused.info.concepts]
-        with ExitStack() as attached:
-            attached.enter_context(attach(pipe, fused))
-            kept = {token: max(0.0, 1.0 - scenes[token].error(pipe)) for token in known if token in scenes}
+        with attach(pipe, fused):
+            kept = {token: max(0.0, 1.0 - questions[token].error(pipe)) for token in known if token in questions}
             leakage = free.error(pipe)
         yield Cell(number, total, strength, name, picture, kept, leakage)

@@ -52,11 +52,11 @@ def measure_survival(
     if strange := [prompt for prompt in prompts if "{token}" not in prompt]:
         raise ConfigError(f"Prompt '{strange[0]}' has no {{token}} to put the concept in.")
     concepts = {
-        token: _concept_scene(pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed)
+        token: concept_question(pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed)
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    free = _free_scene(pipe, list(concept_free), seed)
+    free = free_question(pipe, list(concept_free), seed)
     measured: list[Survival] = []
     for gating in gatings:
         with ExitStack() as attached:
@@ -79,7 +79,7 @@ def concepts_of(adapter: Adapter) -> dict[str, Adapter]:
 
 
 @dataclass(frozen=True)
-class _Scene:
+class Question:
     """What the UNet is asked, and what it should answer."""
 
     prompts: list[str]
@@ -94,19 +94,21 @@ class _Scene:
         return float((answer - self.expected).square().mean() / self.scale) if self.scale > 0 else 0.0
 
 
-def _concept_scene(pipe: Any, single: Adapter, prompts: list[str], seed: int) -> _Scene:
+def concept_question(pipe: Any, single: Adapter, prompts: list[str], seed: int) -> Question:
+    """What a concept's own adapter says on its prompts; an error of 1 is all that it changes of the base."""
     asked = prompts, *_noised(pipe, [single], prompts, seed)
     with attach(pipe, single):
         alone = _predictions(pipe, *asked)
     with attach(pipe, replace(single, branches=())):  # the base that knows the word, and nothing else
         base = _predictions(pipe, *asked)
-    return _Scene(*asked, alone, (alone - base).square().mean())
+    return Question(*asked, alone, (alone - base).square().mean())
 
 
-def _free_scene(pipe: Any, prompts: list[str], seed: int) -> _Scene:
+def free_question(pipe: Any, prompts: list[str], seed: int) -> Question:
+    """What the base says on prompts without concepts; an error of 1 is all that it says."""
     asked = prompts, *_noised(pipe, [], prompts, seed)
     base = _predictions(pipe, *asked)
-    return _Scene(*asked, base, base.square().mean())
+    return Question(*asked, base, base.square().mean())
 
 
 def _noised(pipe: Any, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
