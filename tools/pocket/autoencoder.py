@@ -86,7 +86,7 @@ def encode(model: AutoencoderKL, x: Tensor) -> Tensor:
     return model.encode(x).latent_dist.mode()
 
 
-def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int) -> None:
+def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, freeze_encoder: bool) -> None:
     sprites, index = artwork.load(work)
     painter = Painter(sprites)
     palette = Palette(index, [*subjects.TRAINED, *subjects.OTHERS], SEEN_STYLES, emphasis={})
@@ -96,6 +96,9 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int) 
     if older:
         start_from(model, older)
     folder = work / "autoencoder"
+    if freeze_encoder:  # the code stays as it is, and so does the denoiser that was trained on it
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
 
     def loss_of(model: nn.Module, draws: Draws, step: int) -> tuple[Tensor, dict[str, float]]:
         x = pictures(painter, palette, draws.python, batch)
@@ -125,6 +128,10 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int) 
     plan = Plan(steps, rate, decay=0.6, average=0.99, checkpoint_every=100, sheet_every=100)
     best = train(folder, model, plan, loss_of, sheet)
     finish(best)
+    # The denoiser wants latents of variance 1, and one that is started from an older one its scale.
+    with torch.no_grad():
+        scale = older.config.scaling_factor if older else 1 / encode(best, held).std().item()
+    best.register_to_config(scaling_factor=scale)
     best.save_pretrained(folder / "final")
 
 

@@ -59,9 +59,8 @@ def optimizers(model: nn.Module, rate: float, *, weight_decay: float = 0.0) -> l
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            narrow = weight.ndim < 2 or min(weight.flatten(1).shape) < 16
-            (rest if narrow or "embedding" in name or name.endswith(OUTER) else hidden).append(weight)
+        narrow = weight.ndim < 2 or min(weight.flatten(1).shape) < 16
+        (rest if narrow or "embedding" in name or name.endswith(OUTER) else hidden).append(weight)
     return [
         Muon(hidden, rate, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),

@@ -4,10 +4,11 @@ Step k draws all its randomness from seeds made of (seed, k), so a checkpoint ne
 that was stopped goes on to the same bits as one that was not.
 """
 
+import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,30 @@ class Plan:
         return self.rate * min(1.0, (step + 1) / self.warmup, max(0.01, falling))
 
 
+class Threads:
+    """How many threads to compute with on a machine that others use, too.
+
+    Two threads that wait for each other are slower than one where another program has one of two cores. So each
+    number is tried now and then, for two steps, and the faster used until the next trial. Sums come out in another
+    order then: runs are the same to the bit only with a fixed number (`OMP_NUM_THREADS`), where nothing is tried.
+    """
+
+    TRIAL = 24
+
+    def __init__(self, choices: Sequence[int]):
+        self.choices = choices
+        self.seconds = dict.fromkeys(choices, 0.0)
+
+    def choose(self, step: int) -> None:
+        if len(self.choices) > 1:
+            turn = step % self.TRIAL // 2
+            trying = turn < len(self.choices)
+            torch.set_num_threads(self.choices[turn] if trying else min(self.choices, key=self.seconds.__getitem__))
+
+    def took(self, seconds: float) -> None:
+        self.seconds[torch.get_num_threads()] = seconds
+
+
 class Draws:
     """The randomness of one step."""
 
@@ -65,7 +90,10 @@ def train(
     wanted_stop: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: wanted_stop.append(number))
     started, first, window = time.monotonic(), step, []
+    threads = Threads([torch.get_num_threads()] if "OMP_NUM_THREADS" in os.environ else [1, torch.get_num_threads()])
     while step < plan.steps and not wanted_stop:
+        threads.choose(step)
+        begun = time.monotonic()
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = plan.rate_at(step)
@@ -79,6 +107,7 @@ def train(
         keep = min(plan.average, (1 + step) / (10 + step))  # early on, the average is no older than the run
         with torch.no_grad():
             torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), 1 - keep)
+        threads.took(time.monotonic() - begun)
         window.append({"loss": loss.item(), **numbers})
         if step % LOG_EVERY == 0:
             report(folder, step, window, (time.monotonic() - started) / (step - first))
