@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test check format app bench clean
+.PHONY: install demo test check format app bench pocket clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,12 @@ app: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Hours, and resumable: stopped, the same command goes on. Needs npm (artwork) and pip install resvg-py (rasterising).
+pocket: install
+	for stage in artwork tokenizer autoencoder latents denoiser judge classifier evaluate card; do \
+		$(BIN)/python -m tools.pocket $$stage || exit 1; \
+	done
 
 # What was trained or drawn (out/) stays.
 clean:

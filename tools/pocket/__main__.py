@@ -22,7 +22,9 @@ def main() -> None:
     part.add_argument("--count", type=int, default=60_000, help="scenes in all (default: %(default)s)")
     part = stages.add_parser("denoiser", help="UNet and text encoder")
     training(part, steps=6000, rate=2e-3, batch=64)
-    part.add_argument("--decay", type=float, default=0.5, help="share of steps with falling rate (default: %(default)s)")
+    part.add_argument(
+        "--decay", type=float, default=0.5, help="share of steps with falling rate (default: %(default)s)"
+    )
     part.add_argument("--name", default="denoiser", help="its folder, for trials (default: %(default)s)")
     part = stages.add_parser("judge", help="pocket-clip")
     part.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
@@ -31,6 +33,9 @@ def main() -> None:
     part.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
     part.add_argument("--rate", type=float, default=3e-3, help="default: %(default)s")
     part.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    part = stages.add_parser("evaluate", help="every bar, on fixed prompts and seeds")
+    part.add_argument("--only", nargs="*", default=[], help="parts of it (default: all)")
+    part.add_argument("--pictures", type=int, default=2048, help="for the distance (default: %(default)s)")
     options = vars(parser.parse_args())
     torch.set_flush_denormal(True)
     stage, work = options.pop("stage"), options.pop("work")
