@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from tools.pocket import artwork, identity, prompts, subjects, teach
-from tools.pocket.artwork import Sprite
 from tools.pocket.autoencoder import SEEN_STYLES, as_tensor, psnr, reconstruct
 from tools.pocket.captions import caption, plain_caption
 from tools.pocket.latents import MIX
@@ -29,8 +28,8 @@ SEED = 1000
 class Bench:
     """What all parts share: the artwork, the palettes, and drawing."""
 
-    def __init__(self, work: Path):
-        self.work = work
+    def __init__(self, work: Path, every: int = 1):
+        self.work, self.every = work, every
         sprites, self.index = artwork.load(work)
         self.painter = Painter(sprites)
         self.palette = Palette(self.index, subjects.TRAINED, SEEN_STYLES, emphasis={})
@@ -56,12 +55,12 @@ class Bench:
         return images
 
 
-def run(work: Path, *, only: list[str], pictures: int) -> None:
+def run(work: Path, *, only: list[str], every: int, pictures: int) -> None:
     folder = work / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    bench = Bench(work)
+    bench = Bench(work, every)
     for name in only or PARTS:
         results[name] = PARTS[name](bench) if name != "distance" else distance(bench, pictures)
         print(name, json.dumps(results[name], indent=1), flush=True)
@@ -104,6 +103,7 @@ def pocket(bench: Bench) -> dict[str, object]:
     witnesses = {"clip": Clip(bench.work, bench.index), "classifier": Plain(bench.work)}
     found: dict[str, object] = {}
     for kind, scenes in {"alone": prompts.alone(bench.palette), **prompts.several(bench.palette)}.items():
+        scenes = scenes[:: bench.every]
         words = [plain_caption(scene, bench.index) for scene in scenes]
         drawn = bench.draw(pipe, words)
         save_sheet(bench.work / "evaluation" / f"{kind}.png", drawn)
@@ -114,8 +114,9 @@ def pocket(bench: Bench) -> dict[str, object]:
             row[name] = judge(witness, scenes, drawn, bench.index).row()
             row[f"{name}_on_real"] = judge(witness, scenes, real, bench.index).row()
         if kind == "alone":  # which ones it misses, for those who go on training
-            row["first"] = judge(witnesses["classifier"], scenes[:102], drawn[:102], bench.index).row()
-            row["second"] = judge(witnesses["classifier"], scenes[102:], drawn[102:], bench.index).row()
+            first = len(subjects.FIRST[:: bench.every])
+            row["first"] = judge(witnesses["classifier"], scenes[:first], drawn[:first], bench.index).row()
+            row["second"] = judge(witnesses["classifier"], scenes[first:], drawn[first:], bench.index).row()
         found[kind] = row
         print(kind, row, flush=True)
     return found
@@ -153,7 +154,8 @@ def unseen(bench: Bench, count: int, seed: str) -> list[Scene]:
 
 
 def teachable(bench: Bench) -> dict[str, object]:
-    return teach.measure(bench.pipeline(), bench.index, bench.painter, Clip(bench.work, bench.index), bench.draw)
+    clip = Clip(bench.work, bench.index)
+    return teach.measure(bench.pipeline, bench.index, bench.painter, clip, bench.draw, sheets=bench.work / "evaluation")
 
 
 def save_sheet(path: Path, images: Sequence[Image.Image], columns: int = 16) -> None:
@@ -171,4 +173,3 @@ PARTS = {
     "teachable": teachable,
     "distance": distance,
 }
-__all__ = ["Sprite", "run"]

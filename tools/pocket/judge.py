@@ -82,7 +82,9 @@ def run(work: Path, *, steps: int, rate: float) -> None:
     plan = Plan(steps, rate, warmup=50, decay=0.7, average=0.99, checkpoint_every=100)
     best = train(work / "judge", model, plan, loss_of)
     folder = work / "judge" / "final"
-    best.half().save_pretrained(folder)
+    best.save_pretrained(
+        folder
+    )  # float32: transformers would load a float16 one in float16, and fail on a processor's pixels
     images = CLIPImageProcessor(
         do_center_crop=False,
         size={"height": SIDE, "width": SIDE},

@@ -7,6 +7,7 @@ the references themselves; and how many of the base's own subjects it still draw
 import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,16 +31,18 @@ Draw = Callable[[StableDiffusionPipeline, Sequence[str], int], list[Image.Image]
 
 
 def measure(
-    pipe: StableDiffusionPipeline, index: Sequence[Sprite], painter: Painter, clip: Clip, draw: Draw
+    load: Callable[[], StableDiffusionPipeline],
+    index: Sequence[Sprite],
+    painter: Painter,
+    clip: Clip,
+    draw: Draw,
+    sheets: Path,
 ) -> dict[str, object]:
     known = subjects.TRAINED[:: len(subjects.TRAINED) // KNOWN][:KNOWN]
     words = [f"{article(clip.labels[name])} on a {c} background" for name, c in zip(known, cycle(), strict=False)]
-    before = keeps(clip, draw(pipe, words, 5000), known)
-    found: dict[str, object] = {"known_before": before}
-    folder = pipe.config._name_or_path
+    found: dict[str, object] = {"known_before": keeps(clip, draw(load(), words, 5000), known)}
     for name, style in CONCEPTS:
-        fresh = StableDiffusionPipeline.from_pretrained(folder)
-        fresh.set_progress_bar_config(disable=True)
+        fresh = load()
         k = next(k for k, sprite in enumerate(index) if (sprite.subject, sprite.style) == (name, style))
         rng = random.Random(f"teach-{name}")
         scenes = [compose(rng, None, "alone", sprites=[k], colour=c) for c, _ in zip(cycle(), range(6), strict=False)]
@@ -62,7 +65,7 @@ def measure(
             "known_after": keeps(clip, draw(fresh, words, 5000), known),
             "seconds": round(seconds),
         }
-        sheet.save(f"{folder}/../../evaluation/teach-{name}.png")
+        sheet.save(sheets / f"teach-{name}.png")
         print(name, found[f"{style} {name}"], flush=True)
     return found
 
