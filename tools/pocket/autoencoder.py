@@ -98,7 +98,7 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, 
     folder = work / "autoencoder"
     if freeze_encoder:  # the code stays as it is, and so does the denoiser that was trained on it
         model.encoder.requires_grad_(False)
-        model.quant_conv.requires_grad_(False)
+        model.get_submodule("quant_conv").requires_grad_(False)
 
     def loss_of(model: nn.Module, draws: Draws, step: int) -> tuple[Tensor, dict[str, float]]:
         x = pictures(painter, palette, draws.python, batch)
@@ -152,6 +152,7 @@ def psnr(y: Tensor, x: Tensor) -> float:
 
 def finish(model: AutoencoderKL) -> None:
     """Make the posterior a point: nothing was trained to sample from it, so encoding must give its mode."""
+    quant = model.get_submodule("quant_conv")  # (8, 8, 1, 1): four means, four logarithms of variances
     with torch.no_grad():
-        model.quant_conv.weight[4:].zero_()
-        model.quant_conv.bias[4:].fill_(-30)
+        quant.get_parameter("weight")[4:].zero_()
+        quant.get_parameter("bias")[4:].fill_(-30)
