@@ -18,6 +18,8 @@ SIDE = 128
 OPAQUE = 16  # an alpha below is no content when a sprite is cropped
 BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))  # of an icon, its set, or Iconify's default
 
+WANTED = [*subjects.TRAINED, *subjects.OTHERS, *subjects.HELD_OUT, *subjects.UNTOUCHED]
+
 
 @dataclass(frozen=True)
 class Sprite:
@@ -29,6 +31,9 @@ class Sprite:
 def run(work: Path) -> None:
     folder = work / "artwork"
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "index.json").exists() and {sprite.subject for sprite in load(work)[1]} == set(WANTED):
+        print(f"{folder} has all subjects already")
+        return
     fetch(folder)
     sprites, index = rasterise(folder)
     np.save(folder / "sprites.npy", sprites)
@@ -54,14 +59,13 @@ def fetch(folder: Path) -> None:
 def rasterise(folder: Path) -> tuple[np.ndarray, list[Sprite]]:
     packages = folder / "node_modules"
     labels = read_labels(packages)
-    wanted = [*subjects.TRAINED, *subjects.OTHERS, *subjects.HELD_OUT, *subjects.UNTOUCHED]
-    missing = [name for name in wanted if name not in labels]
+    missing = [name for name in WANTED if name not in labels]
     assert not missing, f"no label for {missing}"
     sprites: list[np.ndarray] = []
     index: list[Sprite] = []
     for style, package in subjects.STYLES.items():
         data = json.loads((packages / package.rsplit("@", 1)[0] / "icons.json").read_text(encoding="utf-8"))
-        for name in wanted:
+        for name in WANTED:
             if name in data["icons"]:  # no set has every subject
                 sprites.append(np.asarray(draw(data, name)))
                 index.append(Sprite(style, name, labels[name]))

@@ -92,13 +92,14 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, 
     palette = Palette(index, [*subjects.TRAINED, *subjects.OTHERS], SEEN_STYLES, emphasis={})
     torch.manual_seed(0)
     model = fresh()
+    folder = work / "autoencoder"
     older = AutoencoderKL.from_pretrained(start, subfolder="vae").eval().requires_grad_(False) if start else None
     if older:
         start_from(model, older)
-    folder = work / "autoencoder"
+    kept_scale = older.config.scaling_factor if older else None
     if freeze_encoder:  # the code stays as it is, and so does the denoiser that was trained on it
-        model.encoder.requires_grad_(False)
-        model.get_submodule("quant_conv").requires_grad_(False)
+        kept_scale = AutoencoderKL.load_config(folder / "final")["scaling_factor"]
+        older = None
 
     def loss_of(model: nn.Module, draws: Draws, step: int) -> tuple[Tensor, dict[str, float]]:
         x = pictures(painter, palette, draws.python, batch)
@@ -119,6 +120,13 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, 
 
     held = held_pictures(painter, palette)
 
+    def prepare(model: nn.Module) -> None:
+        if freeze_encoder:  # as it is in `final`, where it is an average of what the checkpoint has
+            final = AutoencoderKL.from_pretrained(folder / "final").state_dict()
+            copy_matching(model, {name: final[name] for name in final if name.startswith(("encoder.", "quant_conv."))})
+            model.get_submodule("encoder").requires_grad_(False)
+            model.get_submodule("quant_conv").requires_grad_(False)
+
     def sheet(model: nn.Module, step: int) -> None:
         again = reconstruct(model, held)
         print(f"step {step} PSNR {psnr(again, held):.2f} dB", flush=True)
@@ -126,11 +134,11 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, 
         Image.fromarray(np.concatenate(rows, 0)).save(folder / f"step-{step:06}.png")
 
     plan = Plan(steps, rate, decay=0.6, average=0.99, checkpoint_every=100, sheet_every=100)
-    best = train(folder, model, plan, loss_of, sheet)
+    best = train(folder, model, plan, loss_of, sheet, prepare)
     finish(best)
     # The denoiser wants latents of variance 1, and one that is started from an older one its scale.
     with torch.no_grad():
-        scale = older.config.scaling_factor if older else 1 / encode(best, held).std().item()
+        scale = kept_scale or 1 / encode(best, held).std().item()
     best.register_to_config(scaling_factor=scale)
     best.save_pretrained(folder / "final")
 

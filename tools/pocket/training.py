@@ -77,16 +77,20 @@ def train(
     plan: Plan,
     loss_of: Callable[[nn.Module, Draws, int], tuple[Tensor, dict[str, float]]],
     sheet: Callable[[nn.Module, int], None] | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train `model` to `plan.steps`, from the newest checkpoint in `folder`; returns the moving average.
 
-    `loss_of(model, draws, step)` gives the loss and numbers for the log; `sheet(average, step)` draws samples.
+    `loss_of(model, draws, step)` gives the loss and numbers for the log; `sheet(average, step)` draws samples;
+    `prepare(model)` is called once, after the checkpoint is read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     average.requires_grad_(False)
     opts = optimizers(model, plan.rate, weight_decay=plan.weight_decay)
     step = restore(folder, model, average, opts)
+    if prepare:
+        prepare(model)
     wanted_stop: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: wanted_stop.append(number))
     started, first, window = time.monotonic(), step, []
