@@ -100,7 +100,9 @@ def judges(bench: Bench) -> dict[str, object]:
 def pocket(bench: Bench) -> dict[str, object]:
     """What pocket draws, and beside it the same witnesses on the real pictures of the same scenes."""
     pipe = bench.pipeline()
-    witnesses = {"clip": Clip(bench.work, bench.index), "classifier": Plain(bench.work)}
+    witnesses: dict[str, Clip | Plain] = {"classifier": Plain(bench.work)}
+    if (bench.work / "judge" / "final").is_dir():  # not yet trained: a first look by one witness
+        witnesses["clip"] = Clip(bench.work, bench.index)
     found: dict[str, object] = {}
     for kind, scenes in {"alone": prompts.alone(bench.palette), **prompts.several(bench.palette)}.items():
         scenes = scenes[:: bench.every]
