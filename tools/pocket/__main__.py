@@ -15,6 +15,9 @@ def main() -> None:
     stages.add_parser("artwork", help="fetch the icon sets and draw them as sprites")
     part = stages.add_parser("autoencoder", help="128 px to latents and back")
     training(part, steps=3000, rate=2e-3, batch=8)
+    part.add_argument(
+        "--keep-code", type=float, default=0.5, help="with --start: weight of its code (default: %(default)s)"
+    )
     part.add_argument("--freeze-encoder", action="store_true", help="go on with the decoder alone")
     part = stages.add_parser("tokenizer", help="words to numbers")
     part.add_argument("--start", type=Path, help="an older pocket whose tokenizer is kept (default: learn one)")
