@@ -1,23 +1,24 @@
-"""The page: header, three tabs, what happens between them, and how it looks."""
+"""The page: header, five tabs, and what happens between them."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 
 import fusion
+from app import markup
 from app.notices import told, warn
-from app.session import Session
-from app.tabs import ONE_AT_A_TIME, QUIET, draw, library, teach
+from app.session import Session, tokens_of
+from app.tabs import LATEST, LONG, QUIET, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
     "<p>Teach Stable Diffusion things of your own, and draw them together.</p></div>"
 )
 SMALL = 128  # pixels; smaller pictures are shown in crisp squares, not blurred to the size of the page
-CRISP = "<style>#stage img, #wall img, #previews img { image-rendering: pixelated; }</style>"
-FONTS = ("Inter", "ui-sans-serif", "system-ui", "sans-serif")
-MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+CRISP = "<style>#stage img, #wall img, #previews img, .grid img, .ending img { image-rendering: pixelated; }</style>"
+CHIP = 96  # pixels, of the pictures on chips
 
 
 def build(session: Session) -> gr.Blocks:
@@ -29,71 +30,99 @@ def build(session: Session) -> gr.Blocks:
             base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **looks)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Draw", id="draw") as draw_tab:
-                picks, no_concepts, teach_first, drawing_usual = draw.build(session)
+                drawing = draw.build(session)
+                history.build(session, drawing)
             with gr.Tab("Teach", id="teach"):
-                teaching_steps, views, taught, use = teach.build(session)
+                teaching = teach.build(session)
+            with gr.Tab("Combine", id="combine") as combine_tab:
+                combining = combine.build(session)
+            with gr.Tab("Compare", id="compare") as compare_tab:
+                comparing = compare.build(session)
             with gr.Tab("Library", id="library") as library_tab:
-                cards, refresh = library.build(session)
+                shelf = library.build(session)
+        usual = [title, base, *drawing.usual, teaching.settings]
+        parts = SimpleNamespace(
+            drawing=drawing, teaching=teaching, combining=combining, comparing=comparing, shelf=shelf, tabs=tabs
+        )
+        fresh = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
 
-        look, seen = told(look_at_library, session), [picks, no_concepts, cards]
-        refresh.click(look, picks, seen, api_name="library", show_progress="hidden")
-        for event in (page.load, draw_tab.select, library_tab.select, taught.then):
-            event(look, picks, seen, **QUIET)
-        usual = [title, base, teaching_steps, *drawing_usual]
+        page.load(*fresh, **QUIET)
         page.load(told(base_ready, session), None, usual, **QUIET)
-        page.load(told(teach.watch, session), None, views, **QUIET).then(look, picks, seen, **QUIET)
+        page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
-        changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **ONE_AT_A_TIME)
+        changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **LONG)
         for after in (changed.then, changed.failure):
             after(told(base_ready, session), None, usual, **QUIET)
-        teach_first.click(lambda: gr.Tabs(selected="teach"), None, tabs, **QUIET)
-        use.click(lambda: ([session.teaching.saved.stem], gr.Tabs(selected="draw")), None, [picks, tabs], **QUIET)
     return page
 
 
-def look_at_library(session: Session, picked: list[str]) -> tuple[Any, Any, str]:
-    """The concepts to pick from, as they are in the folder now; what was picked and is still there stays picked."""
+def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """What is picked in one tab is picked in all; what is new in the library is seen wherever one goes next."""
+    drawing, combining, comparing, shelf = parts.drawing, parts.combining, parts.comparing, parts.shelf
+    picked = gr.State({})
+    pickers = [drawing.picks, combining.picks, comparing.picks]
+    for picker in pickers:
+        picker.input(picked_of, picker, picked, **LATEST)
+    look, seen_in = told(look_at_library, session), [*pickers, drawing.no_concepts]
+    seen, fresh = (look, picked, seen_in), (look, None, seen_in)
+    judge = (told(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
+    to_judge = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
+    draw_tab, combine_tab, compare_tab, library_tab = tabs
+    draw_tab.select(*seen, **QUIET).then(*judge, to_judge, **QUIET)
+    judged = (told(combine.judged, session), [combining.picks, combining.method], combining.verdict)
+    combine_tab.select(*seen, **QUIET).then(*judged, **QUIET)
+    prompted = (told(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
+    compare_tab.select(*seen, **QUIET).then(*prompted, **QUIET)
+    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **QUIET)
+    for event in (parts.teaching.watching, *shelf.changed, combining.saved):
+        event.then(*fresh, **QUIET)
+
+    def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
+        chosen = button.click(handler, inputs, [picked, parts.tabs], **QUIET)
+        chosen.then(*seen, **QUIET).then(*judge, to_judge, **QUIET)
+
+    leads_to_draw(parts.teaching.use, lambda: taught(session), None)
+    leads_to_draw(shelf.draw, lambda key: ({key: 1.0} if key else {}, gr.Tabs(selected="draw")), shelf.chosen)
+    leads_to_draw(combining.draw, lambda picks: (picked_of(picks), gr.Tabs(selected="draw")), combining.picks)
+    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **QUIET)
+    return fresh
+
+
+def taught(session: Session) -> tuple[Any, Any]:
+    """The concept that was taught last, picked."""
+    last = session.teaching.now if session.teaching else None
+    return {last.saved.stem: 1.0} if last and last.saved else {}, gr.Tabs(selected="draw")
+
+
+def look_at_library(session: Session, picked: Mapping[str, float] | None = None) -> tuple[Any, ...]:
+    """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
-    names = {key: " ".join(draw.tokens_of(entry.info)) or key for key, entry in entries.items()}
+    names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
     twice = {name for name in names.values() if list(names.values()).count(name) > 1}
-    choices = [(f"{name} ({key})" if name in twice else name, key) for key, name in names.items()]
-    picks = gr.CheckboxGroup(choices, value=[key for key in picked or [] if key in entries], visible=bool(choices))
-    return picks, gr.Column(visible=not choices), library.cards_html(session)
+    choices = [
+        {
+            "key": key,
+            "label": f"{names[key]} ({key})" if names[key] in twice else names[key],
+            "tokens": tokens_of(entry.info),
+            "picture": markup.picture_beside(entry.path, CHIP),
+        }
+        for key, entry in entries.items()
+    ]
+    kept = None if picked is None else {key: strength for key, strength in picked.items() if key in entries}
+    value = {"choices": choices, "picked": kept}
+    return value, value, value, gr.Column(visible=not choices)
 
 
 def base_ready(session: Session) -> tuple[Any, ...]:
-    """Opens the base if that has not happened yet, and says what it is."""
+    """Opens the base if that has not happened yet, and says what it is; what can be chosen comes from the library."""
     name = session.base or "pocket"
     try:
-        size = session.pipe.unet.config.sample_size * session.pipe.vae_scale_factor
+        size, (_, steps, guidance) = session.side(), session.usual()
     except fusion.FusionError as error:
         warn(str(error))
-        return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 3
+        return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
     base = gr.update(value=name, info=f"ready, draws {size} × {size}")
-    return HEADER + CRISP * (size <= SMALL), base, *session.usual()
-
-
-def launch_options() -> dict[str, Any]:
-    """For launch(): looks, and privacy. Pictures of people's own things stay on this machine."""
-    return {
-        "theme": theme(),
-        "css_paths": [Path(__file__).parent / "style.css"],
-        "run_history": False,
-        "footer_links": [],
-        "max_file_size": "20mb",
-    }
-
-
-def theme() -> gr.themes.Base:
-    """Quiet stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
-    look = gr.themes.Base(primary_hue="violet", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
-    for name, light, dark in (
-        ("body_background_fill", "*neutral_50", "*neutral_950"),
-        ("block_background_fill", "white", "*neutral_900"),
-        ("block_label_background_fill", "white", "*neutral_900"),
-        ("block_border_color", "*neutral_200", "*neutral_800"),
-        ("input_background_fill", "*neutral_50", "*neutral_950"),
-        ("button_primary_background_fill", "*primary_600", "*primary_600"),
-    ):
-        look.set(**{name: light, f"{name}_dark": dark})
-    return look.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")
+    schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])
+    usual = {key: str(value).lower() for key, value in fusion.base_defaults(session.pipe, "training").items()}
+    settings = {"filled": {}, "usual": usual}
+    return HEADER + CRISP * (size <= SMALL), base, steps, guidance, schedulers, settings

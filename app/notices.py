@@ -25,6 +25,7 @@ def told(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     wrapped: Any = streaming if inspect.isgeneratorfunction(handler) else answering
     wrapped.__name__, wrapped.__doc__ = handler.__name__, handler.__doc__
     signature = inspect.signature(handler)  # the API that gradio publishes takes its names from here
+    wrapped.__annotations__ = {"event": gr.EventData} if "event" in signature.parameters else {}
     wrapped.__signature__ = signature.replace(parameters=list(signature.parameters.values())[len(first) :])
     return wrapped
 

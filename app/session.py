@@ -1,7 +1,6 @@
-"""What all pages of one running app share: the loaded base, the library folder, and whose turn it is.
+"""What all pages of one running app share: the loaded base, the library folder, and the line for the pipeline.
 
-A pipeline can do one thing at a time (an adapter and a schedule are set on it), so drawing, teaching and changing
-the base take turns. Nothing here knows of gradio.
+Nothing here knows of gradio.
 """
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
@@ -13,52 +12,31 @@ import secrets
 import shutil
 import tempfile
 import threading
-import tomllib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from queue import Queue
-from typing import Any, NamedTuple
-
-from PIL import Image
+from typing import Any
 
 import fusion
+from app.turns import Line
 
 logger = logging.getLogger(__name__)
-PATIENCE = 5.0  # seconds a request waits for its turn before it says what it waits for
-
-
-class Frame(NamedTuple):
-    """One moment of a drawing: how far it is, sometimes a preview, and at the end the files with recipes in words."""
-
-    step: int
-    total: int
-    preview: Image.Image | None = None
-    pictures: tuple[tuple[str, str], ...] = ()
+UPLOADS_LAST = 6 * 3600  # seconds a picture waits to be taught before it is deleted
 
 
 class Session:
-    """Base, library and turn. `base` None is the embedded pocket base."""
+    """Base, library and line. `base` None is the embedded pocket base."""
 
     def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
         self.base, self.library = base, Path(library)
-        self.teaching: Any = None  # the latest teaching.Teaching
-        self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads
+        self.teaching: Any = None  # the teaching.Teaching of this session, once something is taught
+        self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads, gone at the end
+        self.uploads = self.folder / "uploads"
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        self.line = Line()
         self._opening, self._pipe = threading.Lock(), None
-        self._turn, self._busy = threading.Lock(), ""
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}
-
-    @contextmanager
-    def turn(self, clause: str) -> Generator[None]:
-        """The pipeline to oneself. Raises FusionError, with its clause, when other work does not let go of it."""
-        if not self._turn.acquire(timeout=0 if self.teaching and self.teaching.running else PATIENCE):
-            raise fusion.FusionError(f"{self._busy}; wait until that is done, or stop it.")
-        self._busy = clause
-        try:
-            yield
-        finally:
-            self._turn.release()
 
     @property
     def pipe(self) -> Any:
@@ -68,6 +46,10 @@ class Session:
                 self._pipe = fusion.open_pipeline(self.base)
             return self._pipe
 
+    @property
+    def is_open(self) -> bool:
+        return self._pipe is not None
+
     def warm_up(self) -> None:
         """Open the base before anyone asks; what is wrong with it is told to the one who does."""
         with suppress(Exception):
@@ -76,17 +58,27 @@ class Session:
     def open_base(self, name: str) -> None:
         """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
         wanted = None if name.strip().lower() in ("", "pocket") else name.strip()
-        if wanted != self.base:
-            with self.turn("The base is being changed"), self._opening:
-                self._pipe, self.base = fusion.open_pipeline(wanted), wanted
+        if wanted == self.base:
+            return
+        if self.teaching and self.teaching.running:
+            raise fusion.FusionError(f"{self.teaching.token} is being taught on this base; wait until that is done.")
+        with self.line.turn("The base is being changed"), self._opening:
+            self._pipe, self.base = fusion.open_pipeline(wanted), wanted
+
+    @property
+    def base_words(self) -> list[str]:
+        """What the command line needs to know of the base."""
+        return ["--base", self.base] if self.base else []
+
+    def side(self) -> int:
+        """Of the square pictures the base draws, in pixels."""
+        return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
     def usual(self) -> tuple[int, int, float]:
-        """Training steps, drawing steps and guidance that suit the base: its own `fusion.toml`, or what suits most."""
-        file = Path(str(self.pipe.config.get("_name_or_path") or "")) / "fusion.toml"
-        own = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        training, generation = own.get("training", {}), own.get("generation", {})
+        """Training steps, drawing steps and guidance that suit the base: its own, or what suits most."""
+        training, drawing = (fusion.base_defaults(self.pipe, table) for table in ("training", "generation"))
         steps = training.get("max_train_steps", fusion.TrainingConfig.model_fields["max_train_steps"].default)
-        return int(steps), int(generation.get("steps", 30)), float(generation.get("guidance_scale", 7.5))
+        return int(steps), int(drawing.get("steps", 30)), float(drawing.get("guidance_scale", 7.5))
 
     def entries(self) -> dict[str, Any]:
         """The library by file name without ending, newest first."""
@@ -107,47 +99,36 @@ class Session:
             self._read[path] = (stamp, fusion.load(path))
         return self._read[path][1]
 
-    def fused(self, keys: Sequence[str], strengths: Sequence[float]) -> Path:
-        """The chosen adapters fused into one native file, for download."""
-        if not keys:
-            raise fusion.FusionError("Pick at least one concept to put into the file.")
-        path = self.folder / f"{safe_name('+'.join(keys))}.safetensors"
-        fusion.save(fusion.fuse(self.adapters(keys), list(strengths)), path)
-        return path
+    def fused(self, picked: Mapping[str, float], method: str = "direct_sum", name: str | None = None) -> fusion.Adapter:
+        """The picked adapters at their strengths, as one."""
+        if not picked:
+            raise fusion.FusionError("Pick at least one concept first.")
+        adapters, strengths = self.adapters(list(picked)), list(picked.values())
+        needs = method in fusion.METHODS and fusion.METHODS[method].moments  # then the base is run
+        with self.line.turn("Concepts are being fused") if needs else nullcontext():
+            return fusion.fuse(adapters, strengths, method, pipe=self.pipe if needs else None, name=name)
 
-    def draw(self, work: Callable[..., list[fusion.Picture]]) -> Iterator[Frame]:
-        """The frames of `work(on_step=...)`, a call of `fusion.generate`. Closing the iterator cancels it."""
-        frames: Queue[Frame | BaseException] = Queue()
-        cancelled = threading.Event()
-
-        def on_step(step: int, total: int, preview: Callable[[], Image.Image]) -> None:
-            if cancelled.is_set():
-                raise fusion.Cancelled("Nobody is waiting for this picture any more.")
-            # A page slower than the pipeline gets fewer previews, and the pipeline decodes fewer.
-            frames.put(Frame(step, total, preview() if frames.empty() else None))
-
-        def run() -> None:
-            try:
-                frames.put(Frame(1, 1, None, tuple(self._keep(picture) for picture in work(on_step=on_step))))
-            except BaseException as error:  # handed to the one who asked
-                frames.put(error)
-
-        with self.turn("A picture is being drawn"):
-            thread = threading.Thread(target=run, name="drawing", daemon=True)
-            thread.start()
-            try:
-                while isinstance(frame := frames.get(), Frame):
-                    yield frame
-                    if frame.pictures:
-                        return
-                raise frame
-            finally:
-                cancelled.set()
-                thread.join()
-
-    def _keep(self, picture: fusion.Picture) -> tuple[str, str]:
+    def keep(self, picture: fusion.Picture) -> str:
+        """A drawn picture as a PNG with its recipe, where pages may show it from."""
         name = f"{safe_name(picture.recipe.prompt)}-{secrets.token_hex(4)}.png"
-        return str(picture.save(self.folder / name)), in_words(picture.recipe)
+        return str(picture.save(self.folder / name))
+
+    def take_upload(self, source: str | Path) -> Path:
+        """A copy of an uploaded file under a name of our own; old ones that nobody has used are deleted."""
+        self.uploads.mkdir(exist_ok=True)
+        for old in self.uploads.iterdir():
+            if time.time() - old.stat().st_mtime > UPLOADS_LAST:
+                old.unlink(missing_ok=True)
+        ending = Path(source).suffix.lower()
+        ending = ending if re.fullmatch(r"\.[a-z0-9]{1,12}", ending) else ".bin"
+        return Path(shutil.copyfile(source, self.uploads / f"{secrets.token_hex(8)}{ending}"))
+
+    def upload(self, name: str) -> Path:
+        """An upload by the name `take_upload` gave it; what a page says is never used as a path."""
+        path = self.uploads / str(name)
+        if not re.fullmatch(r"[0-9a-f]{16}\.[a-z0-9]{1,12}", str(name)) or not path.is_file():
+            raise fusion.FusionError("One of the pictures is no longer here; drop it again.")
+        return path
 
 
 def in_a_sentence(error: Exception) -> str:
@@ -160,12 +141,8 @@ def in_a_sentence(error: Exception) -> str:
 
 def safe_name(text: str) -> str:
     """A short file name out of any words: nothing but letters, digits, `+`, `-` and `_`."""
-    return re.sub(r"[^a-z0-9+_-]+", "-", text.lower()).strip("-")[:48] or "unnamed"
+    return re.sub(r"[^a-z0-9+_-]+", "-", text.lower()).strip("-+_")[:48].rstrip("-+_") or "unnamed"
 
 
-def in_words(recipe: fusion.Recipe) -> str:
-    """What a person needs to draw the picture again."""
-    avoided = [f"without {recipe.negative_prompt}"] if recipe.negative_prompt else []
-    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
-    used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
-    return " · ".join([recipe.prompt, *avoided, *settings, *used])
+def tokens_of(info: Any) -> list[str]:
+    return [concept.token for concept in info.concepts]

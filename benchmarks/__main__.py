@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import balance, fusing, gating, training
+from benchmarks import balance, fusing, gating, regression, training
 from benchmarks.bases import Base
 from benchmarks.report import Section, machine, write
 
@@ -20,6 +20,7 @@ MEASUREMENTS: dict[str, Callable[[Base, Callable[[str], None]], Section]] = {
     "files": fusing.measure_files,
     "spectra": fusing.measure_spectra,
     "balance": balance.measure,
+    "regression": regression.measure,
 }
 
 

@@ -64,10 +64,7 @@ def peft_lora(base: Base) -> Variant:
 
 
 class DenseSpectralLinear(nn.Module):
-    """The formulation of the paper's own code: W' = (U + dU)(S + dS)(V + dV)ᵀ from whole factors at every call.
-
-    Without its (K, K) product with diag(S), which would cost as much again.
-    """
+    """The dense formulation at its best: W' = (U + dU)(S + dS)(V + dV)ᵀ from whole factors at every call."""
 
     def __init__(self, spectrum: Spectrum, rank: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -78,19 +75,33 @@ class DenseSpectralLinear(nn.Module):
         self.dV = nn.Parameter(torch.zeros(self.V.shape[0], rank))  # (I, R)
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.product(*self.moved()), self.bias)
+
+    def moved(self) -> Spectrum:
         rank = self.dS.shape[0]
         U = torch.cat([self.U[:, :rank] + self.dU, self.U[:, rank:]], dim=1)  # (O, K)
         S = torch.cat([self.S[:rank] + self.dS, self.S[rank:]])  # (K,)
         V = torch.cat([self.V[:, :rank] + self.dV, self.V[:, rank:]], dim=1)  # (I, K)
-        return F.linear(x, (U * S) @ V.T, self.bias)
+        return Spectrum(U, S, V)
+
+    @staticmethod
+    def product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        """W', (O, I)."""
+        return (U * S) @ V.T
 
 
-def dense(base: Base) -> Variant:
+class PaperSpectralLinear(DenseSpectralLinear):
+    """The dense formulation as the paper's own code has it, with a product with the (K, K) matrix diag(S)."""
+
+    @staticmethod
+    def product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        return U @ S.diag() @ V.T
+
+
+def dense(base: Base, kind: type[DenseSpectralLinear]) -> Variant:
     names = base.layers(gated=False, unet_only=True)
     originals = {name: site for name, site in sites(base.pipe).items() if name in names}
-    layers = {
-        name: DenseSpectralLinear(base.spectra[name], base.rank, site.module.bias) for name, site in originals.items()
-    }
+    layers = {name: kind(base.spectra[name], base.rank, site.module.bias) for name, site in originals.items()}
     parameters = [p for layer in layers.values() for p in (layer.dU, layer.dS, layer.dV)]
     whole = [t for name in names for t in base.spectra[name]]
     return Variant(parameters, parameters + whole, lambda: _swapped(originals, layers))
@@ -111,5 +122,6 @@ VARIANTS: dict[str, Callable[[Base], Variant]] = {
     "additive": lambda base: ours(base, "additive"),
     "rotational": lambda base: ours(base, "rotational"),
     "additive, token-gated": lambda base: ours(base, "additive", gated=True),
-    "dense": dense,
+    "dense": lambda base: dense(base, DenseSpectralLinear),
+    "dense, the paper's code": lambda base: dense(base, PaperSpectralLinear),
 }

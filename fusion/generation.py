@@ -17,10 +17,12 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from fusion.adapters.adapter import Adapter
+from fusion.config import TOKEN
 from fusion.errors import ConfigError, FormatError, FusionError, UnknownName, closest
 from fusion.models.bases import base_defaults
 from fusion.models.families import base_info
-from fusion.models.injection import attach
+from fusion.models.injection import attach, routing
+from fusion.models.regions import Cover, Region, encode_regions, routed
 
 # Schedulers by the names people know, with what makes each of them; everything else comes from the base's own.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,6 +75,10 @@ class Recipe:
     gating: str | None = None
     image: str | None = None  # SHA-256 of the picture img2img started from
     image_strength: float | None = None
+    regions: tuple[Region, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(replace(self, regions=())) | {"regions": [region.to_json() for region in self.regions]}
 
     def parameters(self) -> str:
         """The one-text form other Stable Diffusion tools show."""
@@ -92,7 +98,7 @@ class Picture:
     def save(self, path: str | Path) -> Path:
         """Write a PNG that carries its recipe."""
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text(RECIPE_KEY, json.dumps(asdict(self.recipe)))
+        chunks.add_text(RECIPE_KEY, json.dumps(self.recipe.to_json()))
         chunks.add_text("parameters", self.recipe.parameters())
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +118,9 @@ def recipe_of(path: str | Path) -> Recipe:
     try:
         raw = json.loads(text)
         used = tuple(_used_from(entry) for entry in raw.pop("adapters"))
-        return Recipe(**raw, adapters=used)
-    except (TypeError, KeyError, ValueError) as error:
+        regions = tuple(Region.from_json(entry) for entry in raw.pop("regions", ()))
+        return Recipe(**raw, adapters=used, regions=regions)
+    except (TypeError, KeyError, ValueError, OSError, ConfigError) as error:
         raise FormatError(f"The recipe in '{path}' is damaged: {error}.") from error
 
 
@@ -140,6 +147,7 @@ def generate(
     height: int | None = None,
     image: Image.Image | None = None,
     image_strength: float = 0.6,
+    regions: Sequence[Region] = (),
     gating: str | None = None,
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> list[Picture]:
@@ -147,7 +155,9 @@ def generate(
 
     Adapters are attached for the call and taken out again whatever happens. What is not given comes from the base's
     `fusion.toml`, then from the pipeline. With `image` the drawing starts from that picture, `image_strength` (0 to 1)
-    of the way towards noise. `on_step(step, total, preview)` is told every step; preview() decodes the first picture.
+    of the way towards noise. With `regions` their parts of the picture follow their prompts instead of `prompt`; one
+    that says no more than tokens, "<dog>", follows `prompt` itself with all other concepts by their nouns.
+    `on_step(step, total, preview)` is told every step; preview() decodes the first picture.
     Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
     """
     defaults = base_defaults(pipe, "generation")
@@ -174,6 +184,7 @@ def generate(
         gating=gating,
         image=hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() if image else None,
         image_strength=image_strength if image else None,
+        regions=tuple(_spelled_out(region, prompt, adapters) for region in regions),
     )
     _check_size(pipe, recipe)
     with ExitStack() as attached:
@@ -185,14 +196,26 @@ def generate(
     return [Picture(drawn, replace(recipe, index=i)) for i, drawn in enumerate(images)]
 
 
+def _spelled_out(region: Region, prompt: str, adapters: Sequence[Adapter]) -> Region:
+    """A region of bare tokens with the prompt of the picture, in which no other concept is named.
+
+    A concept is drawn worse where the text encoder has read another one's token before its own.
+    """
+    words = region.prompt.split()
+    if not all(TOKEN.fullmatch(word) and word in prompt for word in words):
+        return region
+    for concept in (concept for adapter in adapters for concept in adapter.info.concepts):
+        if concept.token not in words:
+            prompt = prompt.replace(concept.token, concept.noun or "thing")
+    return replace(region, prompt=prompt)
+
+
 def _draw(
     pipe: Any, recipe: Recipe, image: Image.Image | None, on_step: Callable[..., None] | None
 ) -> list[Image.Image]:
     with _own_scheduler(pipe, recipe.scheduler), _quiet(pipe):
         call: Any = pipe if image is None else _img2img(pipe)
         options: dict[str, Any] = {
-            "prompt": [recipe.prompt] * recipe.batch,
-            "negative_prompt": [recipe.negative_prompt] * recipe.batch if recipe.negative_prompt else None,
             "num_inference_steps": recipe.steps,
             "guidance_scale": recipe.guidance_scale,
             # Drawn on the CPU, so that a seed means the same on every device.
@@ -207,7 +230,14 @@ def _draw(
             options["guidance_rescale"] = recipe.guidance_rescale
         if on_step is not None:
             options["callback_on_step_end"] = _reporter(on_step)
-        return call(**options).images
+        if not recipe.regions:
+            negative = [recipe.negative_prompt] * recipe.batch if recipe.negative_prompt else None
+            return call(prompt=[recipe.prompt] * recipe.batch, negative_prompt=negative, **options).images
+        scale = pipe.vae_scale_factor
+        cover = Cover(recipe.regions, recipe.height // scale, recipe.width // scale)
+        prompts = encode_regions(pipe, recipe.prompt, recipe.negative_prompt, recipe.regions, recipe.batch)
+        with routed(pipe.unet, cover), routing(pipe, cover):
+            return call(**prompts, **options).images
 
 
 def _reporter(on_step: Callable[..., None]) -> Callable[..., dict[str, Any]]:

@@ -22,7 +22,7 @@ def silent(_line):
     pass
 
 
-@pytest.mark.parametrize("name", ["fusing", "files", "spectra"])
+@pytest.mark.parametrize("name", ["fusing", "files", "spectra", "regression"])
 def test_a_measurement_gives_a_section(base, name):
     section = MEASUREMENTS[name](base, silent)
     assert section.title and section.text

@@ -21,7 +21,7 @@ def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
     names: dict[str, object] = {}
     for kind, block in BLOCKS:
         if kind == "bash":
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line)
                 assert words[0] == "fusion"
                 assert main([*words[1:], *QUICK.get(words[1], [])]) == 0, f"{line}\n{capsys.readouterr().err}"

@@ -25,7 +25,16 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -192,3 +201,18 @@ def _ddim(prediction: str) -> DDIMScheduler:
         steps_offset=1,
         prediction_type=prediction,
     )
+
+
+def save_judge(folder) -> None:
+    """A CLIPModel of random weights with its processor: enough to tell colours and shapes apart."""
+    words = tokenizer()
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": words.model_max_length}
+    text |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    image = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=text, vision_config=image | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    CLIPProcessor(images, words).save_pretrained(folder)

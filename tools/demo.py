@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ("octopus", "robot", "owl")
 PLAIN = "a dog face on a blue background"
 SCENES = ("a {} on a yellow background", "a {} on the left and a ghost on the right on a red background")
-PAIR = "a {} on the left and a {} on the right on a {} background"
+PAIR = "a {} on the left and a {} on the right on a green background"
+LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 
 clock: dict[str, float] = {}
 
@@ -52,8 +53,8 @@ def teach(pipe, name: str, out: Path) -> fusion.Adapter:
     return fusion.load(out / f"{name}.safetensors")
 
 
-def draw(pipe, prompt: str, adapters: list[fusion.Adapter]) -> Image.Image:
-    return fusion.generate(pipe, prompt, adapters=adapters, seed=0)[0].image
+def draw(pipe, prompt: str, adapters: list[fusion.Adapter], regions: list[fusion.Region] | None = None) -> Image.Image:
+    return fusion.generate(pipe, prompt, adapters=adapters, regions=regions or [], seed=0)[0].image
 
 
 def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Path) -> None:
@@ -73,9 +74,10 @@ def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Pat
             show(axis, draw(pipe, scene.format(token), [fused]), f"{token}, fused")
     tokens = [adapter.info.concepts[0].token for adapter in adapters]
     pairs = [(one, two) for one in tokens for two in tokens if one != two]
-    for axes, colour in zip(grid[-2:], ("green", "blue"), strict=True):
-        for axis, (left, right) in zip(axes, pairs, strict=False):
-            show(axis, draw(pipe, PAIR.format(left, right, colour), [fused]), f"{left} {right}")
+    for column, (left, right) in enumerate(pairs):
+        prompt, halves = PAIR.format(left, right), [fusion.Region(left, LEFT), fusion.Region(right, RIGHT)]
+        show(grid[-2, column], draw(pipe, prompt, [fused]), f"{left} {right}")
+        show(grid[-1, column], draw(pipe, prompt, [fused], halves), "the same, in regions")
     show(grid[-2, -1], draw(pipe, PLAIN, []), "no concept, base")
     show(grid[-1, -1], draw(pipe, PLAIN, [fused]), "no concept, fused")
     figure.suptitle(f"One adapter fused from {', '.join(tokens)}: nothing picked, seed 0", fontsize=11)

@@ -40,7 +40,7 @@ PROMPTS = (
     "a panda on the left and a panda on the right on a red background",
 )
 COLUMNS = 6
-SIDE, CAPTION, GAP = 128, 74, 12  # px; pictures are 64 px, shown doubled
+SIDE, CAPTION, GAP = 128, 74, 12  # px
 LETTERS = 24  # in a line of a caption
 
 

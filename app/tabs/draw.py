@@ -1,43 +1,59 @@
 """Draw: pick concepts, see whether they go together, write a prompt, watch the picture appear."""
 
-import html
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 
 import fusion
+from app import commands, markup
+from app.drawing import Done, Frame, Screen, streamed
 from app.notices import told, warn
-from app.session import Session
-from app.tabs import ONE_AT_A_TIME, QUIET
+from app.regions import as_regions, regions_of
+from app.session import Session, tokens_of
+from app.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, received, shown, widget
+from app.teaching import ENDINGS
 
 HISTORY = 24  # pictures kept on the page
 TRY = "Try: "
-VERDICTS = {"compatible": "Compatible", "caution": "Caution", "refused": "Cannot be combined"}
-NOTHING_PICKED = '<p class="hint">Nothing picked: the base draws alone, with the words it knows already.</p>'
-NO_CONCEPTS = "<h3>No concepts yet</h3><p>Show it a few pictures of something of yours, then draw with it.</p>"
-STOPPED = '<p class="hint">Stopped.</p>'
-NO_PICTURE = '<p class="hint">Your picture will appear here.</p>'
-TAKE = '<p class="hint">One adapter file that knows all picked concepts at these strengths.</p>'
+NOTHING_PICKED = markup.hint("Nothing picked: the base draws alone, with the words it knows already.")
+NO_CONCEPTS = (
+    "<h3>Teach it something of yours</h3><ol><li><b>Teach</b>: drop four to eight pictures of one thing, and "
+    "name it.</li><li>Wait a minute or two and watch it being learned.</li>"
+    "<li><b>Draw</b> it, with anything else.</li></ol>"
+)
+STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will appear here.")
+REGIONS = "Give parts of the picture prompts of their own. The prompt above describes all the rest."
 
 
-def build(session: Session) -> tuple[gr.CheckboxGroup, gr.Column, gr.Button, list[Any]]:
-    """Returns what the rest of the page needs: the picks, what shows without any, its button, and usual settings."""
+def build(session: Session) -> SimpleNamespace:
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
             with gr.Column(visible=False, elem_classes="nothing") as no_concepts:
                 gr.HTML(NO_CONCEPTS)
                 teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
-            picks = gr.CheckboxGroup(label="Concepts", visible=False, elem_id="picks", elem_classes="chips")
-            strengths, rows = gr.JSON({}, visible=False), gr.Column(elem_id="strengths")
+            picks = widget("concepts", {}, inserts=True, elem_id="picks")
             verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
-            prompt = gr.Textbox("", label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
-            example = gr.Button(visible=False, size="sm", elem_id="example", elem_classes="quiet")
+            first = example_prompt([])
+            prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
+            example = gr.Button(f"{TRY}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet")
             with gr.Row(elem_id="draw-row"):
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", visible=False, scale=1, min_width=90)
+            with gr.Accordion("Regions", open=False, elem_id="regions-part"):
+                gr.HTML(markup.hint(REGIONS))
+                regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
+            with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
+                upload = gr.UploadButton(
+                    "Choose a picture", file_types=list(ENDINGS), size="sm", elem_id="start-upload"
+                )
+                start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
+                leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
+                forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 negative = gr.Textbox("", label="Negative prompt", placeholder="What should not be in it?")
                 with gr.Row():
@@ -45,67 +61,83 @@ def build(session: Session) -> tuple[gr.CheckboxGroup, gr.Column, gr.Button, lis
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="draw-steps")
                     guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
+                    scheduler = gr.Dropdown(
+                        [("the base's own", "")], value="", label="Scheduler", allow_custom_value=True
+                    )
                 anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
-            with gr.Accordion("Take this combination with you", open=False, elem_id="take"):
-                gr.HTML(TAKE)
-                fuse = gr.Button("Fuse into one file", size="sm", elem_id="fuse")
-                file = gr.File(label="Adapter", interactive=False, visible=False, elem_id="fused-file")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
-            looks: dict[str, Any] = {"show_label": False, "interactive": False}
-            stage = gr.Image(type="filepath", buttons=["download", "fullscreen"], elem_id="stage", **looks)
-            caption = gr.HTML(NO_PICTURE, elem_id="caption")
-            wall = gr.Gallery(columns=6, height="auto", allow_preview=False, visible=False, elem_id="wall", **looks)
-    pictures = gr.State([])
-    with rows:
-        rendered = gr.render([picks, strengths], [picks.change], show_progress="hidden")
-        rendered(lambda keys, values: strength_rows(session, keys, values, prompt, strengths))
-    picks.change(told(picked, session), [picks, prompt, example], [verdict, prompt, example], **QUIET)
+            stage = gr.Image(
+                type="filepath",
+                show_label=False,
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="stage",
+            )
+            caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
+            after = gr.Column(elem_id="after")
+    history, at = gr.State([]), gr.State(0)
+    controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, start, leave]
+    outputs = [stage, caption, history, at, cli]
+    picks.input(told(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
+    picks.select(inserted, prompt, prompt, **QUIET)
     example.click(lambda text: text.removeprefix(TRY), example, prompt, **QUIET)
-    started = gr.on([draw.click, prompt.submit], lambda: working(True), None, [draw, stop], **QUIET)
-    inputs = [picks, strengths, prompt, negative, seed, anew, steps, guidance, count, pictures]
-    outputs = [stage, caption, wall, pictures]
-    drawing = started.then(told(draw_pictures, session), inputs, outputs, api_name="draw", **ONE_AT_A_TIME)
-    drawing.then(lambda: working(False), None, [draw, stop], **QUIET)  # gradio 6.31: not after a failure
-    drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **QUIET)
-    stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=[drawing], **QUIET)
-    wall.select(shown, pictures, [stage, caption], **QUIET)
-    fuse.click(told(fused, session), [picks, strengths], file, api_name="fuse")
-    return picks, no_concepts, teach_first, [steps, guidance]
+    beginning = [start, begin, leave, forget]
+    upload.upload(told(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
+    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **QUIET)
+    drawings: list[Any] = []
+
+    def draws(trigger: Any) -> None:
+        """Let an event draw with the controls as they are."""
+        begun = trigger(lambda: working(True), None, [draw, stop], **QUIET)
+        about: dict[str, Any] = LONG | {"api_name": "draw"} if not drawings else LONG | {"api_visibility": "private"}
+        drawing = begun.then(told(draw_pictures, session), [*controls, history], outputs, **about)
+        drawing.then(lambda: working(False), None, [draw, stop], **QUIET)  # gradio 6.31: not after a failure
+        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **QUIET)
+        drawings.append(drawing)
+
+    def stops() -> None:
+        """Once all events that draw are known."""
+        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **QUIET)
+
+    draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
+    return SimpleNamespace(
+        picks=picks, verdict=verdict, prompt=prompt, example=example, regions=regions, no_concepts=no_concepts,
+        teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after, draws=draws,
+        stops=stops, start=start, beginning=beginning, usual=[steps, guidance, scheduler],
+    )  # fmt: skip
 
 
-def strength_rows(session: Session, keys: list[str], values: Mapping[str, float], prompt: Any, strengths: Any) -> None:
-    """For every picked concept a row: buttons that put its tokens into the prompt, and its strength."""
-    looks: dict[str, Any] = {"container": False, "buttons": [], "interactive": True, "step": 0.05}
-    for key, adapter in zip(keys, session.adapters(keys), strict=True):
-        with gr.Row(elem_classes="strength"):
-            for token in tokens_of(adapter.info):
-                insert = gr.Button(f"+ {token}", size="sm", min_width=90, scale=0, elem_classes="token")
-                insert.click(lambda text, word=token: f"{text.rstrip()} {word}".strip(), prompt, prompt, **QUIET)
-            slider = gr.Slider(0, 1.5, values.get(key, 1.0), label=f"Strength of {key}", **looks)
-            slider.release(lambda old, new, key=key: {**old, key: new}, [strengths, slider], strengths, **QUIET)
-
-
-def picked(session: Session, keys: list[str], prompt: str, example: str) -> tuple[str, Any, Any]:
+def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
     """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
-    suggestion = example_prompt([token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)])
-    own_words = bool(prompt.strip()) and prompt != example.removeprefix(TRY)
+    keys = list(picked_of(picks))
+    tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
+    suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
     button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
-    return verdict_html(session, keys), gr.skip() if own_words else suggestion, button
+    areas = {**(regions or {"regions": []}), "tokens": tokens}
+    return verdict_html(session, keys), gr.skip() if own_words else suggestion, button, areas
 
 
-def verdict_html(session: Session, keys: list[str]) -> str:
+def verdict_html(session: Session, keys: Sequence[str]) -> str:
     if not keys:
         return NOTHING_PICKED
-    found = fusion.compatibility(session.adapters(keys), session.pipe)
-    more = "".join(f"<p>{html.escape(text)}</p>" for text in [*found.problems[1:], *found.advice])
-    said = f"<b>{VERDICTS[found.verdict]}</b> {html.escape(found.sentence)}{more}"
-    return f'<div class="verdict {found.verdict}" role="status">{said}</div>'
+    return markup.verdict(fusion.compatibility(session.adapters(keys), session.pipe))
+
+
+def inserted(prompt: str, event: gr.EventData) -> str:
+    """The prompt with a concept's token at its end."""
+    return f"{prompt.rstrip()} {event.token}".strip()
+
+
+def started_from(session: Session, file: str) -> tuple[Any, ...]:
+    """A picture to start from, checked and kept under a name of our own."""
+    kept = received(session, file)
+    picture = fusion.load_picture(kept, "The picture")
+    return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
 
 def draw_pictures(
     session: Session,
-    keys: list[str],
-    strengths: Mapping[str, float],
+    picks: Picks,
     prompt: str,
     negative: str = "",
     seed: float = 0,
@@ -113,66 +145,70 @@ def draw_pictures(
     steps: float | None = None,
     guidance: float | None = None,
     count: float = 1,
-    pictures: Sequence[tuple[str, str]] = (),
-) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Draw a prompt with the picked concepts: previews while it is drawn, then the pictures."""
+    scheduler: str | None = None,
+    regions: Mapping[str, Any] | None = None,
+    start: str = "",
+    leave: float = 0.6,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[tuple[Any, ...]]:
+    """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
     if not prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
-    adapters = session.adapters(keys)
+    picked, parts = picked_of(picks), regions_of(regions)
+    adapters = session.adapters(list(picked))
+    said = " ".join([prompt, *(part["prompt"] for part in parts)])
     gated = [token for adapter in adapters if adapter.gated for token in tokens_of(adapter.info)]
-    if unused := [token for token in gated if token not in prompt]:
+    if unused := [token for token in gated if token not in said]:
         warn(f"The prompt does not mention {' or '.join(unused)}, so nothing of that is drawn.")
-    yield gr.skip(), progress_html(0, 1), gr.skip(), gr.skip()
-    work = partial(
-        fusion.generate,
-        session.pipe,
-        prompt,
-        adapters=adapters,
-        strengths=[strengths.get(key, 1.0) for key in keys],
-        negative_prompt=negative,
-        seed=random.randrange(2**31) if new_seed else int(seed),
-        batch=int(count),
-        steps=int(steps) if steps else None,
-        guidance_scale=guidance,
+    flags: dict[str, Any] = {
+        "prompt": prompt, "negative_prompt": negative, "seed": random.randrange(2**31) if new_seed else int(seed),
+        "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
+    }  # fmt: skip
+    image: dict[str, Any] = (
+        {"image": fusion.load_picture(session.upload(start)), "image_strength": leave} if start else {}
     )
-    for frame in session.draw(work):
-        if frame.pictures:
-            kept = [*frame.pictures, *pictures][:HISTORY]
-            wall = gr.Gallery([path for path, _ in kept], visible=len(kept) > 1)
-            yield kept[0][0], recipe_html(kept[0][1]), wall, kept
+    areas: dict[str, Any] = {"regions": as_regions(parts)} if parts else {}
+
+    def work(screen: Screen) -> list[tuple[str, str]]:
+        strengths = list(picked.values())
+        made = fusion.generate(
+            session.pipe, adapters=adapters, strengths=strengths, batch=int(count), on_step=screen.on_step,
+            **flags, **image, **areas,
+        )  # fmt: skip
+        return [(session.keep(picture), in_words(picture.recipe)) for picture in made]
+
+    yield gr.skip(), markup.bar(0, 1), gr.skip(), gr.skip(), gr.skip()
+    for frame in streamed(session, "A picture is being drawn", work):
+        if isinstance(frame, Done):
+            seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
+            line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts)
+            values = [picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions]
+            again = [*values, start, leave]
+            kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
+            yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, shown(line)
+        elif isinstance(frame, Frame):
+            yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
-            yield frame.preview or gr.skip(), progress_html(frame.step, frame.total), gr.skip(), gr.skip()
-
-
-def fused(session: Session, keys: list[str], strengths: Mapping[str, float]) -> Any:
-    """The picked concepts as one adapter file."""
-    return gr.File(str(session.fused(keys, [strengths.get(key, 1.0) for key in keys])), visible=True)
-
-
-def shown(pictures: list[tuple[str, str]], event: gr.SelectData) -> tuple[str, str]:
-    path, recipe = pictures[event.index]
-    return path, recipe_html(recipe)
+            yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
 
 
 def example_prompt(tokens: Sequence[str]) -> str:
     """A first prompt for a selection, in words that a small base too understands."""
     if len(tokens) < 2:
-        return f"a {tokens[0]} on a blue background" if tokens else ""
+        return f"a {tokens[0] if tokens else 'cat'} on a blue background"
     rest = "".join(f" and a {token}" for token in tokens[2:])
     return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
 
-def tokens_of(info: Any) -> list[str]:
-    return [concept.token for concept in info.concepts]
+def in_words(recipe: fusion.Recipe) -> str:
+    """What a person needs to draw the picture again."""
+    avoided = [f"without {recipe.negative_prompt}"] if recipe.negative_prompt else []
+    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
+    used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
+    parts = [region.prompt for region in getattr(recipe, "regions", ())]
+    areas = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
+    return " · ".join([recipe.prompt, *areas, *avoided, *settings, *used])
 
 
 def working(busy: bool) -> tuple[Any, Any]:
     return gr.Button(interactive=not busy), gr.Button(visible=busy)
-
-
-def recipe_html(recipe: str) -> str:
-    return f'<p class="hint">{html.escape(recipe)}</p>'
-
-
-def progress_html(step: float, total: float) -> str:
-    return f'<div class="bar" role="progressbar"><i style="width:{100 * step / max(1, total):.1f}%"></i></div>'

@@ -1,94 +1,137 @@
 """Teach: pictures and a name in; a loss that falls and previews that grow alike; stop whenever it looks right."""
 
-import html
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 
 import fusion
-from app.notices import told, warn
+from app import commands, markup
+from app.notices import told
 from app.session import Session
-from app.tabs import QUIET, WATCH
-from app.tabs.draw import progress_html
+from app.settings import form_html
+from app.tabs import LONG, QUIET, cli_box, received, shown, widget
+from app.tabs.progress import watch
 from app.teaching import ENDINGS, Teaching, lesson
 
-PRESETS = {"Quick": 0.4, "Standard": 1.0, "Careful": 2.0}  # of the base's usual number of steps
-FEW = 3  # pictures
-REFRESH = 0.4  # seconds
-TYPES = ("additive", "guarded", "rotational", "core", "singular_values", "lora", "orthogonal")
-WIDTH, HEIGHT = 600, 120  # of the loss plot
-IDLE = (
-    '<div class="nothing"><h3>Nothing is being taught</h3><p>Four to eight pictures are enough: the same thing on '
-    "different backgrounds. Its loss and first drawings will appear here.</p></div>"
+CROP = 144  # pixels, of the pictures on the page
+PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
+IDLE = markup.nothing(
+    "Nothing is being taught",
+    "Four to eight pictures are enough: the same thing on different backgrounds. Its loss and first drawings will "
+    "appear here.",
 )
-OURS = '<p class="hint">No pictures at hand? Try one of ours:</p>'
+DROP = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
+OURS = markup.hint("No pictures at hand? Try one of ours:")
+NAME = markup.hint("2. Say what it is, and what to call it.")
 
 
-def build(session: Session) -> tuple[gr.Number, list[Any], Any, gr.Button]:
-    """Returns what the rest of the page needs: steps, the views of a training, the event after it, "Draw with it"."""
+def build(session: Session) -> SimpleNamespace:
     examples = example_concepts()
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
-            looks: dict[str, Any] = {"height": 250, "object_fit": "cover", "columns": 4, "sources": ["upload"]}
-            pictures = gr.Gallery(label="Pictures of it", file_types=list(ENDINGS), elem_id="pictures", **looks)
+            gr.HTML(DROP)
+            looks: dict[str, Any] = {"file_types": list(ENDINGS), "file_count": "multiple", "show_label": False}
+            drop = gr.File(label="Pictures", height=120, elem_id="drop", **looks)
+            pictures, warning = widget("pictures", [], elem_id="pictures"), gr.HTML(elem_id="warning")
             gr.HTML(OURS, visible=bool(examples))
             with gr.Row(elem_classes="examples", visible=bool(examples)):
                 chosen = [gr.Button(name, size="sm", elem_classes="quiet", min_width=64, scale=0) for name in examples]
+            gr.HTML(NAME)
             with gr.Row():
                 noun = gr.Textbox("", label="What is it?", info="One ordinary word", placeholder="dog", elem_id="noun")
                 token = gr.Textbox("", label="Its name", info="For prompts", placeholder="<rex>", elem_id="token")
-            preset = gr.Radio(list(PRESETS), value="Standard", label="How thoroughly", elem_classes="chips")
-            with gr.Accordion("Settings", open=False, elem_id="teach-settings"), gr.Row():
-                steps = gr.Number(label="Steps", precision=0, minimum=1, elem_id="steps", min_width=90)
-                kind = gr.Dropdown(list(TYPES), value="additive", label="Adapter type", min_width=140)
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-            with gr.Row():
-                start = gr.Button("Teach", variant="primary", elem_id="teach", scale=3)
-                stop = gr.Button("Stop and keep", variant="stop", visible=False, elem_id="stop-teaching", min_width=150)
+            preset = gr.Radio(
+                list(PRESETS.items()),
+                value="standard",
+                label="How thoroughly",
+                elem_classes="radio-chips",
+                elem_id="preset",
+            )
+            with gr.Accordion("All settings", open=False, elem_id="teach-settings"):
+                settings = widget("settings", {"filled": {}, "usual": {}}, form=form_html(), elem_id="all-settings")
+            folder = gr.Textbox("", visible=False)  # of an example, for the command line
+            start = gr.Button("Teach", variant="primary", elem_id="teach")
+            cli = cli_box("teach")
         with gr.Column(scale=6, min_width=300):
-            progress, loss = gr.HTML(IDLE, elem_id="progress"), gr.HTML(visible=False, elem_id="loss")
+            progress, loss = gr.HTML(IDLE, elem_id="progress"), gr.HTML(elem_id="loss")
+            with gr.Row(visible=False, elem_id="control") as control:
+                pause = gr.Button("Pause", size="sm", elem_id="pause", min_width=90)
+                stop = gr.Button("Stop and keep", variant="stop", size="sm", elem_id="stop-teaching", min_width=90)
             looks = {"columns": 5, "fit_columns": False, "height": "auto", "elem_id": "previews", "visible": False}
-            previews = gr.Gallery(label="What it draws so far", allow_preview=False, interactive=False, **looks)
+            previews = gr.Gallery(
+                label="What it draws so far", show_label=False, allow_preview=False, interactive=False, **looks
+            )
+            ending = gr.HTML(elem_id="ending")
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
-    views = [progress, loss, previews, start, stop, use]
-    preset.change(lambda name: max(1, round(session.usual()[0] * PRESETS[name])), preset, steps, **QUIET)
+            queue = gr.HTML(elem_id="queue")
+    views = [progress, loss, control, previews, ending, use, queue, pause, stop]
     noun.blur(suggested_token, [noun, token], token, **QUIET)
-    for button, folder in zip(chosen, examples.values(), strict=True):
-        button.click(told(example_lesson, session, folder), None, [pictures, noun, token], **QUIET)
-    inputs = [pictures, token, noun, steps, kind, seed]
-    ended = start.click(told(teach_concept, session), inputs, views, api_name="teach", **WATCH)
-    stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", **WATCH)
-    return steps, views, ended, use
+    looking: dict[str, Any] = {"api_name": "pictures", "show_progress": "hidden"}
+    drop.upload(told(add_pictures, session), [drop, pictures], [drop, pictures, warning], **looking)
+    pictures.input(told(reconsidered, session), pictures, [pictures, warning], **QUIET)
+    for button, place in zip(chosen, examples.values(), strict=True):
+        outputs = [pictures, warning, noun, token, folder]
+        button.click(told(example_lesson, session, place), None, outputs, **QUIET)
+    form, inputs = [pictures, warning, noun, token], [pictures, token, noun, preset, settings, folder]
+    added = start.click(told(teach_concept, session), inputs, [*form, cli], api_name="teach", show_progress="hidden")
+    watching = added.then(told(watch, session), None, views, api_name="watch", **LONG)
+    pause.click(told(pause_teaching, session), None, pause, api_name="pause_teaching", show_progress="hidden")
+    stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
+    return SimpleNamespace(views=views, watching=watching, use=use, settings=settings)
+
+
+def add_pictures(
+    session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """Dropped files as they will be learned, beside those that are there already."""
+    kept = [(received(session, file).name, Path(file).name) for file in files or ()]
+    new = [{"id": name, "name": title, "caption": ""} for name, title in kept]
+    return gr.File(None), *reconsidered(session, [*(pictures or ()), *new])
+
+
+def reconsidered(session: Session, pictures: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """All pictures looked at together: what is twice, too small or unusable is said."""
+    paths = [session.upload(picture["id"]) for picture in pictures]
+    found = fusion.examine(paths, session.side())
+    names = {path.name: str(picture.get("name", "")) for path, picture in zip(paths, pictures, strict=True)}
+    looked: list[dict[str, Any]] = []
+    for picture, look in zip(pictures, found.looks, strict=True):
+        notes = [_named(note, names) for note in look.notes]
+        crop = markup.data_url(look.crop, CROP, "WEBP") if look.crop else None
+        looked.append({**picture, "crop": crop, "notes": notes})
+    return looked, "".join(markup.hint(_named(text, names)) for text in found.warnings)
+
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    for ours, theirs in names.items():
+        text = text.replace(ours, theirs)
+    return text
 
 
 def teach_concept(
-    session: Session,
-    pictures: list[tuple[str, str | None]] | None,
-    token: str,
-    noun: str,
-    steps: float | None = None,
-    adapter_type: str = "additive",
-    seed: float = 0,
-) -> Iterator[tuple[Any, ...]]:
-    """Teach a concept from pictures; yields its progress until it has been learned or stopped."""
-    if 0 < len(pictures or ()) < FEW:
-        warn(f"{FEW} or more pictures work better.")
-    name, total = suggested_token(noun, token), int(steps or session.usual()[0])
-    Teaching(session, lesson(session, pictures or (), name, noun, total, adapter_type, int(seed)))
-    yield from watch(session)
+    session: Session, pictures: Sequence[Mapping[str, Any]], token: str, noun: str, preset: str = "standard",
+    settings: Mapping[str, str] | None = None, folder: str = "",
+) -> tuple[Any, ...]:  # fmt: skip
+    """Put a concept into the queue of those to be taught. Returns an empty form, and the command line."""
+    filled: Any = (settings or {}).get("filled") or {}
+    name = suggested_token(noun, token)
+    new = lesson(session, pictures, name, noun, preset, filled)
+    if session.teaching is None:
+        session.teaching = Teaching(session)
+    session.teaching.add(new)
+    return [], "", "", "", shown(commands.train(session, new.token, noun, preset, filled, folder))
 
 
-def watch(session: Session) -> Iterator[tuple[Any, ...]]:
-    """What the latest training shows, until it ends; a page opened in the middle joins in."""
-    teaching, shown = session.teaching, 0
-    while teaching is not None and teaching.running:
-        yield view(teaching, new_previews=len(teaching.previews) > shown)
-        shown = len(teaching.previews)
-        teaching.ended.wait(REFRESH)
-    yield (gr.skip(),) * 6 if teaching is None else view(teaching, new_previews=True)
+def pause_teaching(session: Session) -> Any:
+    """Pause the present training after its step, or go on with it."""
+    teaching: Teaching | None = session.teaching
+    if teaching is not None:
+        (teaching.going.clear if teaching.going.is_set() else teaching.going.set)()
+    return gr.Button("Pause" if teaching is None or teaching.going.is_set() else "Go on")
 
 
 def stop_teaching(session: Session) -> Any:
@@ -96,52 +139,6 @@ def stop_teaching(session: Session) -> Any:
     if session.teaching is not None:
         session.teaching.stop.set()
     return gr.Button("Stopping …", interactive=False)
-
-
-def view(teaching: Teaching, *, new_previews: bool) -> tuple[Any, ...]:
-    """Values for the views; pictures only when there are new ones, so that they do not flicker."""
-    running, stopping, previews = teaching.running, teaching.stop.is_set(), list(teaching.previews)
-    return (
-        state_html(teaching),
-        gr.HTML(loss_svg(list(teaching.losses), teaching.total), visible=len(teaching.losses) > 1),
-        gr.Gallery(previews, visible=bool(previews)) if new_previews else gr.skip(),
-        gr.Button(interactive=not running),
-        gr.Button("Stopping …" if stopping else "Stop and keep", visible=running, interactive=not stopping),
-        gr.Button(f"Draw with {teaching.config.token}", visible=teaching.saved is not None),
-    )
-
-
-def state_html(teaching: Teaching) -> str:
-    left = teaching.seconds / max(1, teaching.step) * (teaching.total - teaching.step)
-    line = {
-        "preparing": "Looking at the pictures …",
-        "learning": f"Step {teaching.step} of {teaching.total}, about {in_time(left)} left",
-        "learned": f"Learned in {teaching.step} steps and {in_time(teaching.seconds)}; it is in the library now.",
-        "stopped": f"Stopped after {teaching.step} steps; what it knows so far is in the library.",
-        "failed": teaching.error,
-    }[teaching.state]
-    said = f"<p><b>{html.escape(teaching.config.token)}</b> {html.escape(line)}</p>"
-    bar = progress_html(teaching.step, teaching.total)
-    return f'<div class="teaching {teaching.state}" role="status">{said}{bar}</div>'
-
-
-def loss_svg(losses: list[float], total: int) -> str:
-    """The loss, faint, and its running mean; drawn by hand so that it follows the theme and does not flicker."""
-    means = losses[:1]
-    for value in losses[1:]:
-        means.append(means[-1] + max(0.08, 1 / (len(means) + 1)) * (value - means[-1]))
-    across, down = WIDTH / max(1, total - 1), HEIGHT / (1.05 * max(losses, default=1.0) or 1.0)
-    lines = ""
-    for name, values in (("raw", losses), ("mean", means)):
-        picked = range(0, len(values), max(1, len(values) // WIDTH))
-        points = " ".join(f"{across * i:.1f},{HEIGHT - down * values[i]:.1f}" for i in picked)
-        lines += f'<polyline class="{name}" points="{points}"/>'
-    figure = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
-    return f'<figure class="loss"><figcaption>Loss <b>{means[-1] if means else 0:.3f}</b></figcaption>{figure}</figure>'
-
-
-def in_time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def suggested_token(noun: str, token: str) -> str:
@@ -155,13 +152,13 @@ def example_concepts() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(folder.glob("*/concept.toml"))}
 
 
-def example_lesson(session: Session, folder: Path) -> tuple[list[tuple[str, str]], str, str]:
-    """Pictures with captions, noun and token of an example; copied to where the page may show them from."""
+def example_lesson(session: Session, folder: Path) -> tuple[Any, ...]:
+    """Pictures with captions, noun and token of an example."""
     about = tomllib.loads((folder / "concept.toml").read_text(encoding="utf-8"))
-    pictures: list[tuple[str, str]] = []
+    pictures: list[dict[str, Any]] = []
     for source in sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
-        copied = session.folder / f"{folder.name}-{source.name}"
-        copied.write_bytes(source.read_bytes())
         caption = source.with_suffix(".txt")
-        pictures.append((str(copied), caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""))
-    return pictures, about["noun"], about["token"]
+        text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
+        pictures.append({"id": session.take_upload(source).name, "name": source.name, "caption": text})
+    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return *reconsidered(session, pictures), about["noun"], about["token"], str(place)

@@ -13,12 +13,16 @@ from fusion.cli.console import Parser, UsageError, listening
 from fusion.errors import FusionError, closest
 
 VERBS = {
+    "check": "look at pictures before teaching them",
     "train": "teach a concept from a folder of pictures",
     "fuse": "make several adapters one",
     "generate": "draw pictures, with adapters or without",
     "inspect": "say what adapter files hold and how they get along",
+    "library": "list, take in, rename and delete adapters; who owns which slice",
     "export": "write an adapter as a LoRA for other programs",
+    "bake": "add an adapter into a copy of the base",
     "evaluate": "measure adapters in weights and in model output",
+    "compare": "draw one prompt over strengths, methods and adapters",
 }
 DESCRIPTION = "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture."
 EXAMPLE = """a first session:

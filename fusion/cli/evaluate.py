@@ -7,8 +7,9 @@ effect is large. Drift is how far prompts without any concept move from what the
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
-from fusion.cli.console import add_base_arguments, open_base, table
+from fusion.cli.console import UsageError, add_base_arguments, notes, open_base, table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,21 +18,57 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, single or fused")
     add("--prompts", nargs="+", metavar="TEXT", help='prompts to measure on, with {token}: "a {token} in the snow"')
     add("--concept_free", nargs="+", metavar="TEXT", help="prompts that should not change at all")
+    what = "pictures of a concept: also judge what is drawn, by their likeness; repeatable"
+    add("--references", action="append", default=[], metavar="<TOKEN>=FOLDER", help=what)
+    add("--judge", metavar="NAME", help="CLIP folder or hub id to judge by (default: the embedded pocket-clip)")
+    add("--seeds", type=int, default=4, metavar="N", help="pictures of each kind to judge (default: 4)")
     add("--seed", type=int, default=0, metavar="N", help="of pictures and noise (default: 0)")
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
 
 def run(args: Namespace) -> None:
-    from fusion.evaluation.report import LEGEND, evaluate
+    from fusion.evaluation.report import evaluate
     from fusion.formats.reading import load
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
-    report = evaluate(pipe, adapters, prompts=args.prompts, concept_free=args.concept_free, seed=args.seed)
+    report = evaluate(
+        pipe,
+        adapters,
+        prompts=args.prompts,
+        concept_free=args.concept_free,
+        references=references(args.references),
+        judge=judge(args),
+        seeds=args.seeds,
+        seed=args.seed,
+    )
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return
     print(f"{report.compatibility.verdict}: {report.compatibility.sentence}\n")
-    table(report.rows())
-    print(f"\n{LEGEND}")
+    for rows in (report.rows(), report.seen_rows()):
+        if rows:
+            table(rows)
+            print()
+    notes(report.remarks())
+
+
+def references(pairs: list[str]) -> dict[str, list[Any]]:
+    """`<token>=folder` as the pictures in the folder."""
+    from fusion.training.folders import is_picture, visible
+    from fusion.training.pictures import load_picture
+
+    found: dict[str, list[Any]] = {}
+    for pair in pairs:
+        token, equals, folder = pair.partition("=")
+        if not equals:
+            raise UsageError(f'--references takes "<token>=FOLDER", got "{pair}".')
+        found[token] = [load_picture(path) for path in visible(Path(folder)) if is_picture(path)]
+    return found
+
+
+def judge(args: Namespace) -> Any:
+    from fusion.evaluation.judge import open_judge
+
+    return open_judge(args.judge, device=args.device) if args.references else None

@@ -1,13 +1,17 @@
 """Make several adapters one, and say how they get along.
 
---rank and --energy merge all into one LoRA, in which gates cannot tell the adapters apart.
+direct_sum, average and energy_balanced keep the adapters side by side, each behind its gate. The other methods, --rank
+and --energy merge all into one LoRA, in which gates cannot tell the adapters apart.
 """
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_file_arguments, add_use_arguments, example, size, verdict
+from fusion.cli.console import UsageError, add_file_arguments, add_use_arguments, example, open_base, size, verdict
+from fusion.errors import closest
+from fusion.methods import METHODS, MethodOptions
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,10 +21,25 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
     add_file_arguments(parser, "the fused adapter")
     add_use_arguments(parser)
-    add("--method", default="direct_sum", metavar="NAME", help="direct_sum (default) or average")
+    add("--method", default="direct_sum", metavar="NAME", help="one of those below (default: direct_sum)")
     what = "rename a token of the last adapter that has it"
     add("--rename", action="append", default=[], metavar="<OLD>=<NEW>", help=what)
     add("--allow_overlap", action="store_true", help="let adapters share singular directions under direct_sum")
+    parser.epilog = f"methods:\n{methods()}\n\n{parser.epilog}"
+    add = parser.add_argument_group("what some methods are told").add_argument
+    for option in fields(MethodOptions):
+        kind: Any = type(option.default)
+        text = f"{option.metadata['help']} (default: {option.default:g})"
+        add(f"--{option.name}", type=kind, default=option.default, metavar="N" if kind is int else "X", help=text)
+    add("--base", metavar="NAME", help="diffusers folder or hub id, where a method needs it (default: pocket)")
+    add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+
+
+def methods() -> str:
+    """The table, for people."""
+    width = max(map(len, METHODS))
+    needs = {name: "; runs the base" if row.moments else "" for name, row in METHODS.items()}
+    return "\n".join(f"  {name:<{width}}  {row.about}{needs[name]}" for name, row in METHODS.items())
 
 
 def run(args: Namespace) -> None:
@@ -30,10 +49,15 @@ def run(args: Namespace) -> None:
     from fusion.formats.reading import load
 
     adapters = renamed([load(path) for path in args.adapters], args.rename)
+    if args.method not in METHODS:
+        raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
+    pipe = open_base(args.base, args, None) if METHODS[args.method].moments else None
     fused = fuse(
         adapters,
         args.strength,
         args.method,
+        options=MethodOptions(**{option.name: getattr(args, option.name) for option in fields(MethodOptions)}),
+        pipe=pipe,
         gating=args.gating,
         rank=args.rank,
         energy=args.energy,

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # What a recipe and the flags have in common, by the names `generate` gives them.
 SETTINGS = (
     *("prompt", "negative_prompt", "seed", "batch", "steps", "guidance_scale", "guidance_rescale", "scheduler"),
-    *("width", "height", "image_strength", "gating"),
+    *("width", "height", "image_strength", "gating", "regions"),
 )
 
 
@@ -40,6 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--scheduler", metavar="NAME", help="ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ...")
     add("--width", type=int, metavar="PIXELS", help="width of the picture")
     add("--height", type=int, metavar="PIXELS", help="height of the picture")
+    where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
+    add("--region", dest="regions", action="append", metavar="PROMPT: PLACE", help=f"what a part of it shows: {where}")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
     add("--image_strength", type=float, metavar="X", help="0 to 1: how far to leave it (default: 0.6)")
     add_base_arguments(parser)
@@ -55,11 +57,13 @@ def run(args: Namespace) -> None:
     if "prompt" not in settings:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     adapters, files, strengths = choose_adapters(args, recipe)
+    if args.regions:
+        settings["regions"] = [region(text) for text in args.regions]
     image = starting_picture(args.image, args.source, recipe)
     if recipe and recipe.base != "pocket" and not args.base:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
-    check_words(settings["prompt"], adapters)
+    check_words(" ".join([settings["prompt"], *(part.prompt for part in settings.get("regions", ()))]), adapters)
     with progress() as advance:
         pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=advance, **settings)
     if recipe is not None and args.seed is None and args.batch is None:
@@ -108,6 +112,28 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
     if any(adapter.gated for adapter in adapters) and not set(named) & set(known):
         logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
+
+
+def region(text: str) -> Any:
+    """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
+    from PIL import Image
+
+    from fusion.models.regions import Region
+
+    prompt, colon, place = text.rpartition(":")
+    if not (colon and prompt.strip() and place.strip()):
+        raise UsageError(f'--region takes "PROMPT: LEFT TOP RIGHT BOTTOM" or "PROMPT: MASK.png", got "{text}".')
+    numbers = re.findall(r"[-+.0-9eE]+", place) if re.fullmatch(r"[-+.,0-9eE\s]+", place) else []
+    if len(numbers) == 4:
+        left, top, right, bottom = map(float, numbers)
+        return Region(prompt.strip(), (left, top, right, bottom))
+    try:
+        with Image.open(place.strip(), formats=("PNG", "JPEG", "WEBP")) as mask:
+            return Region(prompt.strip(), mask=mask.convert("L"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f'--region "{text}": {place.strip()} is neither four numbers nor a picture ({error}).'
+        ) from None
 
 
 def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any:

@@ -17,7 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from fusion.cli.console import UsageError, example, open_base, progress, short, size
 from fusion.config import read_base_defaults
 from fusion.errors import ConfigError
-from fusion.training.config import GROUPS, TrainingConfig
+from fusion.training.config import TrainingConfig
+from fusion.training.presets import PRESETS, preset
 
 PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -28,13 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, same names as the flags")
     parser.add_argument("--print_config", action="store_true", help="print all settings as TOML, and stop")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
-    starts, group = {first: title for title, first in GROUPS.items()}, parser
-    for name, field in TrainingConfig.model_fields.items():
-        group = parser.add_argument_group(starts[name]) if name in starts else group
-        text = (field.description or "").replace("%", "%%")
-        if not field.is_required() and field.default not in (None, ""):
-            text += f" (default: {json.dumps(field.default, default=str)})"
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind(field.annotation))
+    how = ", ".join(f"{name} ({share:g})" for name, share in PRESETS.items())
+    parser.add_argument("--preset", choices=PRESETS, help=f"how much of the base's usual steps to train: {how}")
+    for title, names in TrainingConfig.groups().items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            field = TrainingConfig.model_fields[name]
+            text = (field.description or "").replace("%", "%%")
+            if not field.is_required() and field.default not in (None, ""):
+                text += f" (default: {json.dumps(field.default, default=str)})"
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind(field.annotation))
 
 
 def kind(annotation: Any) -> dict[str, Any]:
@@ -60,11 +64,19 @@ def configure(args: argparse.Namespace) -> TrainingConfig:
     """Flags over file. Raises UsageError: a wrong setting is a wrong command."""
     flags = {name: rooted(name, value) for name, value in vars(args).items() if name in TrainingConfig.model_fields}
     try:
-        if args.config:
-            return TrainingConfig.from_toml(args.config, flags)
-        return TrainingConfig.model_validate(flags)
+        made = TrainingConfig.from_toml(args.config, flags) if args.config else TrainingConfig.model_validate(flags)
+        if args.preset and "max_train_steps" not in flags:
+            base = read_base_defaults(made.pretrained_model_name_or_path or pocket_folder(), "training")
+            made = made.updated(preset(args.preset, base))
+        return made
     except ConfigError as error:
         raise UsageError(str(error)) from None
+
+
+def pocket_folder() -> Path:
+    from fusion.models.bases import pocket
+
+    return pocket()
 
 
 def rooted(name: str, value: Any) -> Any:
@@ -78,9 +90,8 @@ def rooted(name: str, value: Any) -> Any:
 def run(args: argparse.Namespace) -> None:
     config = configure(args)
     if args.print_config:
-        from fusion.models.bases import pocket
-
-        print(as_toml(config, read_base_defaults(config.pretrained_model_name_or_path or pocket(), "training")))
+        base = config.pretrained_model_name_or_path or pocket_folder()
+        print(as_toml(config, read_base_defaults(base, "training")))
         return
     base, dtype = config.pretrained_model_name_or_path, PRECISION[config.mixed_precision]
     pipe = open_base(base, args, dtype, revision=config.revision, variant=config.variant)

@@ -4,17 +4,24 @@ Knows nothing of files or pictures.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance
 from fusion.adapters.lora import LoraLayer
 from fusion.composition.conflicts import check_bases, check_tokens, quoted, slice_clashes
 from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
 from fusion.methods import METHODS
-from fusion.methods.method import LinearMethod
+from fusion.methods.method import MethodOptions, WeightedSum
 from fusion.models.injection import effective_gates
+from fusion.models.recording import record_moments
 from fusion.spectral.delta import Delta
+from fusion.spectral.interference import gram
+from fusion.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +31,9 @@ def fuse(
     strengths: Sequence[float] | None = None,
     method: str = "direct_sum",
     *,
+    options: MethodOptions = MethodOptions(),
+    pipe: Any = None,
+    moments: Sequence[Moments] | None = None,
     gating: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -32,61 +42,118 @@ def fuse(
 ) -> Adapter:
     """One adapter that does what all of `adapters` do.
 
-    Linear methods keep every branch with its basis, its gate and its strength times the method's weight: exact, and
+    Weighted sums keep every branch with its basis, its gate and its strength times the method's weight: exact, and
     any concept can be taken out again. Other methods merge the changes of each layer into one, which no gate can tell
-    apart. `rank` or `energy` compress that merged change (and so also merge under a linear method).
+    apart. `rank` or `energy` compress that merged change (and so also merge under a weighted sum).
+    Methods that need moments of the layers' inputs record them on `pipe`, or take those of `record_moments`, one for
+    each branch of each adapter. `options` are the methods' own.
     `gating` as in attach: "none" drops the gates, "tokens" gates every branch by its adapter's own tokens.
     `allow_overlap` lets direct_sum add adapters whose slices overlap.
 
-    Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName.
+    Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName; ConfigError
+    where moments are needed and neither they nor a pipe are given.
     """
-    if not adapters:
-        raise ConfigError("There is nothing to fuse; give at least one adapter.")
     if method not in METHODS:
         raise UnknownName(
             f"No fusion method is called '{method}'{closest(method, METHODS)} There are: {quoted(METHODS)}."
         )
-    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
-    if len(values) != len(adapters):
-        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    values = _one_each(adapters, strengths)
     regated = [_with_gates(adapter, gating) for adapter in adapters]
     check_bases(regated)
     check_tokens(regated)
     if method == "direct_sum" and not allow_overlap and (clashes := slice_clashes(regated)):
         raise SliceConflict(f"{clashes[0].sentence()} {clashes[0].advice()}")
-    merge = rank is not None or energy is not None or not isinstance(METHODS[method], LinearMethod)
+    merge = rank is not None or energy is not None or not isinstance(METHODS[method], WeightedSum)
     if merge and any(adapter.gated for adapter in regated):
         logger.warning(
             "Merged into one change per layer, '%s' cannot be gated: it acts on every token.", name or method
         )
-    fused = _merged(regated, values, method) if merge else _side_by_side(regated, values, method)
+    if METHODS[method].moments:
+        parts = [(part, value) for a, value in zip(regated, values, strict=True) for part in taken_apart(a)]
+        apart, values_apart = [part for part, _ in parts], [value for _, value in parts]
+        fused = _merged(apart, values_apart, method, options, _moments(apart, method, pipe, moments))
+    elif merge:
+        fused = _merged(regated, values, method, options, ())
+    else:
+        fused = _side_by_side(regated, values, method)
     if rank is not None or energy is not None:
         fused = _compressed(fused, rank, energy)
-    info = _fused_info(regated, values, method, name)
+    info = _fused_info(regated, values, method, options, name)
     return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
 
 
+def _one_each(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
+    if not adapters:
+        raise ConfigError("There is nothing to fuse; give at least one adapter.")
+    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
+    if len(values) != len(adapters):
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    return values
+
+
+def taken_apart(adapter: Adapter) -> list[Adapter]:
+    """An adapter of each branch, under the branch's name; one that has a single branch as it is."""
+    if len(adapter.branches) == 1:
+        return [adapter]
+    named = [replace(adapter.info, name=branch.name) for branch in adapter.branches]
+    return [replace(adapter, info=i, branches=(b,)) for i, b in zip(named, adapter.branches, strict=True)]
+
+
 def _side_by_side(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
-    """A linear method, carried out branch by branch."""
-    linear = METHODS[method]
-    assert isinstance(linear, LinearMethod)
+    """A weighted sum, carried out branch by branch."""
+    weights = _weights(method, strengths, [adapter.deltas for adapter in adapters])
     branches = [
         replace(branch, strength=branch.strength * weight, name=_label(adapter, branch))
-        for adapter, weight in zip(adapters, linear.weights(strengths), strict=True)
+        for adapter, weight in zip(adapters, weights, strict=True)
         for branch in adapter.branches
     ]
     return tuple(_unique(branches))
 
 
-def _merged(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
+def _weights(
+    method: str, strengths: Sequence[float], changes: Sequence[Callable[[], Mapping[str, Delta]]]
+) -> Sequence[float]:
+    """What a weighted sum makes of strengths; `changes` are computed if it asks how they overlap."""
+    row = METHODS[method]
+    assert isinstance(row, WeightedSum)
+
+    def whole_gram() -> Tensor:
+        deltas = [change() for change in changes]
+        layers = dict.fromkeys(layer for change in deltas for layer in change)
+        return torch.stack([gram([change.get(layer) for change in deltas]) for layer in layers]).sum(dim=0)
+
+    return row.weights(strengths, whole_gram)
+
+
+def _moments(parts: list[Adapter], method: str, pipe: Any, moments: Sequence[Moments] | None) -> Sequence[Moments]:
+    """One for each part: those given, or recorded now."""
+    if moments is None and pipe is None:
+        raise ConfigError(
+            f"Method '{method}' looks at what each adapter does to its inputs, so it needs a base: pass pipe=, or "
+            "moments= recorded before; on the command line, --base."
+        )
+    met = record_moments(pipe, parts) if moments is None else moments
+    if len(met) != len(parts):
+        raise ConfigError(f"Give moments for each of {quoted(p.info.name for p in parts)}; got {len(met)}.")
+    return met
+
+
+def _merged(
+    adapters: list[Adapter], strengths: list[float], method: str, options: MethodOptions, moments: Sequence[Moments]
+) -> tuple[Branch, ...]:
     """Any method, carried out layer by layer on whole changes."""
     changes = [adapter.deltas() for adapter in adapters]
+    if any(each.everywhere for each in moments):
+        options = replace(options, neutral=0.0)  # what one concept should leave alone is another's own
+    if isinstance(METHODS[method], WeightedSum):  # its weights belong to whole adapters
+        strengths, method = list(_weights(method, strengths, [adapter.deltas for adapter in adapters])), "direct_sum"
     layers: dict[str, LoraLayer] = {}
     for layer in dict.fromkeys(n for change in changes for n in change):
         shape = next(change[layer].shape for change in changes if layer in change)
-        # An adapter that leaves a layer alone still takes part: it is one of the N that `average` counts.
+        # An adapter that leaves a layer alone still takes part: it has inputs there, and a say about them.
         parts = [change.get(layer) or Delta.zero(*shape) for change in changes]
-        merged = METHODS[method](layer, parts, strengths)
+        met = [each.layers.get(layer) for each in moments]
+        merged = METHODS[method](layer, parts, strengths, moments=met, options=options)
         layers[layer] = LoraLayer(merged.up, merged.down)
     slices = tuple(dict.fromkeys(part for adapter in adapters for part in adapter.slices))
     targets = tuple(dict.fromkeys(t for adapter in adapters for branch in adapter.branches for t in branch.targets))
@@ -119,7 +186,10 @@ def _unique(branches: list[Branch]) -> Iterable[Branch]:
         yield replace(branch, name=name)
 
 
-def _fused_info(adapters: list[Adapter], strengths: list[float], method: str, name: str | None) -> AdapterInfo:
+def _fused_info(
+    adapters: list[Adapter], strengths: list[float], method: str, options: MethodOptions, name: str | None
+) -> AdapterInfo:
+    changed = {key: value for key, value in asdict(options).items() if value != getattr(MethodOptions(), key)}
     return AdapterInfo(
         name=name or "+".join(adapter.info.name for adapter in adapters),
         base=next((adapter.info.base for adapter in adapters if adapter.info.base), None),
@@ -127,6 +197,6 @@ def _fused_info(adapters: list[Adapter], strengths: list[float], method: str, na
         provenance=Provenance(
             tool="fuse",
             parents=tuple(f"{a.info.name} {a.digest()[:12]}" for a in adapters),
-            settings={"method": method, "strengths": strengths},
+            settings={"method": method, "strengths": strengths, **changed},
         ),
     )

@@ -1,15 +1,22 @@
 """evaluate(): what is known about adapters together, as one report for people and machines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+
+from PIL import Image
 
 from fusion.adapters.adapter import Adapter
 from fusion.composition.verdict import Compatibility, compatibility
 from fusion.errors import ConfigError
-from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, measure_survival
+from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
+from fusion.evaluation.judge import Judge
+from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
+from fusion.generation import generate
 
 LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
+SEEN = "Retention: likeness to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Evaluation:
     compatibility: Compatibility
     gated: Survival  # as the files say
     ungated: Survival  # as a plain LoRA export would behave
+    identity: Identity | None = None  # where there are references to judge pictures by
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -32,13 +40,56 @@ class Evaluation:
             ("drift without concepts", f"{self.gated.drift:.4f}", f"{self.ungated.drift:.4f}"),
         ]
 
+    def seen_rows(self) -> list[tuple[str, ...]]:
+        """A heading and one row per concept, of what the judge sees in pictures; empty without references."""
+        found = self.identity
+        if found is None:
+            return []
+        pairs = found.pair_retention or [None] * len(found.tokens)
+        return [
+            ("pictures", "noun", "alone", "retention", "retention in pairs", "leaks most"),
+            *(
+                (
+                    token,
+                    f"{found.floor[i]:.2f}",
+                    f"{found.alone[i]:.2f}",
+                    str(found.retention[i]),
+                    str(pairs[i] or "-"),
+                    self._worst_leak(i),
+                )
+                for i, token in enumerate(found.tokens)
+            ),
+        ]
+
+    def _worst_leak(self, i: int) -> str:
+        assert self.identity is not None
+        others = [(leak, token) for leak, token in zip(self.identity.leakage[i], self.identity.tokens, strict=True)]
+        others.pop(i)
+        return "{1} {0:+.2f}".format(*max(others)) if others else "-"
+
+    def remarks(self) -> list[str]:
+        """What the numbers mean, and how far the judge is to be believed."""
+        lines = [LEGEND]
+        if self.identity:
+            lines.append(
+                f"{SEEN} Judge: {self.identity.judge}, which tells {self.identity.reliability:.0%} of the references "
+                f"apart. Asked for and missing: {self.identity.omission:.0%} of crops; more like another concept: "
+                f"{self.identity.redundancy:.0%}."
+            )
+        return lines
+
     def to_markdown(self) -> str:
-        heading, *rows = (f"| {' | '.join(row)} |" for row in self.rows())
+        def table(rows: Sequence[Sequence[str]]) -> list[str]:
+            heading, *rest = (f"| {' | '.join(row)} |" for row in rows)
+            return ["", heading, "|" + "---|" * len(rows[0]), *rest]
+
         return "\n".join(
             [
-                f"**{self.compatibility.verdict}**: {self.compatibility.sentence}\n",
-                *(heading, "|---|---|---|", *rows),
-                f"\n{LEGEND}",
+                f"**{self.compatibility.verdict}**: {self.compatibility.sentence}",
+                *table(self.rows()),
+                *(table(self.seen_rows()) if self.identity else []),
+                "",
+                *self.remarks(),
                 f"Energy of the sum over the strongest adapter: {self.compatibility.interference.energy_ratio:.2f}.",
             ]
         )
@@ -50,15 +101,48 @@ def evaluate(
     *,
     prompts: Sequence[str] | None = None,
     concept_free: Sequence[str] | None = None,
+    references: Mapping[str, Sequence[Image.Image]] | None = None,
+    judge: Judge | None = None,
+    scenes: tuple[str, str] = (SINGLE, PAIR),
+    seeds: int = 4,
     seed: int = 0,
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights, and in what the UNet says.
 
-    `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`.
-    Raises ConfigError without adapters, and whatever attach raises.
+    `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. With
+    `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes`, prompts
+    with {first} and with {second} on its right, from `seeds` seeds.
+    Raises ConfigError without adapters, or for references of other tokens, and whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
     texts = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
+    identity = None
+    if references:
+        identity = _identity(pipe, adapters, references, judge, range(seed, seed + seeds), scenes)
     gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
-    return Evaluation(compatibility(adapters, pipe), gated, ungated)
+    return Evaluation(compatibility(adapters, pipe), gated, ungated, identity)
+
+
+def _identity(
+    pipe: Any,
+    adapters: Sequence[Adapter],
+    references: Mapping[str, Sequence[Image.Image]],
+    judge: Judge | None,
+    seeds: Sequence[int],
+    scenes: tuple[str, str],
+) -> Identity:
+    nouns = {concept.token: concept.noun or "thing" for adapter in adapters for concept in adapter.info.concepts}
+    if judge is None or any(not pictures for pictures in references.values()):
+        raise ConfigError(
+            "Pictures are judged by a CLIP model against references: give a judge, and one or more of each."
+        )
+    if strange := [token for token in references if token not in nouns]:
+        raise ConfigError(f"No adapter knows {strange[0]}; references are needed for {', '.join(nouns) or 'nothing'}.")
+
+    def draw(using: Sequence[Adapter], prompt: str, at: int) -> Image.Image:
+        return generate(pipe, prompt, adapters=using, seed=at)[0].image
+
+    single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
+    scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns)
+    return measure_identity(scene, judge, references, seeds, single=scenes[0], pair=scenes[1])

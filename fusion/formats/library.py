@@ -7,22 +7,27 @@ has, and the lock that its process lives, on any platform and after any crash.
 import hashlib
 import logging
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import BaseInfo
-from fusion.errors import FormatError, FusionError, SliceConflict
-from fusion.formats.native import AdapterFile, read_info
+from fusion.adapters.adapter import Adapter, BaseInfo
+from fusion.errors import ConfigError, FormatError, FusionError, SliceConflict, UnknownName, closest
+from fusion.formats.native import AdapterFile, read_info, save
+from fusion.formats.reading import load
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
+_NAME = re.compile(r"[\w+][\w+. -]{0,99}")  # of an adapter's file: no folder, not hidden, no surprise in a shell
+_BESIDE = (".png", ".jpg", ".webp", ".json")  # what galleries keep beside name.safetensors
 
 
 class SliceOwner(NamedTuple):
@@ -59,10 +64,52 @@ class Library:
         found: list[AdapterFile] = []
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
-                found.append(read_info(path))
-            except FusionError as error:
+                found.append(_header(path, path.stat().st_mtime_ns))
+            except (FusionError, OSError) as error:  # OSError: deleted this very moment
                 logger.warning("Not part of the library: %s", error)
         return found
+
+    def find(self, name: str) -> Path:
+        """The file of an adapter. Raises UnknownName."""
+        path = self.folder / f"{name}.safetensors"
+        if not _NAME.fullmatch(name) or not path.is_file():
+            near = closest(name, [entry.path.stem for entry in self.adapters()])
+            raise UnknownName(f"'{self.folder}' has no adapter '{name}'{near}")
+        return path
+
+    def place(self, name: str) -> Path:
+        """A path that is still free: name, else name-2, name-3 … Raises ConfigError for what cannot be a name."""
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"'{name}' cannot name an adapter; use letters, digits, spaces and + - _ .")
+        endings = ("", *(f"-{i}" for i in range(2, 1000)))
+        return next(p for p in (self.folder / f"{name}{end}.safetensors" for end in endings) if not p.exists())
+
+    def add(self, path: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Take a copy of any adapter file into the library, another program's LoRA too. Raises FormatError."""
+        adapter = load(path)
+        target = self.place(name or Path(path).stem)
+        save(replace(adapter, info=replace(adapter.info, name=target.stem)), target, dtype=_stored_as(adapter))
+        return target
+
+    def rename(self, name: str, to: str | None = None, tokens: Mapping[str, str] | None = None) -> Path:
+        """Another name, other tokens ({"<dog>": "<rex>"}), or both; the picture beside the file goes along."""
+        path = self.find(name)
+        adapter = load(path)
+        target = path if to in (None, name) else self.place(str(to))
+        renamed = adapter.renamed(tokens or {})
+        save(replace(renamed, info=replace(renamed.info, name=target.stem)), target, dtype=_stored_as(adapter))
+        if target != path:
+            for ending in _BESIDE:
+                with suppress(OSError):
+                    path.with_suffix(ending).rename(target.with_suffix(ending))
+            path.unlink()
+        return target
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter with what is kept beside it. Its slice is free again."""
+        path = self.find(name)
+        for ending in (path.suffix, *_BESIDE):
+            path.with_suffix(ending).unlink(missing_ok=True)
 
     def slice_map(self, base: BaseInfo, slice_of: str = "spectrum") -> list[SliceOwner]:
         """Who owns which slice of `base`: adapters first, then trainings under way."""
@@ -137,6 +184,18 @@ class Library:
             else:
                 lock.release()
                 _remove(lock)
+
+
+@lru_cache(maxsize=1024)
+def _header(path: Path, changed: int) -> AdapterFile:
+    """Read once for as long as the file stays as it is."""
+    return read_info(path)
+
+
+def _stored_as(adapter: Adapter) -> str:
+    """The precision its file has, to keep."""
+    kinds = {str(p.dtype).removeprefix("torch.") for p in adapter.parameters()}
+    return "float32" if len(kinds) != 1 else kinds.pop()
 
 
 def _digest(base: BaseInfo, slice_of: str) -> str:

@@ -2,11 +2,6 @@
 
 from collections.abc import Sequence
 
-from fusion.methods.method import LinearMethod
 
-
-def _divided(strengths: Sequence[float]) -> Sequence[float]:
+def weights(strengths: Sequence[float], _gram: object) -> Sequence[float]:
     return tuple(strength / len(strengths) for strength in strengths)
-
-
-average_method = LinearMethod(_divided)

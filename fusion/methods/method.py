@@ -1,32 +1,123 @@
-"""The contract of all fusion methods: the changes several adapters make to one weight become one change."""
+"""The contract of all fusion methods: the changes several adapters make to one weight become one change.
+
+Importing the table costs no torch, so that help can show it; the file of a method is imported when it is first used.
+
+Shapes: N adapters, O out_features, I in_features.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
+from importlib import import_module
 from operator import add
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-from fusion.spectral.delta import Delta
+from fusion.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class FusionMethod(Protocol):
-    """Called once per layer, with the Deltas of the adapters that change it and their strengths, in one order.
-
-    Contract, tested for every entry of METHODS: the order of adapters does not matter, equal inputs give equal bits,
-    and the shape of ΔW is kept.
-    """
-
-    def __call__(self, layer: str, deltas: Sequence[Delta], strengths: Sequence[float]) -> Delta: ...
+    from fusion.spectral.delta import Delta
+    from fusion.spectral.moments import Moment
 
 
 @dataclass(frozen=True)
-class LinearMethod:
-    """ΔW = Σ weightᵢ ΔWᵢ with weights that depend on the strengths alone.
+class MethodOptions:
+    """What methods may be told; each reads what concerns it."""
 
-    Being linear it can be carried out on whole adapters, branch by branch: types, bases and gates survive, exactly.
+    density: float = field(default=0.2, metadata={"help": "ties, dare, magnitude_prune, knots: share of numbers kept"})
+    seed: int = field(default=0, metadata={"help": "dare: which numbers are kept"})
+    neutral: float = field(
+        default=1.0, metadata={"help": "regression, gradient: what inputs to be left alone count, to a concept's own"}
+    )
+    ridge: float = field(default=1e-4, metadata={"help": "regression, gradient: pull to no change, in mean squares"})
+    iterations: int = field(default=500, metadata={"help": "gradient: of LBFGS"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"density is a share, above 0 and at most 1; got {self.density}.")
+        if self.neutral < 0 or self.ridge <= 0 or self.iterations < 1:
+            raise ConfigError(
+                f"neutral is 0 or more, ridge above 0 and iterations 1 or more; got {self.neutral}, {self.ridge} and "
+                f"{self.iterations}."
+            )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a merge knows beyond the changes and their strengths."""
+
+    layer: str
+    moments: "Sequence[Moment | None]" = ()  # one an adapter, for methods that need them; None: met no input here
+    options: MethodOptions = MethodOptions()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS: where the method is, and what may be expected of it.
+
+    Contract, tested for every row: the order of adapters does not matter, equal inputs give equal bits, the shape of
+    ΔW is kept, strengths of zero give no change, inputs are left alone; and what the fields below say.
     """
 
-    weights: Callable[[Sequence[float]], Sequence[float]]
+    home: str  # "module:function"
+    about: str  # for people, half a line
+    linear: bool = False  # in the strengths, and in the changes
+    moments: bool = False  # needs the second moments of the inputs, so a base to record them on
+    idle_counts: bool = False  # an adapter of strength 0 still has a say
 
-    def __call__(self, layer: str, deltas: Sequence[Delta], strengths: Sequence[float]) -> Delta:
-        return reduce(add, (d * w for d, w in zip(deltas, self.weights(strengths), strict=True)))
+    def __call__(
+        self,
+        layer: str,
+        deltas: "Sequence[Delta]",
+        strengths: Sequence[float],
+        *,
+        moments: "Sequence[Moment | None]" = (),
+        options: MethodOptions = MethodOptions(),
+    ) -> "Delta":
+        """The changes of one layer, and their strengths in the same order, as one change."""
+        raise NotImplementedError
+
+    def function(self) -> Callable[..., Any]:
+        module, _, name = self.home.partition(":")
+        return getattr(import_module(module), name)
+
+
+class LayerMerge(Method):
+    """Any method that works layer by layer: `merge(deltas, strengths, given) -> Delta`."""
+
+    def __call__(
+        self,
+        layer: str,
+        deltas: "Sequence[Delta]",
+        strengths: Sequence[float],
+        *,
+        moments: "Sequence[Moment | None]" = (),
+        options: MethodOptions = MethodOptions(),
+    ) -> "Delta":
+        return self.function()(deltas, strengths, Given(layer, moments, options))
+
+
+class WeightedSum(Method):
+    """ΔW = Σ weightᵢ ΔWᵢ with the same weights in all layers: `weights(strengths, gram) -> weights`.
+
+    It can be carried out on whole adapters, branch by branch: types, bases and gates survive, exactly.
+    """
+
+    def weights(self, strengths: Sequence[float], gram: "Callable[[], Tensor]") -> Sequence[float]:
+        """`gram()`: inner products of the changes (N, N), summed over all layers; not asked for by every method."""
+        return self.function()(strengths, gram)
+
+    def __call__(
+        self,
+        layer: str,
+        deltas: "Sequence[Delta]",
+        strengths: Sequence[float],
+        *,
+        moments: "Sequence[Moment | None]" = (),
+        options: MethodOptions = MethodOptions(),
+    ) -> "Delta":
+        from fusion.spectral.interference import gram
+
+        weights = self.weights(strengths, lambda: gram(deltas))
+        return reduce(add, (delta * weight for delta, weight in zip(deltas, weights, strict=True)))

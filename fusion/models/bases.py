@@ -15,11 +15,16 @@ _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 def pocket() -> Path:
     """The folder of the embedded base, in a checkout and in an installed wheel alike."""
+    return embedded("pocket", "model_index.json")
+
+
+def embedded(name: str, index: str) -> Path:
+    """The folder of a model that travels with the toolkit, known by its file `index`. Raises BaseMismatch."""
     package = Path(str(files("fusion")))
-    for folder in (package / "_assets" / "pocket", package.parent / "assets" / "pocket"):
-        if (folder / "model_index.json").is_file():
+    for folder in (package / "_assets" / name, package.parent / "assets" / name):
+        if (folder / index).is_file():
             return folder
-    raise BaseMismatch("The embedded base 'pocket' is missing from this installation; install spectral-fusion again.")
+    raise BaseMismatch(f"The embedded model '{name}' is missing from this installation; name another.")
 
 
 def open_pipeline(

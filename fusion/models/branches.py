@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.errors import GatingError
 from fusion.models.prompts import Scope
 from fusion.spectral.delta import Delta
 
@@ -24,22 +23,10 @@ class Knob:
 
 @dataclass(frozen=True)
 class Gate:
-    """When a branch acts: at the rows where its tokens stand, or in the pictures whose prompt holds them."""
+    """When a branch acts: where its tokens stand, or in the pictures, or regions, whose prompt holds them."""
 
     tokens: tuple[str, ...]
-    scope: Callable[[], Scope]
-    by_picture: bool  # rows are whole pictures: dimension 0 of the input
-
-    def rows(self, x: Tensor) -> Tensor | None:
-        """Rows of `x` (flattened but for the last dimension, or whole pictures) to act on; None: none."""
-        scope = self.scope()
-        rows = scope.open_rows(self.tokens)
-        if rows is not None and scope.size != (x.shape[0] if self.by_picture else x.shape[:-1].numel()):
-            raise GatingError(
-                f"The gate of {', '.join(self.tokens)} was read from {scope.size} rows, but this layer was given an "
-                f"input of shape {tuple(x.shape)}. Call the whole pipeline, or attach with gating='none'."
-            )
-        return rows
+    scope: Callable[[], Scope]  # replaced at every call, so asked every time
 
 
 class LayerBranch:
@@ -103,13 +90,12 @@ class _Adapted:
             self._joined = key, _join([(b.factors(x), b.knob.value) for b in acting])
         return self._joined[1], 1.0
 
-    def gated(self, x: Tensor) -> list[tuple[LayerBranch, Gate, Tensor]]:
-        """The gated branches that act on this input, with the rows they act on."""
-        # All gates of a layer read one scope: where no token stands, ten adapters cost one question.
-        if not self._gates or not self._gates[0][1].scope().rows:
+    def gated(self, x: Tensor) -> list[tuple[LayerBranch, Tensor]]:
+        """The gated branches that act on this input, with the rows of `x`, flattened but for C, they act on."""
+        if not self._gates or (scope := self._gates[0][1].scope()).quiet:  # all gates of a layer read one scope
             return []
         acting = [(b, gate) for b, gate in self._gates if b.knob.value != 0]
-        return [(b, gate, rows) for b, gate in acting if (rows := gate.rows(x)) is not None]
+        return [(b, rows) for b, gate in acting if (rows := scope.open_rows(gate.tokens, x)) is not None]
 
 
 def _join(parts: list[tuple[Delta, float]]) -> Delta:
@@ -134,12 +120,8 @@ class AdaptedLinear(_Adapted, nn.Linear):
             # One fused product: no (N, O) temporary for the branch, none for its strength.
             out = torch.addmm(y.flatten(0, -2), hidden, delta.up.T.to(hidden.dtype), alpha=strength)
             y = out.view(y.shape)
-        for branch, gate, rows in self.gated(x):
-            delta = branch.factors(x)
-            picked = (x if gate.by_picture else x.flatten(0, -2)).index_select(0, rows)
-            change = F.linear(F.linear(picked, delta.down), delta.up) * branch.knob.value
-            flat = y if gate.by_picture else y.flatten(0, -2)
-            y = flat.index_add(0, rows, change.to(y.dtype)).view(y.shape)
+        for branch, rows in self.gated(x):
+            y = _add_at(y, rows, x, branch)
         return y
 
 
@@ -155,10 +137,20 @@ class AdaptedConv1x1(_Adapted, nn.Conv2d):
         y = super().forward(x)
         if (acting := self.open_delta(x)) is not None:
             y = y + _convolve(x, acting[0]).to(y.dtype) * acting[1]
-        for branch, _, rows in self.gated(x):
-            change = _convolve(x.index_select(0, rows), branch.factors(x)) * branch.knob.value
-            y = y.index_add(0, rows, change.to(y.dtype))
+        if gated := self.gated(cells := x.flatten(2).transpose(1, 2)):  # (B, HW, C): pixels are rows
+            last = y.flatten(2).transpose(1, 2)
+            for branch, rows in gated:
+                last = _add_at(last, rows, cells, branch)
+            # In the memory layout of y: other kernels would round the neighbours in a batch differently.
+            y = torch.empty_like(y).copy_(last.transpose(1, 2).view_as(y))
         return y
+
+
+def _add_at(y: Tensor, rows: Tensor, x: Tensor, branch: LayerBranch) -> Tensor:
+    """y (…, O) with the branch's change of x (…, I) added at some of the flattened rows."""
+    delta, picked = branch.factors(x), x.flatten(0, -2).index_select(0, rows)
+    change = F.linear(F.linear(picked, delta.down), delta.up) * branch.knob.value
+    return y.flatten(0, -2).index_add(0, rows, change.to(y.dtype)).view(y.shape)
 
 
 def _convolve(x: Tensor, delta: Delta) -> Tensor:

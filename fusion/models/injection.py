@@ -6,7 +6,8 @@ Knows nothing of files or of training; the training loop attaches live layers by
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, U
 from fusion.models.branches import Gate, Knob, LayerBranch, adapted
 from fusion.models.families import model_of
 from fusion.models.names import Site, component_of, components, sites
-from fusion.models.prompts import PromptReader
+from fusion.models.prompts import PromptReader, Routing
 from fusion.models.targets import sees_tokens
 from fusion.models.tokens import ConceptTokens, embedding_of, make_permanent, text_encoders
 from fusion.spectral.delta import Delta
@@ -116,6 +117,20 @@ def _installation(pipe: Any) -> Installation:
     return _installations[pipe]
 
 
+@contextmanager
+def routing(pipe: Any, routing: Routing) -> Generator[None]:
+    """Gates of layers that see no tokens act region by region, as `routing` says; without adapters, nothing does."""
+    reader = _installations[pipe].reader if pipe in _installations else None
+    if reader is None:
+        yield
+        return
+    reader.route(routing)
+    try:
+        yield
+    finally:
+        reader.route(None)
+
+
 class Attachment:
     """An adapter in a pipeline. `detach()` restores the same module objects; also a context manager."""
 
@@ -148,7 +163,7 @@ class Attachment:
             if isinstance(source, Delta) and not source.rank:
                 continue
             seen, component = sees_tokens(name), component_of(name)
-            when = Gate(gate, lambda c=component, s=seen: reader.scope(c, s), not seen) if gate else None
+            when = Gate(gate, lambda c=component, s=seen: reader.scope(c, s)) if gate else None
             self._here.layer(name).add(key, LayerBranch(source, knob, when))
             self._placed.append((name, key))
 

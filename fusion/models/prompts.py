@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,19 +27,74 @@ Positions = Mapping[str, tuple[int, ...]]  # token -> positions in one prompt, a
 
 
 @dataclass
-class Scope:
-    """Flattened rows of the current call, token by token; a branch asks for the rows of its gate."""
+class TokenScope:
+    """Where tokens stand among the rows of a layer that is fed them, (B·T', D) flattened."""
 
     rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # token -> (n,) ascending
     size: int = 0  # rows in all, to catch a layer whose input is not what the gate was read from
     _joined: dict[tuple[str, ...], Tensor | None] = field(default_factory=dict[tuple[str, ...], "Tensor | None"])
 
-    def open_rows(self, gate: tuple[str, ...]) -> Tensor | None:
-        """The rows at which any token of `gate` stands, or None: the gate is shut and costs no arithmetic."""
+    @property
+    def quiet(self) -> bool:
+        """No concept's token stands anywhere: ten shut gates cost one question."""
+        return not self.rows
+
+    def open_rows(self, gate: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """The rows of `x` at which any token of `gate` stands, or None: the gate is shut and costs no arithmetic."""
         if gate not in self._joined:
             present = [self.rows[token] for token in gate if token in self.rows]
             self._joined[gate] = torch.cat(present).unique() if present else None
-        return self._joined[gate]
+        rows = self._joined[gate]
+        _check_size(gate, x, x.shape[:-1].numel(), self.size if rows is not None else None)
+        return rows
+
+
+@dataclass
+class PictureScope:
+    """Which pictures' prompts hold a token, for layers that see none: all cells of a picture, or those of a region."""
+
+    prompts: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict[str, "Sequence[tuple[int, int]]"])
+    size: int = 0  # pictures
+    routing: "Routing | None" = None
+    _joined: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict[tuple[object, ...], "Tensor | None"])
+
+    @property
+    def quiet(self) -> bool:
+        return not self.prompts
+
+    def open_rows(self, gate: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """The cells of `x` (B, cells, C), flattened, or rows of `x` (B, C), whose prompt holds any token of `gate`."""
+        cells = x.shape[1:-1].numel()
+        key = gate, cells, x.ndim
+        if key not in self._joined:
+            held = sorted({place for token in gate for place in self.prompts.get(token, ())})  # (picture, prompt)
+            covered = self.routing.covered(cells, x.device) if self.routing and x.ndim > 2 else None
+            whole = torch.arange(cells, device=x.device)
+            parts = [b * cells + (whole if covered is None else covered[prompt]) for b, prompt in held]
+            rows = torch.cat(parts).unique() if parts else whole[:0]
+            self._joined[key] = rows if len(rows) else None
+        rows = self._joined[key]
+        _check_size(gate, x, x.shape[0], self.size if rows is not None else None)
+        return rows
+
+
+Scope = TokenScope | PictureScope
+
+
+class Routing(Protocol):
+    """Which cells of a picture attend to which of its prompts; `fusion.models.regions` has the one there is."""
+
+    def covered(self, cells: int, device: torch.device) -> Sequence[Tensor]:
+        """The cells, ascending, of every prompt, at the level of the UNet that has so many."""
+        ...
+
+
+def _check_size(gate: tuple[str, ...], x: Tensor, given: int, expected: int | None) -> None:
+    if expected is not None and given != expected:
+        raise GatingError(
+            f"The gate of {', '.join(gate)} was read from {expected} rows, but this layer was given an input of shape "
+            f"{tuple(x.shape)}. Call the whole pipeline, or attach with gating='none'."
+        )
 
 
 class PromptReader:
@@ -47,18 +103,24 @@ class PromptReader:
     def __init__(self, widths: Mapping[str, int]) -> None:
         """`widths`: text encoder component -> D, in the order in which the UNet's prompt embedding joins them."""
         self.widths = dict(widths)
+        self._routing: Routing | None = None  # of the pictures being drawn
         self._scopes: dict[tuple[str, bool], Scope] = {}  # (component, by token or by picture)
         self._known: OrderedDict[bytes, Positions] = OrderedDict()
         self._length = 0  # T of the prompts remembered last
         # Read last by the UNet, with its version; weak, since it may hold the whole graph of the text encoders.
         self._last: tuple[weakref.ref[Tensor], int] | None = None
 
+    def route(self, routing: Routing | None) -> None:
+        """The chunks of the prompts to come belong to the regions of `routing`; None: to whole pictures."""
+        self._routing, self._last = routing, None
+
     def scope(self, component: str, sees_tokens: bool) -> Scope:
         """The scope the gates of a component's layers read. Scopes are replaced at every call, so ask each time.
 
-        Layers that see no tokens are gated picture by picture: open where the prompt holds the token at all.
+        Layers that see no tokens are gated picture by picture: open where the prompt holds the token at all, or region
+        by region where the picture has some.
         """
-        return self._scopes.get((component, sees_tokens)) or Scope()
+        return self._scopes.get((component, sees_tokens)) or TokenScope()
 
     def resumption(self, component: str) -> Callable[[Tensor], None]:
         """A gradient hook that brings a component's scopes of now back.
@@ -75,7 +137,7 @@ class PromptReader:
 
     def begin_text(self, component: str, prompts: Sequence[Positions], length: int, device: torch.device) -> None:
         """A text encoder starts on B prompts of T positions."""
-        self._open(component, prompts, length, device)
+        self._open(component, [[prompt] for prompt in prompts], length, device)
         self._length = length
 
     def end_text(self, component: str, prompts: Sequence[Positions], last_rows: Tensor) -> None:
@@ -101,26 +163,26 @@ class PromptReader:
             raise GatingError(
                 _strange(f"Prompt embeddings of shape {tuple(embeds.shape)} do not fit the text encoders")
             )
-        prompts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(embeds.shape[0])]
-        for start in range(0, embeds.shape[1], length):
-            last_rows = embeds[:, start + length - 1].detach()
-            for prompt, part in zip(prompts, self._recognise(last_rows), strict=True):
-                for token, positions in part.items():
-                    prompt[token] = (*prompt.get(token, ()), *(start + p for p in positions))
-        self._open("unet", prompts, embeds.shape[1], embeds.device)
+        chunks = [
+            list(self._recognise(embeds[:, end - 1].detach())) for end in range(length, embeds.shape[1] + 1, length)
+        ]
+        self._open("unet", list(zip(*chunks, strict=True)), length, embeds.device)
         self._last = weakref.ref(embeds), version
 
-    def _open(self, component: str, prompts: Sequence[Positions], length: int, device: torch.device) -> None:
-        """Scopes for B prompts of `length` positions."""
+    def _open(self, component: str, prompts: Sequence[Sequence[Positions]], length: int, device: torch.device) -> None:
+        """Scopes for B prompts, each of one or several chunks of `length` positions."""
         rows: dict[str, list[int]] = {}
-        pictures: dict[str, list[int]] = {}
-        for b, prompt in enumerate(prompts):
-            for token, positions in prompt.items():
-                rows.setdefault(token, []).extend(b * length + p for p in positions)
-                pictures.setdefault(token, []).append(b)
-        for by_token, found, size in ((True, rows, len(prompts) * length), (False, pictures, len(prompts))):
-            index = {token: torch.tensor(at, device=device) for token, at in found.items()}
-            self._scopes[component, by_token] = Scope(index, size)
+        held: dict[str, list[tuple[int, int]]] = {}
+        size = 0  # positions so far
+        for b, chunks in enumerate(prompts):
+            for number, chunk in enumerate(chunks):
+                for token, positions in chunk.items():
+                    rows.setdefault(token, []).extend(size + p for p in positions)
+                    held.setdefault(token, []).append((b, number))
+                size += length
+        index = {token: torch.tensor(at, device=device) for token, at in rows.items()}
+        self._scopes[component, True] = TokenScope(index, size)
+        self._scopes[component, False] = PictureScope(held, len(prompts), self._routing)
 
     def _recognise(self, last_rows: Tensor) -> Iterator[Positions]:
         """The tokens of each of B prompts by their last rows (B, D'), both encoders' tokens joined."""

@@ -20,6 +20,7 @@ GROUPS = {
     "adapter": "adapter_type",
     "optimisation": "learning_rate",
     "prior preservation": "with_prior_preservation",
+    "isolation": "quiet_loss_weight",
     "speed and memory": "mixed_precision",
     "previews": "validation_prompt",
     "run": "output_dir",
@@ -142,6 +143,9 @@ class TrainingConfig(StrictModel):
     sample_batch_size: int = Field(4, ge=1)
     """Class pictures drawn at a time."""
 
+    quiet_loss_weight: float = Field(0.0, ge=0)
+    """What the adapter's loudness on prompts without the concept counts: an ungated export stays quiet. Try 10."""
+
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""
     gradient_checkpointing: bool = False
@@ -199,6 +203,15 @@ class TrainingConfig(StrictModel):
             yield "resume_from_checkpoint = 'latest' needs checkpointing_steps; set it, or name a checkpoint."
         if self.targets == []:
             yield "targets is empty; name a layer, or leave it out."
+
+    @classmethod
+    def groups(cls) -> dict[str, list[str]]:
+        """The settings by what they are about, in order."""
+        starts, found, title = {first: title for title, first in GROUPS.items()}, dict[str, list[str]](), ""
+        for name in cls.model_fields:
+            title = starts.get(name, title)
+            found.setdefault(title, []).append(name)
+        return found
 
     @classmethod
     def from_toml(cls, path: str | Path, over: Mapping[str, Any] | None = None) -> Self:

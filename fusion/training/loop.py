@@ -34,6 +34,7 @@ from fusion.training.checkpoint import checkpoints, find_checkpoint, load_checkp
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.preparation import fresh_adapter, parameter_groups
+from fusion.training.quiet import Quiet
 from fusion.training.surroundings import accelerated, frozen
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 LASTING = (
     "seed", "adapter_type", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "text_encoder_lr", "token_lr", "balance_slices",
+    "quiet_loss_weight",
 )  # fmt: skip
 
 
@@ -84,6 +86,8 @@ class _Run:
         self._tell_about_gates()
         held.enter_context(attach(pipe, self.adapter, live=True))
         self.batches.prepare()
+        captions = [example.caption for example in self.batches.instances.examples]
+        self.quiet = Quiet(pipe, config, self.adapter, captions) if config.quiet_loss_weight else None
         groups = parameter_groups(pipe, self.adapter, config)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
         warm_up, total = config.lr_warmup_steps, config.max_train_steps
@@ -121,6 +125,8 @@ class _Run:
                 loss = self._loss(number) / config.gradient_accumulation_steps
             self.accelerator.backward(loss)
             total += float(loss.detach())
+        if self.quiet is not None:
+            self.accelerator.backward(self.quiet.loss(self.adapter))
         if not math.isfinite(total):
             raise FusionError(
                 f"The loss is {total} at step {step}; the learning rate ({config.learning_rate:g}) is probably too "

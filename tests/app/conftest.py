@@ -6,6 +6,7 @@ from PIL import Image
 
 import tiny
 from app.session import Session
+from app.tabs import teach
 
 SETTINGS = """
 [training]
@@ -35,18 +36,32 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Uploads as gradio hands them over: paths with captions or None."""
+def files(tmp_path):
+    """Uploads as gradio hands them over: paths."""
     noise = np.random.default_rng(0)
     made = []
     for name in ("one.png", "Zwei & Ümlaut (2).jpg", "three.webp"):
         path = tmp_path / "uploads" / name
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(noise.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-        made.append((str(path), None))
+        made.append(str(path))
     return made
 
 
 @pytest.fixture
 def session(base, tmp_path):
     return Session(base, tmp_path / "library")
+
+
+@pytest.fixture
+def taught(session, files):
+    """Teach to the end; the last view of it."""
+
+    def teach_it(token, steps=2, noun="dog", **settings):
+        _, pictures, _ = teach.add_pictures(session, files)
+        filled = {"max_train_steps": str(steps), **settings}
+        teach.teach_concept(session, pictures, token, noun, "standard", {"filled": filled})
+        *_, last = teach.watch(session)
+        return last
+
+    return teach_it

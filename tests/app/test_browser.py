@@ -1,9 +1,15 @@
-"""A real browser on the pocket base: teach, see it in the library, pick it, draw it; and stop in the middle."""
+"""A real browser on the pocket base: teach, combine, draw with two regions, export; stop, reload, search, delete."""
+
+import os
+import re
+import time
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from app.interface import build, launch_options
+from app.interface import build
+from app.looks import launch_options
 from app.session import Session
 from app.tabs.teach import example_concepts
 
@@ -11,7 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyw
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-PATIENCE = 300_000  # milliseconds, for slow machines
+PATIENCE = 120_000  # milliseconds, for slow machines
+STEPS = os.environ.get("STUDIO_STEPS", "4")  # of each training; more of them make better pictures of the studio
+PICTURES = os.environ.get("STUDIO_PICTURES")  # a folder for them
 expect.set_options(timeout=PATIENCE)
 
 
@@ -40,83 +48,134 @@ def tab(chromium, session):
     assert [url for url in foreign if not url.startswith(served.local_url)] == [] and errors == []
 
 
-def open_lesson(tab, usual: int, steps: int) -> None:
-    tab.get_by_role("tab", name="Teach").click()
-    tab.get_by_role("button", name="robot", exact=True).click()
-    count = len(list(example_concepts()["robot"].glob("*.png")))
-    expect(tab.locator("#pictures img")).to_have_count(count)
-    tab.locator("#teach-settings button").first.click()
-    tab.locator("label", has_text="Quick").click()
-    expect(tab.locator("#steps input")).to_have_value(str(round(0.4 * usual)))
-    tab.locator("#steps input").fill(str(steps))
-    tab.locator("#steps input").blur()
+def photograph(tab, name: str) -> None:
+    if PICTURES:
+        tab.wait_for_timeout(600)
+        tab.screenshot(path=str(Path(PICTURES) / f"studio-{name}.png"))
 
 
-def test_teach_then_pick_then_draw(tab, session):
-    expect(tab.get_by_text("No concepts yet")).to_be_visible()
+def open_tab(tab, name: str) -> None:
+    tab.get_by_role("tab", name=name).click()
+
+
+def fill_lesson(tab, name: str, steps: str) -> None:
+    tab.get_by_role("button", name=name, exact=True).click()
+    expect(tab.locator("#pictures img")).to_have_count(len(list(example_concepts()[name].glob("*.png"))))
+    expect(tab.locator("#token input, #token textarea")).to_have_value(f"<{name}>")
+    if not tab.locator("#all-settings [name=max_train_steps]").is_visible():
+        tab.locator("#teach-settings button").first.click()
+    tab.locator("#all-settings [name=max_train_steps]").fill(steps)
+
+
+def test_teach_combine_draw_two_regions_and_export(tab, session):
+    expect(tab.locator("#prompt textarea")).to_have_value("a cat on a blue background")  # something to draw at once
     tab.locator("#teach-first").click()
-    open_lesson(tab, session.usual()[0], 4)
-    tab.locator("#teach").click()
-    expect(tab.locator("#progress")).to_contain_text("Learned in 4 steps")
-    expect(tab.locator("#previews img")).to_have_count(4)
+    for name in ("robot", "octopus"):  # the second waits for the first
+        fill_lesson(tab, name, STEPS)
+        tab.locator("#teach").click()
+        expect(tab.locator("#pictures img")).to_have_count(0)
+        expect(tab.locator("#teach-cli textarea")).to_have_value(
+            re.compile(rf"fusion train .*{name}.*--preset standard", re.DOTALL)
+        )
+    expect(tab.locator("#progress")).to_contain_text("<octopus>")
+    expect(tab.locator("#progress")).to_contain_text(f"Learned in {STEPS} steps")
     expect(tab.locator("#loss polyline")).to_have_count(2)
+    expect(tab.locator("#ending img")).to_have_count(5)
+    tab.locator("#teach-settings button").first.click()
+    photograph(tab, "teach")
 
-    tab.get_by_role("tab", name="Library").click()
-    card = tab.locator(".card", has_text="<robot>")
-    expect(card).to_contain_text("pocket") and expect(card.locator("img")).to_be_visible()
+    open_tab(tab, "Combine")
+    for name in ("robot", "octopus"):
+        tab.locator("#combine-picks .chip", has_text=name).click()
+    expect(tab.locator("#combined .verdict")).to_contain_text("Compatible")
+    expect(tab.locator("#combined .heat tbody tr")).to_have_count(2)
+    tab.locator("#method input").click()
+    tab.get_by_role("option", name="average: the mean").click()
+    expect(tab.locator("#combined")).to_contain_text("average: the mean")
+    tab.get_by_label("Strength of <octopus>").fill("0.9")
+    photograph(tab, "combine")
+    tab.locator("#combine-draw").click()
 
-    tab.get_by_role("tab", name="Draw").click()
-    tab.locator("#picks label", has_text="<robot>").click()
-    expect(tab.locator("#verdict")).to_contain_text("Compatible")
-    expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background")
-    tab.get_by_role("button", name="+ <robot>").click()
-    expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background <robot>")
-    tab.get_by_label("number input for Strength of robot").fill("0.5")
-    tab.keyboard.press("Tab")
-    tab.wait_for_timeout(500)
+    prompt = "a <robot> on the left and a <octopus> on the right on a red background"
+    expect(tab.locator("#prompt textarea")).to_have_value(prompt)
+    expect(tab.get_by_label("Strength of <octopus>").first).to_have_value("0.9")
+    tab.locator("#regions-part button").first.click()
+    tab.get_by_role("button", name="Add left half").click()
+    expect(tab.get_by_label("Region 1: prompt")).to_have_value("a <robot>")
+    plane = tab.locator(".plane").bounding_box()
+    tab.mouse.move(plane["x"] + 0.55 * plane["width"], plane["y"] + 5)
+    tab.mouse.down()
+    tab.mouse.move(plane["x"] + 0.97 * plane["width"], plane["y"] + 0.95 * plane["height"], steps=4)
+    tab.mouse.up()
+    expect(tab.get_by_label("Region 2: prompt")).to_have_value("a <octopus>")
     tab.locator("#draw").click()
-    expect(tab.locator("#caption")).to_contain_text("<robot> at 0.5")
-    drawn = tab.locator("#stage img")
-    expect(drawn).to_be_visible()
-    assert drawn.evaluate("image => image.naturalWidth") == 64
+    expect(tab.locator("#caption")).to_contain_text("2 regions: a <robot>, a <octopus>")
+    expect(tab.locator("#caption")).to_contain_text("<octopus> at 0.9")
+    assert tab.locator("#draw-cli textarea").input_value().count("--region") == 2
+    side = session.side()
+    assert tab.locator("#stage img").evaluate("image => image.naturalWidth") == side
+    photograph(tab, "draw")
+    tab.locator("#repeat").click()
+    expect(tab.locator("#wall img")).to_have_count(2)
+    first, second = (Path(entry).read_bytes() for entry in sorted(map(str, session.folder.glob("a-robot*.png"))))
+    assert first == second
 
-    tab.locator("#take button").first.click()
-    tab.locator("#fuse").click()
-    expect(tab.locator("#fused-file")).to_contain_text("robot")
+    open_tab(tab, "Combine")
+    tab.locator("#export-part button").first.click()
+    tab.get_by_label("kohya").check()
+    tab.locator("#export").click()
+    expect(tab.locator("#files")).to_contain_text("kohya")
+    expect(tab.locator("#combine-notes")).to_contain_text("A plain LoRA cannot be gated")
+    with tab.expect_download() as download:
+        tab.locator("#files a").first.click()
+    assert download.value.path().stat().st_size > 10_000
+    open_tab(tab, "Library")
+    expect(tab.locator(".card")).to_have_count(2)
+    expect(tab.locator("#slices")).to_contain_text("directions are free")
+    photograph(tab, "library")
 
 
 def test_stop_in_the_middle_keeps_the_concept(tab, session):
-    open_lesson(tab, session.usual()[0], 5000)
+    open_tab(tab, "Teach")
+    fill_lesson(tab, "robot", "5000")
     tab.locator("#teach").click()
     expect(tab.locator("#progress")).to_contain_text("Step 2")
     tab.reload()  # a page that comes back joins the running training
-    tab.get_by_role("tab", name="Teach").click()
+    open_tab(tab, "Teach")
     expect(tab.locator("#progress")).to_contain_text("of 5000")
+    tab.locator("#pause").click()
+    expect(tab.locator("#progress")).to_contain_text("paused")
+    open_tab(tab, "Draw")  # nothing is blocked meanwhile
+    expect(tab.locator("#prompt textarea")).not_to_have_value("")
+    tab.locator("#draw").click()
+    expect(tab.locator("#caption")).to_contain_text("seed")
+    open_tab(tab, "Teach")
     tab.locator("#stop-teaching").click()
     expect(tab.locator("#progress")).to_contain_text("Stopped after")
-    expect(tab.locator("#teach")).to_be_enabled()
     tab.locator("#use").click()
     expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background")
+    tab.get_by_role("button", name="+ <robot>").click()
+    expect(tab.locator("#prompt textarea")).to_have_value("a <robot> on a blue background <robot>")
     assert session.entries().keys() == {"robot"}
+    open_tab(tab, "Library")
+    tab.locator(".card", has_text="<robot>").click()
+    expect(tab.locator("#about")).to_contain_text("seed 0")
+    tab.locator("#delete").click()
+    tab.locator("#keep").click()
+    expect(tab.locator("#yes-delete")).to_be_hidden()
+    tab.locator("#delete").click()
+    tab.locator("#yes-delete").click()
+    expect(tab.locator("#cards")).to_contain_text("The library is empty")
+    assert session.entries() == {}
 
 
-def test_an_error_is_a_notice_in_one_sentence(tab):
+def test_errors_are_notices_and_a_drawing_can_be_stopped(tab):
+    expect(tab.locator("#prompt textarea")).not_to_have_value("")
+    tab.locator("#prompt textarea").fill(" ")
     tab.locator("#draw").click()
     notice = tab.get_by_test_id("toast-body")
     expect(notice).to_contain_text("Write a prompt first: what should the picture show?")
     expect(tab.locator("#draw")).to_be_enabled()
-    tab.get_by_role("tab", name="Teach").click()
-    tab.locator("#token input, #token textarea").fill("<rex>")
-    tab.locator("#noun input, #noun textarea").fill("dog")
-    tab.locator("#teach").click()
-    expect(tab.get_by_text("No pictures cannot be learned from")).to_be_visible()
-    tab.locator("#base input").fill("/nowhere")
-    tab.keyboard.press("Enter")
-    expect(tab.get_by_text("'/nowhere' could not be opened")).to_be_visible()
-    expect(tab.locator("#base input")).to_have_value("pocket")
-
-
-def test_a_drawing_can_be_stopped(tab):
     tab.locator("#prompt textarea").fill("a dog")
     tab.locator("#settings button").first.click()
     tab.get_by_label("number input for Pictures").fill("8")
@@ -130,3 +189,19 @@ def test_a_drawing_can_be_stopped(tab):
     tab.keyboard.press("Tab")
     tab.locator("#draw").click()
     expect(tab.locator("#caption")).to_contain_text("3 steps")
+    open_tab(tab, "Teach")
+    tab.locator("#token input, #token textarea").fill("<rex>")
+    tab.locator("#noun input, #noun textarea").fill("dog")
+    tab.locator("#teach").click()
+    expect(tab.get_by_text("No pictures cannot be learned from")).to_be_visible()
+    tab.locator("#base input").fill("/nowhere")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_text("'/nowhere' could not be opened")).to_be_visible()
+    expect(tab.locator("#base input")).to_have_value("pocket")
+
+
+def test_the_first_picture_comes_soon(tab):
+    began = time.monotonic()
+    tab.locator("#draw").click()
+    expect(tab.locator("#caption")).to_contain_text("seed")
+    assert time.monotonic() - began < 60  # 5 on two free cores; tests share theirs

@@ -1,9 +1,11 @@
-"""Every handler as a plain function, on a toy base."""
+"""Every handler as a plain function, on a toy base: drawing, combining, comparing, and the page itself."""
 
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -11,30 +13,15 @@ import pytest
 from PIL import Image
 
 import fusion
-from app import interface
+from app import interface, looks, markup, regions
+from app.drawing import Frame
 from app.notices import told
-from app.session import Session, safe_name
-from app.tabs import draw, library, teach
-from app.teaching import Teaching, lesson
+from app.session import safe_name
+from app.tabs import combine, compare, draw, history, picked_of
+from app.turns import Line
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
-
-
-def taught(session, pictures, token, steps=2):
-    """Teach to the end; the last view of it."""
-    *_, last = teach.teach_concept(session, pictures, token, "dog", steps)
-    return last
-
-
-def state(pipe):
-    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
-    return [(id(p), p.requires_grad, p.detach().clone()) for part in parts for p in part.parameters()]
-
-
-def same(before, after) -> bool:
-    pairs = zip(before, after, strict=True)
-    return all(a[:2] == b[:2] and bool((a[2] == b[2]).all()) for a, b in pairs)
 
 
 def pixels(path) -> np.ndarray:
@@ -42,215 +29,270 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image)
 
 
-def until_learning(teaching):
-    while teaching.running and teaching.step < 2:
-        teaching.ended.wait(0.01)
+def picks(**strengths):
+    return {"picked": strengths, "choices": []}
+
+
+def drawn(session, *args, **named):
+    *_, last = draw.draw_pictures(session, *args, **named)
+    return last
 
 
 def test_the_page_builds_without_torch():
     code = (
-        "import sys; from app.interface import build, launch_options; from app.session import Session;"
-        "build(Session()); launch_options(); print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
+        "import sys; from app.interface import build; from app.looks import launch_options;"
+        "from app.session import Session; build(Session()); launch_options();"
+        "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_app_says_that_it_starts_before_it_loads_anything():
-    done = subprocess.run([sys.executable, "-m", "app", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(flag in done.stdout for flag in ("--base", "--library", "--host", "--port"))
+def test_the_app_says_that_it_starts_before_it_loads_anything(tmp_path):
+    words = [sys.executable, "-m", "app"]
+    done = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(flag in done.stdout for flag in ("--base", "--library", "--host", "--port", "--auth"))
+    (tmp_path / "who").write_text("anna\n")
+    for wrong, said in (("who", "name:password"), ("nobody", "cannot be read")):
+        done = subprocess.run([*words, "--auth", str(tmp_path / wrong)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and said in done.stderr
 
 
 def test_private_by_default(session):
-    options, page = interface.launch_options(), interface.build(session)
+    options, page = looks.launch_options(), interface.build(session)
     assert options["run_history"] is False and "share" not in options and not options.get("allowed_paths")
-    assert not page.analytics_enabled and page.delete_cache
+    assert not page.analytics_enabled and page.delete_cache and options["max_file_size"]
     assert options["theme"]._stylesheets == []  # no fonts from elsewhere
 
 
-def test_teaching_puts_a_concept_into_the_library(session, pictures):
-    before = state(session.pipe)
-    progress, loss, previews, start, stop, use = taught(session, pictures, "Rex", steps=3)
-    assert "Learned in 3 steps" in progress and "&lt;rex&gt;" in progress and "<polyline" in loss.value
-    assert start.interactive and not stop.visible and use.visible and len(previews.value) == 3
-    entry = session.entries()["rex"]
-    assert [str(part) for part in entry.slices] == ["0-3"] and entry.info.provenance.steps == 3
-    assert pixels(entry.path.with_suffix(".png")).shape == (16, 16, 3)
-    assert same(before, state(session.pipe))
-    assert list(session.folder.iterdir()) == []  # the copies of the uploads are gone
-    taught(session, pictures, "<cat>")
-    assert [str(part) for part in session.entries()["cat"].slices] == ["4-7"]  # the next free slice
+def test_the_line_is_first_come_first_served_and_says_how_long_it_is():
+    line, order = Line(), []
+    with line.turn("A picture is being drawn"):
+        with line.place("second", every=0.01) as second, line.place("third", every=0.01) as third:
+            told_second, told_third = next(second), next(third)
+            assert (told_second.ahead, told_third.ahead) == (1, 2)
+            assert str(told_second) == "A picture is being drawn. You are next."
+            assert "2 are before you" in str(told_third)
+        threads = []
+        for number in range(3):
+            threads.append(threading.Thread(target=lambda n=number: take(line, n, order)))
+            threads[-1].start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2]
 
 
-def test_stop_keeps_what_was_learned_and_gives_the_base_back(session, pictures):
-    before = state(session.pipe)
-    views = teach.teach_concept(session, pictures, "rex", "dog", 5000)
-    next(views)
-    until_learning(session.teaching)
-    assert "Stopping" in teach.stop_teaching(session).value
-    *_, last = views
-    assert "Stopped after" in last[0] and last[-1].visible
-    assert 2 <= session.entries()["rex"].info.provenance.steps < 5000
-    assert same(before, state(session.pipe))
-    assert not list(session.library.glob(".*.reserved"))
+def take(line, number, order):
+    with line.turn("x"):
+        order.append(number)
 
 
-def test_a_page_joins_a_running_training_and_one_work_waits_for_the_other(session, pictures):
-    teaching = Teaching(session, lesson(session, pictures, "rex", "dog", 5000, "additive", 0))
-    until_learning(teaching)
-    assert "Step" in next(teach.watch(session))[0]
-    with pytest.raises(fusion.FusionError, match="<rex> is being taught; wait"):
-        list(draw.draw_pictures(session, [], {}, "a dog"))
-    with pytest.raises(fusion.FusionError, match="<rex> is being taught"):
-        Teaching(session, lesson(session, pictures, "cat", "cat", 5, "additive", 0))
-    with pytest.raises(fusion.FusionError, match="<rex> is being taught"):
-        session.open_base("pocket")
-    teaching.stop.set()
-    assert teaching.ended.wait(60) and teaching.state == "stopped"
-    *_, last = draw.draw_pictures(session, ["rex"], {}, "a <rex>")
-    assert Path(last[0]).is_file()
-
-
-def test_watching_nothing_changes_nothing(session):
-    assert list(teach.watch(session)) == [(gr.skip(),) * 6]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"pictures": []}, "No pictures cannot be learned from"),
-        ({"noun": " "}, "one ordinary word"),
-        ({"token": "<no spaces>"}, "needs angle brackets around a-z"),
-        ({"kind": "aditive"}, "did you mean 'additive'"),
-        ({"pictures": [("/etc/passwd", None)]}, "'passwd' is no picture"),
-    ],
-)
-def test_what_cannot_be_taught_is_told_in_a_sentence(session, pictures, change, sentence):
-    wanted = {"pictures": pictures, "token": "rex", "noun": "dog", "steps": 2, "kind": "additive", "seed": 0}
-    teaching = None
-    with pytest.raises(fusion.FusionError, match=sentence):
-        teaching = Teaching(session, lesson(session, **wanted | change))
-        teaching.ended.wait()
-        raise fusion.FusionError(teaching.error)
-    assert session.entries() == {}
-
-
-def test_a_hostile_upload_is_named_and_leaves_nothing_behind(session, pictures, tmp_path):
-    fake = tmp_path / "holiday.png"
-    fake.write_text("not a picture")
-    *_, last = teach.teach_concept(session, [*pictures, (str(fake), None)], "rex", "dog", 2)
-    assert "holiday.png is no PNG" in last[0] and "failed" in last[0] and not last[-1].visible
-    assert session.entries() == {} and list(session.folder.iterdir()) == []
-    assert taught(session, pictures, "rex")[-1].visible  # and the turn was given back
-
-
-def test_a_token_is_taught_once_and_no_file_is_overwritten(session, pictures):
-    session.library.mkdir()
-    (session.library / "rex.safetensors").write_bytes(b"somebody else's")
-    taught(session, pictures, "rex")
-    assert (session.library / "rex.safetensors").read_bytes() == b"somebody else's"
-    assert session.entries().keys() == {"rex-2"}
-    with pytest.raises(fusion.FusionError, match="already has <rex>"):
-        taught(session, pictures, "<REX>")
-
-
-@pytest.mark.parametrize("text", ["../../x", "a/b\\c", "CON:", "…", "x" * 300, "<dog>"])
-def test_file_names_are_harmless(text):
-    assert set(safe_name(text)) <= set("abcdefghijklmnopqrstuvwxyz0123456789+-_") and 0 < len(safe_name(text)) <= 48
-
-
-def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(session, pictures):
-    taught(session, pictures, "rex")
-    made = draw.draw_pictures(
-        session, ["rex"], {"rex": 0.5}, "a <rex>", "snow", 7, False, 3, 2.0, 2, [("old.png", "old")]
-    )
-    *previews, (stage, caption, wall, kept) = made
+def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(session, taught):
+    taught("rex")
+    old = [{"path": "old.png", "words": "old", "controls": []}]
+    made = draw.draw_pictures(session, picks(rex=0.5), "a <rex>", "snow", 7, False, 3, 2.0, 2, history=old)
+    *previews, (stage, caption, kept, at, cli) = made
     assert any(isinstance(preview[0], Image.Image) for preview in previews)
     recipe = fusion.recipe_of(stage)
     assert (recipe.seed, recipe.steps, recipe.batch, recipe.negative_prompt) == (7, 3, 2, "snow")
     assert [(a.tokens, a.strength) for a in recipe.adapters] == [(("<rex>",), 0.5)]
     assert "a &lt;rex&gt; · without snow · seed 7 · 3 steps · guidance 2 · &lt;rex&gt; at 0.5" in caption
-    assert len(kept) == 3 and kept[2] == ("old.png", "old") and wall.visible
-    *_, again = draw.draw_pictures(session, ["rex"], {"rex": 0.5}, "a <rex>", "snow", 7, False, 3, 2.0, 2)
-    assert (pixels(again[0]) == pixels(stage)).all()
+    assert len(kept) == 3 and kept[2]["path"] == "old.png" and at == 0
+    assert "--prompt 'a <rex>' --negative_prompt snow --seed 7 --steps 3" in cli.value and "--strength 0.5" in cli.value
+
+
+def test_one_click_repeats_a_picture_of_the_history(session, taught):
+    taught("rex")
+    stage, _, kept, *_ = drawn(session, picks(rex=0.5), "a <rex>", "", 3, True)
+    again, *controls = history.repeated(kept, 0, {"choices": ["all"], "picked": {}})
+    assert again == {"choices": ["all"], "picked": {"rex": 0.5}} and controls[3] is False  # no new seed
+    assert (pixels(drawn(session, again, *controls)[0]) == pixels(stage)).all()
+    assert history.varied(kept, 0, {})[4] is True
+    wall, again, before = history.on_the_wall(kept)
+    assert not wall.visible and again.visible and before.visible
+
+
+def test_before_and_after(session, taught):
+    taught("rex")
+    with pytest.raises(fusion.FusionError, match="Draw a picture first"):
+        next(history.before_and_after(session, history.SIDES[0], [], 0))
+    _, _, kept, *_ = drawn(session, picks(rex=1), "a <rex>", "", 3, False)
+    *_, (slider, _) = history.before_and_after(session, history.SIDES[0], kept, 0)
+    plain, _ = (entry["path"] for entry in slider.value)
+    assert fusion.recipe_of(plain).prompt == "a dog" and fusion.recipe_of(plain).adapters == ()
+    for side, sentence in ((1, "no picture before"), (2, "did not start")):
+        with pytest.raises(fusion.FusionError, match=sentence):
+            next(history.before_and_after(session, history.SIDES[side], kept, 0))
+    _, _, more, *_ = drawn(session, picks(rex=1), "a <rex>", "", 4, False, history=kept)
+    *_, (slider, _) = history.before_and_after(session, history.SIDES[1], more, 0)
+    assert Path(slider.value[0]["path"]).name == Path(kept[0]["path"]).name
+
+
+def test_a_picture_can_be_the_start_of_the_next(session, files):
+    name, shown, leave, forget = draw.started_from(session, files[0])
+    assert shown.visible and leave.visible and forget.visible
+    stage, _, kept, _, cli = drawn(session, picks(), "a dog", start=name, leave=0.5)
+    assert fusion.recipe_of(stage).image_strength == 0.5 and "--image PICTURE.png" in cli.value
+    assert history.started_from_it(session, kept, 0)[0] != name
+    for wrong in ("../../etc/passwd", "0" * 16 + ".png", "/etc/passwd"):
+        with pytest.raises(fusion.FusionError, match="no longer here"):
+            drawn(session, picks(), "a dog", start=wrong)
 
 
 def test_a_picture_nobody_waits_for_is_given_up(session):
-    frames = draw.draw_pictures(session, [], {}, "a dog", steps=500)
+    frames = draw.draw_pictures(session, picks(), "a dog", steps=500)
     next(frames), next(frames), frames.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
-    *_, last = draw.draw_pictures(session, [], {}, "a dog")
-    assert Path(last[0]).is_file()
+    assert Path(drawn(session, picks(), "a dog")[0]).is_file()
 
 
-def test_drawing_says_what_is_missing(session, pictures, monkeypatch):
-    taught(session, pictures, "rex")
+def test_drawing_says_what_is_missing(session, taught, monkeypatch):
+    taught("rex")
     notes = []
     monkeypatch.setattr(draw, "warn", notes.append)
-    list(draw.draw_pictures(session, ["rex"], {}, "a dog"))
+    drawn(session, picks(rex=1), "a dog")
     assert notes == ["The prompt does not mention <rex>, so nothing of that is drawn."]
-    for keys, prompt, sentence in (([], " ", "Write a prompt"), (["cat"], "a cat", "no longer in the library")):
+    for picked, prompt, sentence in ((picks(), " ", "Write a prompt"), (picks(cat=1), "a cat", "no longer in the lib")):
         with pytest.raises(fusion.FusionError, match=sentence):
-            list(draw.draw_pictures(session, keys, {}, prompt))
+            drawn(session, picked, prompt)
     with pytest.raises(fusion.FusionError, match="no longer"):
         session.adapters(["../library/rex"])
 
 
-def test_picking_gives_a_verdict_and_an_example(session, pictures):
-    taught(session, pictures, "rex"), taught(session, pictures, "cat")
-    verdict, prompt, example = draw.picked(session, ["rex"], "", "")
+def test_regions_are_checked_before_anything_is_drawn():
+    left = {"prompt": "a <rex>", "box": [0, 0, 0.5, 2]}
+    assert regions.regions_of({"regions": [left]}) == [{"prompt": "a <rex>", "box": (0, 0, 0.5, 1)}]
+    assert regions.regions_of(None) == [] and regions.regions_of({"tokens": []}) == []
+    white = markup.data_url(Image.new("RGB", (64, 64), "white"), None)
+    painted = regions.regions_of({"regions": [{"prompt": "a cat", "mask": white}]})
+    assert regions._mask(painted[0]["mask"], 1).getextrema() == (255, 255)
+    cases = (
+        ([{"prompt": " ", "box": [0, 0, 1, 1]}], "Region 1 has no prompt"),
+        ([{"prompt": "a cat", "mask": ""}], "Nothing is painted in region 1"),
+        ([left] * 13, "13 regions are too many"),
+    )
+    for wrong, sentence in cases:
+        with pytest.raises(fusion.FusionError, match=sentence):
+            regions.regions_of({"regions": wrong})
+    large = markup.data_url(Image.new("RGB", (2000, 2000)), None)
+    for wrong in ("/etc/passwd", "data:image/png;base64,AAAA", "data:image/png;base64,?", large):
+        with pytest.raises(fusion.FusionError, match="cannot be read"):
+            regions._mask(wrong, 1)
+
+
+def test_regions_reach_the_drawing_and_the_command_line(session, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(fusion, "Region", lambda prompt, box=None, mask=None: (prompt, box, mask), raising=False)
+    plain = fusion.generate
+    monkeypatch.setattr(
+        fusion, "generate", lambda *a, regions=(), **named: asked.update(regions=regions) or plain(*a, **named),
+        raising=False,
+    )  # fmt: skip
+    value = {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}, {"prompt": "a cat", "box": [0.5, 0, 1, 1]}]}
+    *_, cli = drawn(session, picks(), "two things", regions=value)
+    assert asked["regions"] == [("a dog", (0, 0, 0.5, 1), None), ("a cat", (0.5, 0, 1, 1), None)]
+    assert "--region 'a dog: 0 0 0.5 1' --region 'a cat: 0.5 0 1 1'" in cli.value
+
+
+def test_picking_gives_a_verdict_and_an_example(session, taught):
+    taught("rex"), taught("cat")
+    verdict, prompt, example, areas = draw.picked(session, picks(rex=1), "", "", {"regions": [1]})
     assert "compatible" in verdict and prompt == "a <rex> on a blue background" and not example.visible
-    verdict, prompt, example = draw.picked(session, ["rex", "cat"], prompt, example.value)
+    assert areas == {"regions": [1], "tokens": ["<rex>"]}
+    verdict, prompt, example, _ = draw.picked(session, picks(rex=1, cat=1), prompt, example.value, None)
     assert "<rex> on the left and a <cat>" in prompt and "2 adapters" in verdict
-    verdict, prompt, example = draw.picked(session, ["cat"], "my own words", example.value)
+    verdict, prompt, example, _ = draw.picked(session, picks(cat=1), "my own words", example.value, None)
     assert prompt == gr.skip() and example.visible and example.value == "Try: a <cat> on a blue background"
-    assert draw.picked(session, [], "", "")[0] == draw.NOTHING_PICKED
+    assert draw.picked(session, picks(), "", "", None)[:2] == (draw.NOTHING_PICKED, "a cat on a blue background")
+    assert draw.inserted("a ", SimpleNamespace(token="<rex>")) == "a <rex>"
 
 
-def test_what_cannot_be_combined_is_refused_before_drawing(session, pictures):
-    taught(session, pictures, "rex")
+def test_the_verdict_and_the_heat_map_come_before_any_picture(session, taught):
+    assert combine.judged(session, picks(), "direct_sum") == combine.ASK
+    taught("rex"), taught("cat")
+    shown = combine.judged(session, picks(rex=1, cat=1), "direct_sum")
+    assert "2 adapters, each acting" in shown and shown.count("<tr>") == 3 and "act on every word" not in shown
+    assert "act on every word" in combine.judged(session, picks(rex=1, cat=1), "average")
+    assert "regression" in combine.save_as_one(session, picks(rex=1, cat=1), "regression")[1].value
+    assert "rex+cat" in session.entries() and not session.adapters(["rex+cat"])[0].gated
     fusion.save(session.adapters(["rex"])[0], session.library / "copy.safetensors")
-    verdict = draw.verdict_html(session, ["rex", "copy"])
-    assert "refused" in verdict and "both use &lt;rex&gt;" in verdict and "<rex>" not in verdict
+    refused = combine.judged(session, picks(rex=1, copy=1), "direct_sum")
+    assert "refused" in refused and "both use &lt;rex&gt;" in refused and "<rex>" not in refused
 
 
-def test_the_combination_can_be_taken_along(session, pictures):
-    taught(session, pictures, "rex"), taught(session, pictures, "cat")
-    file = draw.fused(session, ["rex", "cat"], {"cat": 0.5})
-    both = fusion.load(file.value["path"])
-    assert {c.token: b.strength for c, b in zip(both.info.concepts, both.branches, strict=True)} == {
+def test_the_combination_is_saved_exported_and_baked(session, taught):
+    taught("rex"), taught("cat")
+    both = picks(rex=1, cat=0.5)
+    said, cli = combine.save_as_one(session, both, "direct_sum", "My Pets!")
+    assert "my-pets" in said and "fusion fuse" in cli.value and "--strength 1 0.5" in cli.value
+    made = session.adapters(["my-pets"])[0]
+    assert {c.token: b.strength for c, b in zip(made.info.concepts, made.branches, strict=True)} == {
         "<rex>": 1,
         "<cat>": 0.5,
     }
+    files, notes, cli = combine.exported(session, both, form="kohya")
+    names = {Path(file["path"]).name for file in files.value}
+    assert names == {"rex+cat_kohya.safetensors", "rex+cat_kohya_rex.safetensors", "rex+cat_kohya_cat.safetensors"}
+    assert "A plain LoRA cannot be gated" in notes and str(session.folder) not in notes and "--to kohya" in cli.value
+    files, _, _ = combine.exported(session, both)
+    assert fusion.load(files.value[0]["path"]).info.name == "rex+cat"
+    with pytest.raises(fusion.FusionError, match="accept that first"):
+        combine.baked(session, both)
+    said, cli = combine.baked(session, both, "direct_sum", "pets", accept=True)
+    assert (session.library / "models" / "pets" / "model_index.json").is_file() and "--gating none" in cli.value
+    with pytest.raises(fusion.FusionError, match="is there already"):
+        combine.baked(session, both, "direct_sum", "pets", accept=True)
     with pytest.raises(fusion.FusionError, match="at least one"):
-        draw.fused(session, [], {})
+        combine.save_as_one(session, picks())
 
 
-def test_the_library_is_looked_at_anew_each_time(session, pictures):
-    picks, nothing, cards = interface.look_at_library(session, ["gone"])
-    assert not picks.visible and nothing.visible and "is empty" in cards
-    taught(session, pictures, "rex")
-    picks, nothing, cards = interface.look_at_library(session, ["gone", "rex"])
-    assert picks.choices == [("<rex>", "rex")] and picks.value == ["rex"] and not nothing.visible
-    assert all(text in cards for text in ("&lt;rex&gt;", "dog", "tiny-sd1", "0-3", "additive", "data:image/png"))
-    (session.library / "rex.png").write_bytes(b"broken")
-    assert 'class="initial"' in library.cards_html(session)
+def test_the_grid_is_measured_and_can_be_kept(session, taught):
+    taught("rex"), taught("cat")
+    both = picks(rex=1, cat=1)
+    assert compare.prompted(session, both, "") == "a <rex> on the left and a <cat> on the right on a red background"
+    assert compare.prompted(session, both, "my own") == gr.skip()
+    *steps, (grid, legend, sheet, _) = compare.draw_grid(session, both, "a <rex>", "0.5, 1", ["direct_sum", "average"])
+    assert grid.count("<img") == 8 and "kept" in grid and "leakage" in grid and "Kept" in legend
+    assert Path(sheet.value["path"]).is_file() and "--strengths 0.5 1 --methods direct_sum average" in steps[0][3].value
+    for strengths, sentence in (("much", "write numbers"), ("", "1 to 64 pictures")):
+        with pytest.raises(fusion.FusionError, match=sentence):
+            list(compare.draw_grid(session, both, "a <rex>", strengths))
 
 
-def test_names_from_files_are_words_never_markup(session, pictures):
-    taught(session, pictures, "rex")
+def test_names_from_files_are_words_never_markup(session, taught):
+    taught("rex")
     adapter = session.adapters(["rex"])[0]
     evil = "<img src=x onerror=alert(1)>"
-    concept = fusion.Concept("<rex>", evil)
-    info = type(adapter.info)(evil, adapter.info.base, (concept,), adapter.info.provenance)
+    info = type(adapter.info)(evil, adapter.info.base, (fusion.Concept("<rex>", evil),), adapter.info.provenance)
     fusion.save(type(adapter)(info, adapter.branches, adapter.tokens), session.library / "evil.safetensors")
-    shown = library.cards_html(session) + draw.verdict_html(session, ["evil"])
+    from app.tabs import library
+
+    shown = (
+        library.cards_html(session)
+        + library.slices_html(session)
+        + combine.judged(session, picks(evil=1), "direct_sum")
+    )
+    shown += "".join(str(part) for part in library.detail(session, "evil"))
     assert "<img src=x" not in shown and "&lt;img src=x" in shown
+
+
+def test_what_is_picked_stays_as_long_as_it_is_there(session, taught):
+    *pickers, nothing = interface.look_at_library(session, {"gone": 1})
+    assert pickers[0] == {"choices": [], "picked": {}} and nothing.visible
+    taught("rex")
+    value, *_, nothing = interface.look_at_library(session, {"gone": 1, "rex": 0.5})
+    assert value["picked"] == {"rex": 0.5} == picked_of(value) and not nothing.visible
+    assert [(c["key"], c["label"], c["tokens"]) for c in value["choices"]] == [("rex", "<rex>", ["<rex>"])]
+    assert value["choices"][0]["picture"].startswith("data:image/png")
+    assert interface.look_at_library(session)[0]["picked"] is None  # as the page has it
+    assert interface.taught(session)[0] == {"rex": 1.0}
 
 
 def test_another_base(session, base, tmp_path):
     title, chosen, *usual = interface.base_ready(session)
-    assert "16 × 16" in chosen["info"] and usual == [4, 3, 2.5] and "pixelated" in title
+    assert "16 × 16" in chosen["info"] and usual[:2] == [3, 2.5] and "pixelated" in title
+    assert usual[-1]["usual"]["rank"] == "4"
     before = session.pipe
     for wrong in ("/nowhere", str(tmp_path)):
         with pytest.raises(fusion.FusionError):
@@ -261,6 +303,8 @@ def test_another_base(session, base, tmp_path):
 
 
 def test_a_base_that_cannot_be_opened_is_said_on_the_page(tmp_path, monkeypatch):
+    from app.session import Session
+
     notes = []
     monkeypatch.setattr(interface, "warn", notes.append)
     session = Session(str(tmp_path / "nothing"))
@@ -268,15 +312,10 @@ def test_a_base_that_cannot_be_opened_is_said_on_the_page(tmp_path, monkeypatch)
     assert "could not be opened" in interface.base_ready(session)[1]["info"] and len(notes) == 1
 
 
-def test_a_name_is_suggested_where_none_is_given():
-    assert teach.suggested_token("red panda", "") == "<my-red-panda>" and teach.suggested_token("dog", "rex") == "rex"
-
-
-def test_examples_come_with_captions(session):
-    folder = teach.example_concepts()["robot"]
-    pictures, noun, token = teach.example_lesson(session, folder)
-    assert len(pictures) >= 4 and all("<robot>" in caption for _, caption in pictures)
-    assert (noun, token) == ("robot", "<robot>") and Path(pictures[0][0]).parent == session.folder
+@pytest.mark.parametrize("text", ["../../x", "a/b\\c", "CON:", "…", "x" * 300, "<dog>", "--flag"])
+def test_file_names_are_harmless(text):
+    made = safe_name(text)
+    assert set(made) <= set("abcdefghijklmnopqrstuvwxyz0123456789+-_") and 0 < len(made) <= 48 and made[0] != "-"
 
 
 def test_every_error_becomes_one_escaped_sentence(session):
@@ -296,7 +335,14 @@ def test_every_error_becomes_one_escaped_sentence(session):
         told(fails, session)(ZeroDivisionError("secret path /home"))
 
 
-def test_the_loss_is_drawn_for_any_length():
-    for count in (0, 1, 2, 5000):
-        drawn = teach.loss_svg([0.5] * count, max(2, count))
-        assert drawn.count("<polyline") == 2 and len(drawn) < 40_000
+def test_two_drawings_take_turns_and_the_second_says_so(session):
+    first = draw.draw_pictures(session, picks(), "a dog", steps=500)
+    while not isinstance(next(first)[0], Image.Image):
+        pass
+    second = draw.draw_pictures(session, picks(), "a dog", steps=2)
+    next(second)
+    assert "A picture is being drawn. You are next." in next(second)[1]
+    first.close()
+    *_, last = second
+    assert Path(last[0]).is_file()
+    assert Frame(1, 2).preview is None

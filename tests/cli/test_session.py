@@ -113,7 +113,22 @@ def test_inspect_and_evaluate_speak_json(train, base, capsys):
     assert main(["evaluate", *files, "--base", base, *prompts, "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["gated"]["output_error"] == {"<dog>": 0, "<cat>": 0} and measured["gated"]["drift"] == 0
-    assert measured["ungated"]["drift"] > 0
+    assert measured["ungated"]["drift"] > 0 and measured["identity"] is None
+
+
+def test_pictures_are_judged_against_references(train, base, pictures, tmp_path, capsys):
+    assert train("<dog>") == train("<cat>") == 0
+    tiny.save_judge(tmp_path / "judge")
+    words = ["evaluate", "out/dog.safetensors", "out/cat.safetensors", "--base", base, "--seeds", "1"]
+    words += ["--prompts", "a {token}", "--concept_free", "a bird", "--judge", str(tmp_path / "judge")]
+    capsys.readouterr()
+    assert main([*words, "--references", f"<dog>={pictures}", "--references", f"<cat>={pictures}"]) == 0
+    shown = capsys.readouterr().out
+    assert "retention in pairs" in shown and "Judge: judge, which tells" in shown
+    assert main([*words, "--references", f"<rex>={pictures}"]) == 1
+    assert "No adapter knows <rex>" in capsys.readouterr().err
+    assert main([*words, "--references", pictures]) == 2
+    assert '--references takes "<token>=FOLDER"' in capsys.readouterr().err
 
 
 def test_one_token_twice_is_refused_until_renamed(train, capsys):
@@ -172,3 +187,22 @@ def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path,
     assert "--image" in capsys.readouterr().err
     assert main(["generate", "--from", "dog.png", "--image", other, *words, "again.png"]) == 0
     assert "is not the picture" in capsys.readouterr().err
+
+
+def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save("right.png")
+    regions = ["--region", "a cat: 0 0 0.5 1", "--region", "a bird: right.png"]
+    words = ["generate", "--prompt", "a dog", "--base", base, "-o"]
+    assert main([*words, "plain.png"]) == main([*words, "parts.png", *regions]) == 0
+    assert not (pixels("plain.png") == pixels("parts.png")).all()
+    assert main(["generate", "--from", "parts.png", "--base", base, "-o", "again.png"]) == 0
+    assert (pixels("again.png") == pixels("parts.png")).all()
+    capsys.readouterr()
+    for wrong, said in (("a cat", "PROMPT: LEFT TOP"), ("a cat: 0 1", "neither four numbers nor a picture")):
+        assert main([*words, "wrong.png", "--region", wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*words, "wrong.png", "--region", "a cat: 0 0 64 64"]) == 1
+    assert "in shares of the picture" in capsys.readouterr().err

@@ -8,8 +8,10 @@ import torch
 import fusion
 import tiny
 from fusion.adapters.adapter import BaseInfo
+from fusion.cli import main
 from fusion.errors import BaseMismatch, ConfigError, GatingError, SliceConflict, TokenConflict, UnknownName
 from fusion.methods import METHODS
+from fusion.methods.method import LayerMerge
 from trained import attached, draw, trained_adapter
 
 TOKENS = ("<rex>", "<tom>", "<ann>")
@@ -73,8 +75,8 @@ def test_one_adapter_fused_alone_is_itself(three):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_strength_zero_of_all_changes_nothing(three, method):
-    fused = fusion.fuse(three, strengths=[0, 0, 0], method=method)
+def test_strength_zero_of_all_changes_nothing(toy, three, method):
+    fused = fusion.fuse(three, strengths=[0, 0, 0], method=method, pipe=toy)
     assert all(not total(fused, layer).any() for layer in fused.layer_names)
 
 
@@ -175,3 +177,45 @@ def test_a_planted_collision_is_named_with_pair_and_layer(toy):
 
 def test_a_fused_adapter_is_taken_apart_when_measured(three):
     assert fusion.interference([fusion.fuse(three)]).names == ["rex", "tom", "ann"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_imported_loras_take_part_in_every_method(toy, method, tmp_path, caplog):
+    own = trained_adapter(toy, "<rex>", scale=0.1)
+    fusion.export(trained_adapter(toy, "<tom>", k=1, gated=False, scale=0.1), tmp_path / "style.safetensors", "kohya")
+    style = fusion.load(tmp_path / "style.safetensors")
+    assert not style.info.concepts and not style.gated
+    fused = fusion.fuse([own, style], method=method, pipe=toy)
+    assert set(fused.layer_names) == {*own.layer_names, *style.layer_names}
+    assert all(delta.dense().isfinite().all() and delta.dense().any() for delta in fused.deltas().values())
+    fusion.save(fused, tmp_path / "fused.safetensors")
+    with attached(toy, fusion.load(tmp_path / "fused.safetensors")):
+        assert draw(toy, "a photo of a <rex>").isfinite().all()
+
+
+def test_energy_balanced_is_as_large_as_its_strongest_part_and_keeps_branches_and_gates(three):
+    fused = fusion.fuse(three, [1.0, 0.5, 0.2], "energy_balanced")
+    assert fused.gated and [branch.type for branch in fused.branches] == ["additive"] * 3
+
+    def size(adapter):
+        return float(torch.cat([total(adapter, n).flatten() for n in adapter.layer_names]).norm())
+
+    strongest = max(s * size(adapter) for s, adapter in zip([1.0, 0.5, 0.2], three, strict=True))
+    assert size(fused) == pytest.approx(strongest, rel=1e-5)
+    merged = fusion.fuse(three, [1.0, 0.5, 0.2], "energy_balanced", energy=1.0)
+    for layer in fused.layer_names:
+        torch.testing.assert_close(total(merged, layer), total(fused, layer), rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_of_ones_own_is_one_file_and_one_line(three, tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_method.py").write_text(
+        "def merge(deltas, strengths, given):\n    return deltas[0] * strengths[0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "toy", LayerMerge("toy_method:merge", "keeps the first", linear=True))
+    fused = fusion.fuse(three, [2.0, 1.0, 1.0], method="toy")
+    for layer in three[0].layer_names:
+        torch.testing.assert_close(total(fused, layer), 2 * total(three[0], layer))
+    assert main(["fuse", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "toy" in shown and "keeps the first" in shown

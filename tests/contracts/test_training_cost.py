@@ -12,7 +12,7 @@ from fusion.models.branches import Gate, Knob, LayerBranch, adapted
 from fusion.models.conditioning import encode_prompts, predict
 from fusion.models.injection import attach
 from fusion.models.names import components
-from fusion.models.prompts import Scope
+from fusion.models.prompts import PictureScope, TokenScope
 from trained import draw, everywhere, trained_adapter, trained_layer
 
 every_type = pytest.mark.parametrize("kind", ADAPTERS)
@@ -45,9 +45,8 @@ def test_no_matrix_of_the_size_of_a_weight_is_made_in_training(kind, gated, conv
     layer = trained_layer(kind, base.weight.flatten(1))
     x = torch.randn(2, width, 3, 2) if convolution else torch.randn(2, rows // 2, width)
     x.requires_grad_()
-    size = 2 if convolution else rows
-    scope = Scope({"<a>": torch.arange(size)}, size)
-    gate = Gate(("<a>",), lambda: scope, convolution) if gated else None
+    scope = PictureScope({"<a>": [(0, 0), (1, 0)]}, 2) if convolution else TokenScope({"<a>": torch.arange(rows)}, rows)
+    gate = Gate(("<a>",), lambda: scope) if gated else None
     wrapped = adapted(base)
     wrapped.add(0, LayerBranch(layer.delta, Knob(1.0), gate))
     with Made() as made:

@@ -8,15 +8,18 @@ from torch import nn
 from fusion.adapters import ADAPTERS
 from fusion.errors import GatingError
 from fusion.models.branches import AdaptedConv1x1, AdaptedLinear, Gate, Knob, LayerBranch, adapted
-from fusion.models.prompts import Scope
+from fusion.models.prompts import PictureScope, TokenScope
 from trained import moved, trained_layer
 
 every_type = pytest.mark.parametrize("kind", ADAPTERS)
 
 
 def gate(rows, size, *, by_picture=False, token="<a>"):
-    scope = Scope({token: torch.tensor(rows)} if rows else {}, size)
-    return Gate((token,), lambda: scope, by_picture)
+    if by_picture:
+        scope = PictureScope({token: [(picture, 0) for picture in rows]}, size)
+    else:
+        scope = TokenScope({token: torch.tensor(rows)} if rows else {}, size)
+    return Gate((token,), lambda: scope)
 
 
 def linear(out=20, width=12, bias=True):
@@ -182,9 +185,9 @@ def test_a_gate_read_from_other_rows_is_an_error_and_a_shut_one_is_not():
 
 def test_a_gate_of_several_tokens_acts_once_where_any_of_them_stands():
     base, x = linear(), torch.randn(1, 6, 12)
-    scope = Scope({"<a>": torch.tensor([1, 2]), "<b>": torch.tensor([2, 4]), "<c>": torch.tensor([5])}, 6)
+    scope = TokenScope({"<a>": torch.tensor([1, 2]), "<b>": torch.tensor([2, 4]), "<c>": torch.tensor([5])}, 6)
     wrapped, layer = adapted(base), trained_layer("lora", base.weight)
-    wrapped.add(0, LayerBranch(layer.delta().detach(), Knob(1.0), Gate(("<b>", "<a>", "<z>"), lambda: scope, False)))
+    wrapped.add(0, LayerBranch(layer.delta().detach(), Knob(1.0), Gate(("<b>", "<a>", "<z>"), lambda: scope)))
     changed = expected(base, x, layer.delta().dense())
     assert torch.allclose(wrapped(x)[:, [1, 2, 4]], changed[:, [1, 2, 4]], atol=1e-4)
     assert torch.equal(wrapped(x)[:, [0, 3, 5]], base(x)[:, [0, 3, 5]])

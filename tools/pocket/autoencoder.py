@@ -3,10 +3,10 @@
 Loss: L1 + 4 · L2 + ¼ · L1 of the differences between neighbours (edges), 0.03 of noise on the latents so that the
 decoder forgives a denoiser's small errors, and 1e-3 · z². No sampling, no adversary: flat artwork needs neither.
 
-`--start` names an older pocket. Its f = 4 autoencoder of 64 px pictures has the same latents, so its layers are taken
-over, the new full-resolution level is learned, and `--keep-code` · |z - z'|² holds the new code z at the old encoder's
-code z' of the halved picture: its denoiser is then a start for ours, and draws 128 px at once. The price: what the old
-code lost, ours has lost, too. On crowded scenes that is all above 28.4 dB at 64 px; a free code has no such bound.
+`--start` names an older pocket. If its autoencoder is one of 64 px pictures (f = 4), with the same latents, its layers
+are taken over, the new full-resolution level is learned, and `--keep-code` · |z - z'|² holds the new code z at the old
+encoder's code z' of the halved picture: its denoiser is then a start for ours, and draws 128 px at once. The price:
+what the old code lost, ours has lost, too (on crowded scenes it gives 28.4 dB at 64 px); a free code has no such bound.
 """
 
 import random
@@ -50,8 +50,8 @@ def fresh() -> AutoencoderKL:
 
 
 def start_from(model: AutoencoderKL, older: AutoencoderKL) -> None:
-    """Take over an autoencoder with one level less: its levels are our inner ones."""
-    shift = len(CHANNELS) - len(older.config.block_out_channels)
+    """Take over an autoencoder of as many levels, or of one less: its levels are then our inner ones."""
+    shift = missing_levels(older)
     weights = {}
     for name, value in older.state_dict().items():
         head, *rest = name.split(".")
@@ -61,6 +61,10 @@ def start_from(model: AutoencoderKL, older: AutoencoderKL) -> None:
         if not (shift and outer):
             weights[".".join([head, *rest])] = value
     copy_matching(model, weights)
+
+
+def missing_levels(older: AutoencoderKL) -> int:
+    return len(CHANNELS) - len(older.config.block_out_channels)
 
 
 INNER = {("encoder", "conv_out"), ("encoder", "conv_norm_out"), ("decoder", "conv_in")}
@@ -109,7 +113,7 @@ def run(
         kept = torch.zeros(())
         seen = z
         if older:
-            goal = encode(older, F.interpolate(x, scale_factor=0.5, mode="area"))
+            goal = encode(older, F.interpolate(x, scale_factor=0.5 ** missing_levels(older), mode="area"))
             kept = F.mse_loss(z, goal)
             # Until our encoder gives that code, half of what the decoder sees is the older one's.
             seen = torch.where(torch.arange(batch).view(-1, 1, 1, 1) % 2 == 0, z, goal) if step < 0.8 * steps else z

@@ -1,0 +1,60 @@
+"""Parts of the picture with prompts of their own: from what a page says to `fusion.Region`s."""
+
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+import fusion
+
+MOST = 12
+LARGEST = 300_000  # letters of a painted mask
+SIDE = 1024  # pixels of a painted mask, at most
+PREFIX = "data:image/png;base64,"
+
+
+def regions_of(value: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What widgets/regions.js holds, checked: every region has a prompt, and a box or a mask."""
+    found: list[Any] = list((value or {}).get("regions") or ())
+    if len(found) > MOST:
+        raise fusion.FusionError(f"{len(found)} regions are too many; {MOST} is the limit.")
+    made: list[dict[str, Any]] = []
+    for number, region in enumerate(found, start=1):
+        prompt, box, mask = str(region.get("prompt") or "").strip(), region.get("box"), region.get("mask")
+        if not prompt:
+            raise fusion.FusionError(f"Region {number} has no prompt; say what is there, or remove it.")
+        if box:
+            made.append({"prompt": prompt, "box": tuple(min(1.0, max(0.0, float(share))) for share in box)})
+        elif mask:
+            made.append({"prompt": prompt, "mask": str(mask)})
+        else:
+            raise fusion.FusionError(f"Nothing is painted in region {number}; paint it, or remove it.")
+    return made
+
+
+def as_regions(found: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """`fusion.Region`s, masks decoded."""
+    return [
+        fusion.Region(part["prompt"], part["box"])
+        if "box" in part
+        else fusion.Region(part["prompt"], mask=_mask(part["mask"], number))
+        for number, part in enumerate(found, start=1)
+    ]
+
+
+def _mask(url: str, number: int) -> Image.Image:
+    wrong = fusion.FusionError(f"What is painted in region {number} cannot be read; paint it again.")
+    if not url.startswith(PREFIX) or len(url) > LARGEST:
+        raise wrong
+    try:
+        with Image.open(BytesIO(base64.b64decode(url[len(PREFIX) :], validate=True)), formats=("PNG",)) as image:
+            if max(image.size) > SIDE:
+                raise wrong
+            return image.convert("L")
+    except (binascii.Error, OSError, ValueError, Image.DecompressionBombError):
+        raise wrong from None

@@ -1,0 +1,43 @@
+"""Add adapters into the base's own weights and vocabulary, and save the result as a diffusers folder.
+
+Any program that reads diffusers folders then draws them, without this one. One-way: baked weights have no gates, so
+every concept acts on every word.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fusion.cli.console import UsageError, add_base_arguments, example, open_base
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.usage = "fusion bake ADAPTER -o FOLDER [options]"
+    parser.epilog = "example: fusion bake pets.safetensors -o pets-model --gating none"
+    add = parser.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="an adapter file, single or fused")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the new base, a folder that is not there yet",
+    )
+    add("--gating", choices=("tokens", "none"), help="none accepts that baked weights act on every token")
+    add_base_arguments(parser)
+
+
+def run(args: Namespace) -> None:
+    from fusion.formats.reading import load
+    from fusion.models.injection import bake
+
+    if args.output.exists():
+        raise UsageError(f"'{args.output}' is there already; name a new folder.")
+    adapter = load(args.adapter)
+    pipe = open_base(args.base, args, args.dtype)
+    bake(pipe, adapter, args.gating)
+    pipe.save_pretrained(args.output)
+    tokens = [concept.token for concept in adapter.info.concepts]
+    print(f"wrote {args.output}: {' '.join(tokens) or adapter.info.name} baked in")
+    prompt = f"a {tokens[0]}" if tokens else "a photo"
+    print(f"next: {example('generate', '--base', args.output, '--prompt', prompt)}")

@@ -1,0 +1,48 @@
+"""One prompt and seed over strengths, fusion methods and adapters: a sheet of pictures with measured numbers.
+
+Kept is how much of a concept survives, 100% as its file alone draws it; leakage is how far prompts without any
+concept move, 0 not at all.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from fusion.cli.console import add_base_arguments, open_base, progress
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.usage = 'fusion compare ADAPTER ... --prompt "..." -o SHEET.png [options]'
+    add = parser.add_argument
+    add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
+    add("--prompt", required=True, metavar="TEXT", help="what to draw everywhere")
+    add("--strengths", nargs="+", type=float, default=[0.5, 1.0], metavar="X", help="rows (default: 0.5 1)")
+    add("--methods", nargs="+", default=["direct_sum"], metavar="NAME", help="columns (default: direct_sum)")
+    add("--alone", action="store_true", help="also a column for each adapter alone")
+    add("--own_strengths", nargs="+", type=float, metavar="X", help="one for each adapter, times the row's")
+    add("--seed", type=int, default=0, metavar="N", help="of every picture (default: 0)")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
+    add_base_arguments(parser)
+
+
+def run(args: Namespace) -> None:
+    from fusion.evaluation.comparison import Cell, compare
+    from fusion.evaluation.contact import contact_sheet
+    from fusion.formats.reading import load
+
+    adapters = [load(path) for path in args.adapters]
+    pipe = open_base(args.base, args, args.dtype)
+    names = ("own_strengths", "strengths", "methods", "alone", "seed", "steps")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    rows: dict[float, list[Cell]] = {}
+    with progress() as advance:
+        for cell in compare(pipe, adapters, args.prompt, **settings):
+            advance(cell.number, cell.total)
+            rows.setdefault(cell.strength, []).append(cell)
+    for row in rows.values():
+        for cell in row:
+            print(cell.to_text().replace("\n", "  "))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet([[(cell.picture.image, cell.to_text()) for cell in row] for row in rows.values()]).save(args.output)
+    print(f"wrote {args.output}")

@@ -1,0 +1,66 @@
+"""A folder of adapters: what is in it, who owns which slice; take in, rename and delete adapters.
+
+Adapters are meant by the names of their files, without the ending.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from fusion.cli.console import UsageError, add_base_arguments, open_base, size, table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.usage = "fusion library [DIR] [options]"
+    parser.epilog = 'example: fusion library out --rename robot robo --tokens "<robot>=<robo>"'
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=Path("out"), metavar="DIR", help="the library (default: out)")
+    add(
+        "--add", nargs="+", type=Path, default=[], metavar="FILE", help="take in copies: ours, diffusers or kohya LoRAs"
+    )
+    add(
+        "--rename", nargs=2, metavar=("OLD", "NEW"), help="give an adapter another name; the same is fine with --tokens"
+    )
+    add("--tokens", nargs="+", default=[], metavar="<OLD>=<NEW>", help="with --rename: other tokens too")
+    add("--delete", nargs="+", default=[], metavar="NAME", help="delete adapters for good")
+    add("--slices", action="store_true", help="show who owns what of the base, and what is free")
+    add_base_arguments(parser)
+
+
+def run(args: Namespace) -> None:
+    from fusion.formats.library import Library
+
+    library = Library(args.folder)
+    if args.tokens and not args.rename:
+        raise UsageError("--tokens goes with --rename OLD NEW.")
+    for path in args.add:
+        print(f"added {library.add(path)}")
+    if args.rename:
+        pairs = dict(token.split("=", 1) for token in args.tokens if "=" in token)
+        print(f"renamed to {library.rename(*args.rename, tokens=pairs)}")
+    for name in args.delete:
+        library.remove(name)
+        print(f"deleted {name}")
+    entries = library.adapters()
+    if not (args.add or args.rename or args.delete):
+        rows = [row(entry) for entry in entries]
+        table([("name", "concepts", "nouns", "slice", "base", "size"), *rows])
+    if args.slices:
+        print_slices(open_base(args.base, args, args.dtype), library)
+
+
+def row(entry: Any) -> tuple[str, ...]:
+    concepts = entry.info.concepts
+    slices = ", ".join(map(str, entry.slices)) or "-"
+    nouns = ", ".join(c.noun for c in concepts if c.noun) or "-"
+    base = entry.info.base.name if entry.info.base else "-"
+    return entry.path.stem, " ".join(c.token for c in concepts) or "-", nouns, slices, base, size(entry.path)
+
+
+def print_slices(pipe: Any, library: Any) -> None:
+    from fusion.composition.ownership import slice_map
+
+    found = slice_map(pipe, library)
+    print(f"{found.base.name}: {found.free} of {found.capacity} directions are free")
+    for owner in found.owners:
+        print(f"  {owner.slice}  {owner.who}")

@@ -1,0 +1,42 @@
+"""The closed form of gradient fusion (Mix-of-Show, Gu et al. 2023, arXiv 2305.18292): one linear least-squares problem.
+
+With Xᵢ the inputs of a layer while concept i is prompted, and X₀ inputs to be left alone, minimise over ΔW
+
+    Σᵢ ‖(ΔW − strengthᵢ ΔWᵢ) Xᵢ‖² + λ ‖ΔW X₀‖² + ρ ‖ΔW‖²
+
+With Cᵢ = Xᵢ Xᵢᵀ and M = Σᵢ Cᵢ + λ C₀ + ρ 1 the optimum is
+
+    ΔW = Σᵢ strengthᵢ ΔWᵢ Cᵢ M⁻¹ = [up₁ … upₙ] · [strengthᵢ downᵢ Cᵢ M⁻¹]
+
+so it stays in factors, exactly, of rank ΣQ. The same optimum as RegMean (Jin et al. 2022, arXiv 2212.09849), in which
+X₀ and ρ are missing and other weights stand. A strength of zero asks for silence on that concept's prompts.
+
+Shapes: O out_features, I in_features, Q rank of a delta.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusion.methods.method import Given
+from fusion.spectral.delta import Delta
+
+
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+    """Solved in float64 by Cholesky. Where no adapter has met an input, the sum."""
+    normal = normal_matrix(given)
+    parts = list(zip(deltas, strengths, given.moments, strict=True))
+    up = torch.cat([delta.up for delta in deltas], dim=1)  # (O, ΣQ)
+    if normal is None:
+        return Delta(up, torch.cat([delta.down * s for delta, s, _ in parts]))
+    wanted = [delta.down.double() @ moment.own * s if moment else delta.down.double() * 0 for delta, s, moment in parts]
+    solved = torch.cholesky_solve(torch.cat(wanted).T, torch.linalg.cholesky(normal)).T  # (ΣQ, I)
+    return Delta(up, solved.to(up.dtype))
+
+
+def normal_matrix(given: Given) -> Tensor | None:
+    """M (I, I), or None where no adapter has met an input that counts."""
+    known = [moment for moment in given.moments if moment is not None]
+    total = sum(moment.normal(given.options.neutral, given.options.ridge) for moment in known)
+    return total if isinstance(total, Tensor) and total.diagonal().sum() > 0 else None

@@ -1,0 +1,164 @@
+"""Regions of a picture, each with a prompt of its own: region-aware attention (Gu et al. 2023, arXiv 2305.18292).
+
+The regions' prompts are encoded beside the picture's and laid behind it, (B, (1 + R)·T, D). In cross-attention a cell
+that regions cover attends to their prompts, to the mean of several, every other cell to the picture's. A concept's
+branch in a layer that sees no tokens acts at the cells whose prompt holds its token. So what a region's concept does
+in these layers, no cell outside the region sees; cells still meet in self-attention and convolutions.
+
+Shapes: B pictures, R regions, T text positions, D embedding width, H W latent size, N cells of one level of the UNet.
+"""
+
+import base64
+import io
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from PIL import Image
+from torch import Tensor
+
+from fusion.errors import ConfigError, GatingError
+
+INSIDE = 0.5  # share of a cell that a painted mask must cover
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the picture and what it shows: a box in shares of width and height, or a mask, white inside."""
+
+    prompt: str
+    box: tuple[float, float, float, float] | None = None  # left, top, right, bottom in 0 … 1
+    mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise ConfigError(f"Region '{self.prompt}' needs a box or a mask, one of them.")
+        if self.box and not (0 <= self.box[0] < self.box[2] <= 1 and 0 <= self.box[1] < self.box[3] <= 1):
+            raise ConfigError(
+                f"Region '{self.prompt}' has the box {' '.join(f'{x:g}' for x in self.box)}; it should be left, top, "
+                "right, bottom in shares of the picture, 0 to 1, like 0 0 0.5 1."
+            )
+
+    def cover(self, height: int, width: int) -> Tensor:
+        """The cells it holds, (height, width) bool: those whose centre is in the box, or that the mask half covers."""
+        if self.mask is not None:
+            shares = self.mask.convert("L").resize((width, height), Image.Resampling.BOX)
+            return torch.from_numpy(np.array(shares, dtype=np.float32) / 255 >= INSIDE)
+        assert self.box is not None
+        left, top, right, bottom = self.box
+        across, down = ((torch.arange(n) + 0.5) / n for n in (width, height))
+        return ((top <= down) & (down < bottom))[:, None] & ((left <= across) & (across < right))
+
+    def to_json(self) -> dict[str, Any]:
+        """For recipes; a mask as a black and white PNG in base64."""
+        if self.mask is None:
+            return {"prompt": self.prompt, "box": list(self.box or ())}
+        file = io.BytesIO()
+        inside = np.asarray(self.mask.convert("L")) >= 255 * INSIDE
+        Image.fromarray(inside).save(file, "PNG")
+        return {"prompt": self.prompt, "mask": base64.b64encode(file.getvalue()).decode()}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "Region":
+        """Raises KeyError, TypeError or ValueError for what to_json did not write."""
+        if "mask" not in entry:
+            left, top, right, bottom = map(float, entry["box"])
+            return cls(str(entry["prompt"]), (left, top, right, bottom))
+        with Image.open(io.BytesIO(base64.b64decode(entry["mask"], validate=True)), formats=("PNG",)) as image:
+            return cls(str(entry["prompt"]), mask=image.convert("L"))
+
+
+class Cover:
+    """Which cells of an (H, W) latent attend to which prompt: the picture's, then each region's."""
+
+    def __init__(self, regions: Sequence[Region], height: int, width: int) -> None:
+        """Raises ConfigError for a region that holds no cell."""
+        self.regions, self.height, self.width = tuple(regions), height, width
+        self._levels: dict[tuple[int, torch.device], tuple[list[Tensor], Tensor]] = {}
+        for region in regions:
+            if not region.cover(height, width).any():
+                raise ConfigError(f"Region '{region.prompt}' is too small: it holds none of {width}x{height} cells.")
+
+    def covered(self, cells: int, device: torch.device) -> list[Tensor]:
+        """The cells (n,) of each of 1 + R prompts, at the level of `cells` cells. Raises GatingError for no level."""
+        return self._level(cells, device)[0]
+
+    def shares(self, cells: int, device: torch.device) -> Tensor:
+        """What each prompt counts at a cell, (N,): one over the number of prompts it attends to."""
+        return self._level(cells, device)[1]
+
+    def _level(self, cells: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        if (cells, device) not in self._levels:
+            height, width = self.height, self.width
+            while height * width > cells:
+                height, width = -(-height // 2), -(-width // 2)
+            if height * width != cells:
+                raise GatingError(f"A layer of the UNet has {cells} cells, no level of {self.width}x{self.height}.")
+            covers = torch.stack([region.cover(height, width).flatten() for region in self.regions])  # (R, N)
+            every = torch.cat([~covers.any(dim=0, keepdim=True), covers]).to(device)  # (1 + R, N)
+            self._levels[cells, device] = [row.nonzero()[:, 0] for row in every], 1 / every.sum(dim=0)
+        return self._levels[cells, device]
+
+
+class RoutedAttention:
+    """A cross-attention processor for prompts of 1 + R parts: every cell attends to its own parts."""
+
+    def __init__(self, cover: Cover) -> None:
+        self.cover = cover
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        """From (B, N, C) and (B, (1 + R)·T, D) to (B, N, C)."""
+        places = self.cover.covered(hidden_states.shape[1], hidden_states.device)
+        shares = self.cover.shares(hidden_states.shape[1], hidden_states.device)
+        query, key, value = (
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N or (1 + R)·T, width)
+            for part in (
+                attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            )
+        )  # fmt: skip
+        mixed = torch.zeros_like(query)
+        parts = zip(places, key.chunk(len(places), dim=2), value.chunk(len(places), dim=2), strict=True)
+        for cells, keys, values in parts:
+            seen = F.scaled_dot_product_attention(query[:, :, cells], keys, values)
+            mixed.index_add_(2, cells, seen * shares[cells, None].to(seen.dtype))
+        return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+
+
+@contextmanager
+def routed(unet: Any, cover: Cover) -> Generator[None]:
+    """Let the UNet's cross-attention follow `cover`. Raises ConfigError where other processors are set already."""
+    found: list[Any] = [module for name, module in unet.named_modules() if name.rpartition(".")[2] == "attn2"]
+    originals = [module.processor for module in found]
+    for processor in originals:
+        if type(processor) not in (AttnProcessor, AttnProcessor2_0):
+            raise ConfigError(f"Regions cannot be drawn with {type(processor).__name__} attention; reset the UNet's.")
+    try:
+        for module in found:
+            module.set_processor(RoutedAttention(cover))
+        yield
+    finally:
+        for module, processor in zip(found, originals, strict=True):
+            module.set_processor(processor)
+
+
+def encode_regions(
+    pipe: Any, prompt: str, negative: str | None, regions: Sequence[Region], batch: int
+) -> dict[str, Tensor]:
+    """The prompts of a picture and its regions as arguments of the pipeline call, (batch, (1 + R)·T, D) and pooled."""
+    texts = [prompt, *(region.prompt for region in regions)]
+    made = pipe.encode_prompt(
+        texts,
+        device=pipe.unet.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=[negative] * len(texts) if negative else None,
+    )
+    joined = [states.flatten(0, 1)[None].expand(batch, -1, -1) for states in made[:2]]
+    pooled = [rows[:1].expand(batch, -1) for rows in made[2:] if rows is not None]
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, [*joined, *pooled], strict=False))

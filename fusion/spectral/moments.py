@@ -1,0 +1,62 @@
+"""Second moments of a layer's inputs: all that least squares and activation-space measures need to know of them.
+
+They add up, so that inputs are forgotten as soon as they are counted, and concepts can be added later without them.
+
+Shapes: O out_features, I in_features, Q rank of a delta.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fusion.spectral.delta import Delta
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The inputs of one layer as one concept meets them, in float64.
+
+    `own` is (1/n) Σ x xᵀ over the n inputs x at which the concept's change acts, `free` the same over inputs it should
+    leave alone, `floor` the mean square of all of them, the unit of the ridge.
+    """
+
+    own: Tensor  # (I, I)
+    free: Tensor  # (I, I)
+    floor: float
+
+    def normal(self, neutral: float, ridge: float) -> Tensor:
+        """own + neutral · free + ridge · floor · 1, (I, I): this concept's part of the normal equations."""
+        whole = self.own + neutral * self.free
+        whole.diagonal().add_(ridge * self.floor)
+        return whole
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of one concept, layer by layer. `everywhere`: it has no word, so no input is to be left alone."""
+
+    layers: Mapping[str, Moment]
+    everywhere: bool = field(default=False, kw_only=True)
+
+
+def settled(parts: Sequence[Moments], neutral: float, ridge: float) -> Moments:
+    """The moments of what regression made of `parts`: with them it can be fused again as if all were fused at once.
+
+    From ΔW · Σ normalᵢ = Σ ΔWᵢ ownᵢ: the sum of the normal equations is what the fused change answers for.
+    `neutral` as it counted there: 0 where any of the parts acts everywhere.
+    """
+    summed: dict[str, Tensor] = {}
+    for part in parts:
+        for layer, moment in part.layers.items():
+            normal = moment.normal(neutral, ridge)
+            summed[layer] = summed[layer] + normal if layer in summed else normal
+    made = {layer: Moment(total, torch.zeros_like(total), 0.0) for layer, total in summed.items()}
+    return Moments(made, everywhere=any(part.everywhere for part in parts))
+
+
+def response(delta: Delta, moment: Tensor) -> Tensor:
+    """‖ΔW X‖ / √n over the n inputs of `moment` C (I, I): tr(down C downᵀ · upᵀ up)^½, in float64."""
+    up, down = delta.up.double(), delta.down.double()
+    return ((down @ moment @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt()
