@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test check format app bench clean
+.PHONY: install demo test check format app bench pocket clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,20 @@ app: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork and the extra [pocket].
+# From nothing, or from an older pocket: make pocket START=assets/pocket
+FROM := $(if $(START),--start $(START))
+pocket: install
+	$(BIN)/python -m tools.pocket artwork
+	$(BIN)/python -m tools.pocket tokenizer $(FROM)
+	$(BIN)/python -m tools.pocket autoencoder $(FROM)
+	$(BIN)/python -m tools.pocket latents
+	$(BIN)/python -m tools.pocket denoiser $(FROM)
+	$(BIN)/python -m tools.pocket judge
+	$(BIN)/python -m tools.pocket classifier
+	$(BIN)/python -m tools.pocket evaluate
+	$(BIN)/python -m tools.pocket card
 
 # What was trained or drawn (out/) stays.
 clean:

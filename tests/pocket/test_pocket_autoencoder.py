@@ -1,0 +1,48 @@
+"""The autoencoder of pocket's training: how it starts from an older one, and what finishing does."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from tools.pocket import autoencoder
+
+
+def older(channels):
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+@pytest.mark.parametrize("channels", [(32, 48, 96), autoencoder.CHANNELS])
+def test_the_inner_levels_of_an_older_one_are_taken_over(channels):
+    model, start = autoencoder.fresh(), older(channels)
+    autoencoder.start_from(model, start)
+    shift = autoencoder.missing_levels(start)
+    assert shift == 4 - len(channels)
+    for name in ("decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight", "quant_conv.bias"):
+        assert torch.equal(model.state_dict()[name], start.state_dict()[name])
+    ours, theirs = model.encoder.down_blocks[1 + shift], start.encoder.down_blocks[1]
+    assert torch.equal(ours.resnets[0].conv1.weight, theirs.resnets[0].conv1.weight)
+
+
+def test_a_start_of_the_same_shape_gives_the_same_pictures():
+    model, start = autoencoder.fresh(), autoencoder.fresh()
+    autoencoder.start_from(model, start)
+    x = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(autoencoder.reconstruct(model, x), autoencoder.reconstruct(start, x))
+
+
+def test_a_finished_one_encodes_to_a_point():
+    model = autoencoder.fresh()
+    autoencoder.finish(model)
+    with torch.no_grad():
+        posterior = model.encode(torch.zeros(1, 3, 128, 128)).latent_dist
+    assert posterior.mean.shape == (1, 4, 16, 16)
+    assert posterior.std.max() < 1e-6
