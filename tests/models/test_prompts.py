@@ -27,8 +27,10 @@ def encode(reader, prompts, widths=WIDTHS, length=T, seed=0):
     return torch.cat(parts, dim=-1)
 
 
-def rows(reader, token, by_token=True):
-    found = reader.scope("unet", by_token).open_rows((token,))
+def rows(reader, *gate, by_token=True, component="unet"):
+    """Where a gate is open in an input of as many rows, or pictures, as there are."""
+    scope = reader.scope(component, by_token)
+    found = scope.open_rows(gate, torch.empty(scope.size, 1))
     return [] if found is None else found.tolist()
 
 
@@ -83,13 +85,13 @@ def test_each_encoder_has_its_own_prompt_and_both_count():
 
 def test_text_layers_read_the_call_under_way():
     reader = PromptReader(WIDTHS)
-    assert reader.scope("text_encoder", True).open_rows(("<a>",)) is None
+    assert rows(reader, "<a>", component="text_encoder") == []
     reader.begin_text("text_encoder", [{}, {"<a>": (0, 5)}, {"<a>": (1,)}], T, CPU)
-    assert reader.scope("text_encoder", True).open_rows(("<a>",)).tolist() == [6, 11, 13]
-    assert reader.scope("text_encoder", False).open_rows(("<a>", "<zzz>")).tolist() == [1, 2]
-    assert reader.scope("text_encoder_2", True).open_rows(("<a>",)) is None
+    assert rows(reader, "<a>", component="text_encoder") == [6, 11, 13]
+    assert rows(reader, "<a>", "<zzz>", by_token=False, component="text_encoder") == [1, 2]
+    assert rows(reader, "<a>", component="text_encoder_2") == []
     reader.begin_text("text_encoder", [{}], T, CPU)
-    assert reader.scope("text_encoder", True).open_rows(("<a>",)) is None
+    assert rows(reader, "<a>", component="text_encoder") == []
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,6 @@ def test_a_resumption_brings_one_component_back():
     reader.begin_unet(two)
     resume(torch.zeros(()))
     assert rows(reader, "<a>") == [1]
-    assert reader.scope("text_encoder", True).open_rows(("<a>",)).tolist() == [4]
+    assert rows(reader, "<a>", component="text_encoder") == [4]
     reader.begin_unet(two)
     assert rows(reader, "<a>") == [4]
