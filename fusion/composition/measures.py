@@ -4,13 +4,13 @@ Shapes: N adapters.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fusion.adapters.adapter import Adapter
-from fusion.spectral.delta import Delta
+from fusion.composition.fusing import taken_apart
 from fusion.spectral.interference import cosines, energy_ratio, gram, retention, subspace_overlap
 
 
@@ -42,13 +42,13 @@ class Interference:
 
 def interference(adapters: Sequence[Adapter]) -> Interference:
     """Measure adapters against each other. A fused adapter is taken apart into its branches."""
-    parts = [part for adapter in adapters for part in _parts(adapter)]
-    changes = [change for _, change in parts]
+    parts = [part for adapter in adapters for part in taken_apart(adapter)]
+    changes = [part.deltas() for part in parts]
     layers = dict.fromkeys(layer for change in changes for layer in change)
     grams = {layer: gram([change.get(layer) for change in changes]) for layer in layers}
     total = sum(grams.values(), torch.zeros(len(parts), len(parts), dtype=torch.float64))
     return Interference(
-        names=[name for name, _ in parts],
+        names=[part.info.name for part in parts],
         cosine=cosines(total).tolist(),
         by_layer={layer: cosines(matrix).tolist() for layer, matrix in grams.items()},
         retention=retention(total).tolist(),
@@ -56,12 +56,6 @@ def interference(adapters: Sequence[Adapter]) -> Interference:
         column_overlap=_overlaps([{n: delta.up for n, delta in change.items()} for change in changes]),
         row_overlap=_overlaps([{n: delta.down.T for n, delta in change.items()} for change in changes]),
     )
-
-
-def _parts(adapter: Adapter) -> list[tuple[str, dict[str, Delta]]]:
-    if len(adapter.branches) == 1:
-        return [(adapter.info.name, adapter.deltas())]
-    return [(branch.name, replace(adapter, branches=(branch,)).deltas()) for branch in adapter.branches]
 
 
 def _overlaps(spans: list[dict[str, torch.Tensor]]) -> list[list[float]]:
