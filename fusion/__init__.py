@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from fusion.formats.moments_file import save_moments as save_moments
     from fusion.formats.native import save as save
     from fusion.formats.reading import load as load
-    from fusion.generation import SCHEDULERS as SCHEDULERS
     from fusion.generation import Cancelled as Cancelled
     from fusion.generation import Picture as Picture
     from fusion.generation import Recipe as Recipe
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from fusion.models.injection import bake as bake
     from fusion.models.recording import record_moments as record_moments
     from fusion.models.regions import Region as Region
+    from fusion.models.schedulers import SCHEDULERS as SCHEDULERS
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.examination import examine as examine
@@ -77,7 +77,7 @@ _PUBLIC = {
     "Picture": "fusion.generation",
     "Recipe": "fusion.generation",
     "Region": "fusion.models.regions",
-    "SCHEDULERS": "fusion.generation",
+    "SCHEDULERS": "fusion.models.schedulers",
     "SliceMap": "fusion.composition.ownership",
     "SpectralSlice": "fusion.spectral.slices",
     "TrainStep": "fusion.training.loop",

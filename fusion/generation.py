@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -18,25 +18,14 @@ from PIL import Image, PngImagePlugin
 
 from fusion.adapters.adapter import Adapter
 from fusion.config import TOKEN
-from fusion.errors import ConfigError, FormatError, FusionError, UnknownName, closest
+from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.models.bases import base_defaults
 from fusion.models.families import base_info
 from fusion.models.injection import attach, routing
+from fusion.models.locating import Looked, by_nouns, changes, looking, places, regions_of
 from fusion.models.regions import Cover, Region, encode_regions, routed
+from fusion.models.schedulers import own_scheduler
 
-# Schedulers by the names people know, with what makes each of them; everything else comes from the base's own.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-}
 RECIPE_KEY = "fusion"  # PNG text chunk
 
 
@@ -147,7 +136,7 @@ def generate(
     height: int | None = None,
     image: Image.Image | None = None,
     image_strength: float = 0.6,
-    regions: Sequence[Region] = (),
+    regions: Sequence[Region] | Literal["auto"] = (),
     gating: str | None = None,
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> list[Picture]:
@@ -156,7 +145,8 @@ def generate(
     Adapters are attached for the call and taken out again whatever happens. What is not given comes from the base's
     `fusion.toml`, then from the pipeline. With `image` the drawing starts from that picture, `image_strength` (0 to 1)
     of the way towards noise. With `regions` their parts of the picture follow their prompts instead of `prompt`; one
-    that says no more than tokens, "<dog>", follows `prompt` itself with all other concepts by their nouns.
+    that says no more than tokens, "<dog>", follows `prompt` itself with all other concepts by their nouns. With "auto"
+    every concept of a prompt that names several gets a region, where it is found to be going to stand.
     `on_step(step, total, preview)` is told every step; preview() decodes the first picture.
     Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
     """
@@ -184,19 +174,25 @@ def generate(
         gating=gating,
         image=hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() if image else None,
         image_strength=image_strength if image else None,
-        regions=tuple(_spelled_out(region, prompt, adapters) for region in regions),
     )
     _check_size(pipe, recipe)
+    nouns = {c.token: c.noun or "thing" for a in adapters for c in a.info.concepts if c.token in prompt}
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
             handle = attached.enter_context(attach(pipe, adapter, gating))
             for branch in adapter.branches:
                 handle.strength(branch.name, branch.strength * strength)
-        images = _draw(pipe, recipe, image, on_step)
-    return [Picture(drawn, replace(recipe, index=i)) for i, drawn in enumerate(images)]
+        if regions == "auto":
+            # Every picture has places of its own, so they are drawn one by one.
+            singles = [replace(recipe, seed=seed + i, batch=1) for i in range(batch)]
+            recipes = [replace(one, regions=_found(pipe, one, image, nouns)) for one in singles]
+        else:
+            recipes = [replace(recipe, regions=tuple(_spelled_out(region, prompt, nouns) for region in regions))]
+        images = [(one, drawn) for one in recipes for drawn in enumerate(_draw(pipe, one, image, on_step))]
+    return [Picture(drawn, replace(one, index=i)) for one, (i, drawn) in images]
 
 
-def _spelled_out(region: Region, prompt: str, adapters: Sequence[Adapter]) -> Region:
+def _spelled_out(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region:
     """A region of bare tokens with the prompt of the picture, in which no other concept is named.
 
     A concept is drawn worse where the text encoder has read another one's token before its own.
@@ -204,16 +200,26 @@ def _spelled_out(region: Region, prompt: str, adapters: Sequence[Adapter]) -> Re
     words = region.prompt.split()
     if not all(TOKEN.fullmatch(word) and word in prompt for word in words):
         return region
-    for concept in (concept for adapter in adapters for concept in adapter.info.concepts):
-        if concept.token not in words:
-            prompt = prompt.replace(concept.token, concept.noun or "thing")
-    return replace(region, prompt=prompt)
+    return replace(region, prompt=by_nouns(prompt, nouns, keep=words))
+
+
+def _found(pipe: Any, recipe: Recipe, image: Image.Image | None, nouns: Mapping[str, str]) -> tuple[Region, ...]:
+    """A region for each concept of the prompt, where it is going to stand; none for a single one."""
+    if len(nouns) < 2:
+        return ()
+    try:
+        with looking(pipe.unet, recipe.steps):
+            _draw(pipe, replace(recipe, prompt=by_nouns(recipe.prompt, nouns)), image, None)
+    except Looked as seen:
+        masks = places(changes(pipe, seen, recipe.prompt, nouns))
+        return tuple(_spelled_out(region, recipe.prompt, nouns) for region in regions_of(masks, nouns))
+    return ()
 
 
 def _draw(
     pipe: Any, recipe: Recipe, image: Image.Image | None, on_step: Callable[..., None] | None
 ) -> list[Image.Image]:
-    with _own_scheduler(pipe, recipe.scheduler), _quiet(pipe):
+    with own_scheduler(pipe, recipe.scheduler), _quiet(pipe):
         call: Any = pipe if image is None else _img2img(pipe)
         options: dict[str, Any] = {
             "num_inference_steps": recipe.steps,
@@ -254,42 +260,6 @@ def _preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
         first = latents[:1] / latents[:1].std().clamp(min=1)
         decoded = pipe.vae.decode(first.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
     return pipe.image_processor.postprocess(decoded.float())[0]
-
-
-@contextmanager
-def _own_scheduler(pipe: Any, name: str | None) -> Generator[None]:
-    """A scheduler for this call alone: set_timesteps changes it, and the user's must not move."""
-    original = pipe.scheduler
-    pipe.scheduler = make_scheduler(original, name)
-    try:
-        yield
-    finally:
-        pipe.scheduler = original
-
-
-def make_scheduler(original: Any, name: str | None) -> Any:
-    """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same kind.
-
-    Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.
-    """
-    if name is None:
-        return type(original).from_config(original.config)
-    if name not in SCHEDULERS:
-        raise UnknownName(
-            f"No scheduler is called '{name}'{closest(name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}."
-        )
-    class_name, settings = SCHEDULERS[name]
-    kind = getattr(diffusers, class_name)
-    zero_snr = original.config.get("rescale_betas_zero_snr", False)
-    if zero_snr and "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
-        able = [
-            n
-            for n, (c, _) in SCHEDULERS.items()
-            if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, c)).parameters
-        ]
-        raise ConfigError(f"Scheduler '{name}' cannot do this base's zero-terminal-SNR noise; use {', '.join(able)}.")
-    known: Mapping[str, Any] = inspect.signature(kind.__init__).parameters
-    return kind.from_config({k: v for k, v in original.config.items() if k in known} | settings)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import ConfigError, FormatError, UnknownName
-from fusion.generation import SCHEDULERS
+from fusion.models.schedulers import SCHEDULERS
 from trained import trained_adapter
 
 

@@ -41,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--width", type=int, metavar="PIXELS", help="width of the picture")
     add("--height", type=int, metavar="PIXELS", help="height of the picture")
     where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
+    where += "; or auto: each concept where it is found to stand"
     add("--region", dest="regions", action="append", metavar="PROMPT: PLACE", help=f"what a part of it shows: {where}")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
     add("--image_strength", type=float, metavar="X", help="0 to 1: how far to leave it (default: 0.6)")
@@ -58,12 +59,13 @@ def run(args: Namespace) -> None:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     adapters, files, strengths = choose_adapters(args, recipe)
     if args.regions:
-        settings["regions"] = [region(text) for text in args.regions]
+        settings["regions"] = "auto" if args.regions == ["auto"] else [region(text) for text in args.regions]
     image = starting_picture(args.image, args.source, recipe)
     if recipe and recipe.base != "pocket" and not args.base:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
-    check_words(" ".join([settings["prompt"], *(part.prompt for part in settings.get("regions", ()))]), adapters)
+    asked = settings.get("regions", ())
+    check_words(" ".join([settings["prompt"], *(part.prompt for part in asked if asked != "auto")]), adapters)
     with progress() as advance:
         pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=advance, **settings)
     if recipe is not None and args.seed is None and args.batch is None:

@@ -2,7 +2,8 @@
 
     M_ij  likeness of the crop where concept i was asked for to the references of concept j
     L_ij  M_ij - M⁰_ij with M⁰ from pictures of the same prompts and seeds drawn by concept i's adapter alone (others
-          by their nouns): what fusion lets into i's place of j, and not what the two have in common anyway
+          by their nouns): what fusion lets into i's place of j, and not what the two have in common anyway; once for
+          crops of pairs, once for pictures of one concept
 
 Whole-picture scores hardly follow what people see in pictures of several things; crops do. A concept counts as there
 when its crop is nearer to what its adapter draws alone than to what the base makes of its noun.
@@ -63,6 +64,7 @@ class Identity:
     pair_retention: list[Share]  # the same for its crop of pictures of two; 1 as in the same pair drawn alone
     matrix: list[list[float]]  # M over crops of pairs
     leakage: list[list[float]]  # L, its diagonal what a concept loses itself
+    single_leakage: list[list[float]]  # the same over pictures of one concept
     omission: float  # share of asked crops in which the concept is not there
     redundancy: float  # share of crops that show another concept, and that one better
 
@@ -75,10 +77,12 @@ def measure_identity(
     *,
     single: str = SINGLE,
     pair: str = PAIR,
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Identity:
-    """Draw every concept alone and every ordered pair, with every seed, and judge what is seen.
+    """Draw every concept alone and every pair, with every seed, and judge what is seen.
 
     `single` and `pair` are the prompts, with {first} and {second}; a pair's first is to stand in the left half.
+    `pairs`: those of tokens to draw, in which each token should be; all ordered ones if not given.
     """
     tokens, own = list(references), [judge.pictures(pictures) for pictures in references.values()]
 
@@ -92,15 +96,16 @@ def measure_identity(
 
     noun = scene.nouns
     singles = {
-        token: [seen(draw, word)[0][:, i] for draw, word in (
+        token: [seen(draw, word)[0] for draw, word in (
             (scene.base, noun[token]), (scene.alone[token], token), (scene.together, token)
         )]
-        for i, token in enumerate(tokens)
+        for token in tokens
     }  # fmt: skip
-    floor, alone = ({t: float(rows[k].mean()) for t, rows in singles.items()} for k in (0, 1))
+    floor, alone = ({t: float(singles[t][k][:, i].mean()) for i, t in enumerate(tokens)} for k in (0, 1))
+    spill = torch.stack([(singles[t][2] - singles[t][1]).mean(dim=0) for t in tokens])
     fused: dict[str, list[Tensor]] = {token: [] for token in tokens}  # crops of each, (S, C) a pair
     lone: dict[str, list[Tensor]] = {token: [] for token in tokens}
-    for first, second in permutations(tokens, 2):
+    for first, second in permutations(tokens, 2) if pairs is None else pairs:
         both = seen(scene.together, first, second)
         fused[first].append(both[0])
         fused[second].append(both[1])
@@ -118,7 +123,7 @@ def measure_identity(
         reliability(own),
         [floor[t] for t in tokens],
         [alone[t] for t in tokens],
-        [share((singles[t][2] - floor[t]) / _gap(alone[t], floor[t])) for t in tokens],
+        [share((singles[t][2][:, i] - floor[t]) / _gap(alone[t], floor[t])) for i, t in enumerate(tokens)],
         [
             share((torch.cat([p[:, i] for p in fused[t]]) - floor[t]) / _gap(float(before[i, i]), floor[t]))
             for i, t in enumerate(tokens)
@@ -126,6 +131,7 @@ def measure_identity(
         ],
         matrix.tolist(),
         (matrix - before).tolist(),
+        spill.tolist(),
         sum(missing) / max(1, len(missing)),
         sum(doubled) / max(1, len(doubled)),
     )

@@ -206,3 +206,11 @@ def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, cap
         assert said in capsys.readouterr().err
     assert main([*words, "wrong.png", "--region", "a cat: 0 0 64 64"]) == 1
     assert "in shares of the picture" in capsys.readouterr().err
+
+
+def test_regions_are_found_where_several_concepts_are_named(train, base):
+    assert train("<rex>") == train("<tom>") == 0
+    words = ["out/rex.safetensors", "out/tom.safetensors", "--base", base, "-o"]
+    assert main(["generate", "--prompt", "a <rex> and a <tom>", "--region", "auto", *words, "found.png"]) == 0
+    assert main(["generate", "--from", "found.png", *words, "again.png"]) == 0
+    assert (pixels("again.png") == pixels("found.png")).all()

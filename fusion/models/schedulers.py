@@ -1,0 +1,60 @@
+"""Schedulers by the names people know, made anew for every picture, for drawing changes them."""
+
+import inspect
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+
+from fusion.errors import ConfigError, UnknownName, closest
+
+# With what makes each of them; everything else comes from the base's own.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+
+
+@contextmanager
+def own_scheduler(pipe: Any, name: str | None) -> Generator[None]:
+    """A scheduler for this call alone: set_timesteps changes it, and the user's must not move."""
+    original = pipe.scheduler
+    pipe.scheduler = make_scheduler(original, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = original
+
+
+def make_scheduler(original: Any, name: str | None) -> Any:
+    """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same kind.
+
+    Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.
+    """
+    if name is None:
+        return type(original).from_config(original.config)
+    if name not in SCHEDULERS:
+        raise UnknownName(
+            f"No scheduler is called '{name}'{closest(name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}."
+        )
+    class_name, settings = SCHEDULERS[name]
+    kind = getattr(diffusers, class_name)
+    zero_snr = original.config.get("rescale_betas_zero_snr", False)
+    if zero_snr and "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        able = [
+            n
+            for n, (c, _) in SCHEDULERS.items()
+            if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, c)).parameters
+        ]
+        raise ConfigError(f"Scheduler '{name}' cannot do this base's zero-terminal-SNR noise; use {', '.join(able)}.")
+    known: Mapping[str, Any] = inspect.signature(kind.__init__).parameters
+    return kind.from_config({k: v for k, v in original.config.items() if k in known} | settings)
