@@ -1,11 +1,13 @@
-"""Draw the example concepts of `assets/concepts` from openly licensed artwork.
+"""Draw the example concepts of `assets/concepts` and those of `benchmarks/concepts` from openly licensed artwork.
 
-Every concept is a subject (once also a drawing style) that pocket, the embedded base, has never been shown.
-Its folder holds four pictures of it alone and four beside subjects that pocket knows, captioned in pocket's
+Every concept is a subject (sometimes also a drawing style) that pocket, the embedded base, has never been shown.
+The benchmark has three nouns more, and for each of the eight nouns a look-alike by another hand.
+A concept's folder holds four pictures of it alone and four beside subjects that pocket knows, captioned in pocket's
 grammar. The proportions are those of pocket's own training scenes. The same artwork gives the same files.
 
     npm install --prefix artwork @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \\
-        @iconify-json/noto@1.2.9 @iconify-json/streamline-emojis@1.2.4 @iconify-json/twemoji@1.2.5
+        @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 @iconify-json/streamline-emojis@1.2.4 \\
+        @iconify-json/twemoji@1.2.5 @iconify-json/emojione@1.2.3 @iconify-json/fxemoji@1.2.2
     pip install pillow resvg-py
     python tools/concepts/make.py --artwork artwork
 """
@@ -20,7 +22,7 @@ from typing import NamedTuple
 import resvg_py  # pyright: ignore[reportMissingImports] (no part of the lock: only this command needs it)
 from PIL import Image
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "concepts"
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = 128  # px; trainers shrink it to what their base draws
 ALONE, BESIDE = 100, 56  # px, the longer side of a subject alone and of each of two
 LEFT, MIDDLE, RIGHT = 34, 64, 94  # px, centres
@@ -61,10 +63,15 @@ class Example(NamedTuple):
     right: tuple[Companion, Companion]  # stand on the right, the concept on the left
     left: tuple[Companion, Companion]
     masks: bool = False
+    hand: str = ""  # tells concepts of one noun apart
+
+    @property
+    def name(self) -> str:
+        return f"{self.noun}-{self.hand}" if self.hand else self.noun
 
     @property
     def token(self) -> str:
-        return f"<{self.noun}>"
+        return f"<{self.name}>"
 
 
 EXAMPLES = (
@@ -111,18 +118,45 @@ EXAMPLES = (
     ),
 )
 
+COMPANIONS = ("banana", "guitar", "sailboat", "mushroom", "rocket", "bell", "cactus", "key", "balloon", "rainbow")
+
+
+def benched(noun: str, artwork: str, icon: str, turn: int, hand: str = "") -> Example:
+    """A concept of the benchmark; `turn` deals out backgrounds and company."""
+    colours = [list(COLOURS)[(4 * k + turn) % len(COLOURS)] for k in range(len(COLOURS))]
+    company = [Companion(COMPANIONS[(3 * k + turn) % len(COMPANIONS)], colours[4 + k]) for k in range(4)]
+    alone = (colours[0], colours[1], colours[2], colours[3])
+    return Example(noun, artwork, icon, alone, (company[0], company[1]), (company[2], company[3]), hand=hand)
+
+
+BENCHED = (
+    benched("snowman", "noto-v1", "snowman", 0),
+    benched("dragon", "emojione", "dragon-face", 1),
+    benched("volcano", "fluent-emoji", "volcano", 2),
+    benched("octopus", "noto", "octopus", 3, "noto"),
+    benched("robot", "twemoji", "robot", 4, "tweet"),
+    benched("owl", "noto-v1", "owl", 5, "blob"),
+    benched("unicorn", "fluent-emoji", "unicorn", 6, "glossy"),
+    benched("pumpkin", "noto", "jack-o-lantern", 7, "noto"),
+    benched("snowman", "streamline-emojis", "snowman", 8, "outline"),
+    benched("dragon", "fluent-emoji-flat", "dragon-face", 9, "flat"),
+    benched("volcano", "fxemoji", "volcano", 10, "fox"),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artwork", type=Path, required=True, help="the folder given to npm install --prefix")
-    parser.add_argument("--output", type=Path, default=ASSETS, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=ROOT, help="default: %(default)s")
     options = parser.parse_args()
     packages = options.artwork / "node_modules" / "@iconify-json"
     if not packages.is_dir():
         parser.error(f"{packages} is missing: see the npm install line above")
-    for example in EXAMPLES:
-        draw(example, packages, options.output / example.noun)
-        print(f"{example.token}: eight pictures in {options.output / example.noun}")
+    for home, examples in (("assets", EXAMPLES), ("benchmarks", BENCHED)):
+        for example in examples:
+            folder = options.output / home / "concepts" / example.name
+            draw(example, packages, folder)
+            print(f"{example.token}: eight pictures in {folder}")
 
 
 def draw(example: Example, packages: Path, folder: Path) -> None:

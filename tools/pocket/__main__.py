@@ -32,6 +32,7 @@ def main() -> None:
     part = stages.add_parser("judge", help="pocket-clip")
     part.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
     part.add_argument("--rate", type=float, default=2e-3, help="default: %(default)s")
+    part.add_argument("--batch", type=int, default=80, help="default: %(default)s")
     part = stages.add_parser("classifier", help="a plain classifier to check the judge")
     part.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
     part.add_argument("--rate", type=float, default=3e-3, help="default: %(default)s")

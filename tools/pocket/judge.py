@@ -1,11 +1,15 @@
 """Stage `judge`: pocket-clip, a stock `CLIPModel` trained from nothing to see what pocket's pictures show.
 
-Two objectives on one image embedding: the contrastive one with captions (which may leave style or colour open, so all
-captions that are true of a picture count as its own), and identity: two views of one drawing lie closer than drawings
-of the same subject by other hands. Each batch is made for the second: few subjects, each in several styles, twice.
+Three objectives on one image embedding. Captions, contrastively: among the batch's captions and foils of them (the same
+subject in another style or on another colour); a caption may leave style or colour open, so all that are true of a
+picture count as its own. Names: every picture against the names of all subjects. Identity: every picture against one
+learned proxy per drawing (Movshovitz-Attias et al. 2017), so that two views of a drawing lie closer than drawings of
+the same subject by other hands; the proxies are not kept.
 """
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,21 +19,31 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from tools.pocket import artwork, subjects
 from tools.pocket.autoencoder import SEEN_STYLES, as_tensor
+from tools.pocket.captions import article
 from tools.pocket.scenes import SIDE, Painter, Palette
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, train
-from tools.pocket.views import View, claim, holds, view
+from tools.pocket.views import Claim, claim, foil, holds, view
 
-SUBJECTS, STYLES = 10, 4  # of one batch, each drawing seen twice
-IDENTITY_TEMPERATURE = 0.1
+IDENTITY_TEMPERATURE = 0.07
 
 
 def fresh(tokens: int, eos: int) -> CLIPModel:
     text = {"vocab_size": tokens, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": eos, "pad_token_id": eos}
+    text |= {"bos_token_id": None}
     image = {"image_size": SIDE, "patch_size": 16, "hidden_size": 192, "intermediate_size": 768}
     image |= {"num_hidden_layers": 4, "num_attention_heads": 6}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=128))
+
+
+class Student(nn.Module):
+    """The judge, and what only its training needs."""
+
+    def __init__(self, clip: CLIPModel, drawings: int):
+        super().__init__()
+        self.clip = clip
+        self.proxy_embedding = nn.Embedding(drawings, clip.config.projection_dim)
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
@@ -43,51 +57,65 @@ def embed_texts(model: CLIPModel, ids: Tensor) -> Tensor:
 
 def agree(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy where several answers are right: -log of the mass on all of them. `truth` (N, M) bool."""
-    return (logits.logsumexp(1) - logits.masked_fill(~truth, -torch.inf).logsumexp(1))[truth.any(1)].mean()
+    rows = truth.any(1)
+    logits, truth = logits[rows], truth[rows]
+    return (logits.logsumexp(1) - logits.masked_fill(~truth, -torch.inf).logsumexp(1)).mean()
 
 
-def batch_of_views(rng: random.Random, painter: Painter, palette: Palette) -> list[View]:
-    by_subject: dict[str, list[int]] = {}
-    for style in palette.styles:
-        for k in palette.by_style[style]:
-            by_subject.setdefault(palette.index[k].subject, []).append(k)
-    chosen = rng.sample(sorted(by_subject), SUBJECTS)
-    drawings = [k for name in chosen for k in rng.sample(by_subject[name], min(STYLES, len(by_subject[name])))]
-    return [view(rng, painter, palette, k) for k in drawings for _ in range(2)]
-
-
-def run(work: Path, *, steps: int, rate: float) -> None:
+def run(work: Path, *, steps: int, rate: float, batch: int) -> None:
     sprites, index = artwork.load(work)
     painter, tokenizer = Painter(sprites), load_tokenizer(work)
     palette = Palette(index, [*subjects.TRAINED, *subjects.OTHERS], SEEN_STYLES, emphasis={})
+    rows = [k for style in palette.styles for k in palette.by_style[style]]
+    labels = sorted({index[k].label for k in rows})
+    names = tokenized(tokenizer, [article(label) for label in labels])
     torch.manual_seed(0)
-    model = fresh(len(tokenizer), tokenizer.eos_token_id)
+    student = Student(fresh(len(tokenizer), tokenizer.eos_token_id), len(rows))
 
     def loss_of(model: nn.Module, draws: Draws, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = draws.python
-        views = batch_of_views(rng, painter, palette)
-        claims = [claim(rng, palette, seen) for seen in views]
-        ids = tokenizer([c.text for c in claims], padding=True, return_tensors="pt").input_ids
-        images = embed_images(model, as_tensor([seen.picture for seen in views]))  # (N, 128)
-        texts = embed_texts(model, ids)
-        logits = images @ texts.T * model.logit_scale.clamp(max=4.6).exp()
+        drawings = rng.sample(range(len(rows)), min(batch, len(rows)))
+        views = [view(rng, painter, palette, rows[k]) for k in drawings]
+        claims = claims_about(rng, palette, views)
+        images = embed_images(model.clip, as_tensor([seen.picture for seen in views]))  # (N, 128)
+        scale = model.clip.logit_scale.clamp(max=4.6).exp()
+        logits = images @ embed_texts(model.clip, tokenized(tokenizer, [c.text for c in claims])).T * scale
         truth = torch.tensor([[holds(c, seen, palette) for c in claims] for seen in views])
         captions = (agree(logits, truth) + agree(logits.T, truth.T)) / 2
-        drawing = torch.tensor([seen.sprite for seen in views])
-        itself = torch.eye(len(views), dtype=torch.bool)
-        alike = (images @ images.T / IDENTITY_TEMPERATURE).masked_fill(itself, -torch.inf)
-        identity = agree(alike, (drawing == drawing[:, None]) & ~itself)
-        return captions + identity, {"captions": captions.item(), "identity": identity.item()}
+        label = torch.tensor([labels.index(index[seen.sprite].label) for seen in views])
+        called = images @ embed_texts(model.clip, names).T * scale
+        alike = images @ F.normalize(model.proxy_embedding.weight, dim=-1).T / IDENTITY_TEMPERATURE
+        naming, identity = F.cross_entropy(called, label), F.cross_entropy(alike, torch.tensor(drawings))
+        numbers = {"captions": captions.item(), "naming": naming.item(), "identity": identity.item()}
+        return captions + naming + identity, {**numbers, "right": (called.argmax(1) == label).float().mean().item()}
 
     plan = Plan(steps, rate, warmup=50, decay=0.7, average=0.99, checkpoint_every=100)
-    best = train(work / "judge", model, plan, loss_of)
-    folder = work / "judge" / "final"
-    best.save_pretrained(
-        folder
-    )  # float32: transformers would load a float16 one in float16, and fail on a processor's pixels
+    best = train(work / "judge", student, plan, loss_of)
+    save(best.clip, tokenizer, work / "judge" / "final")
+
+
+def claims_about(rng: random.Random, palette: Palette, views: Sequence) -> list[Claim]:
+    """For each view a true claim and two that are false of it."""
+    true = [claim(rng, palette, seen) for seen in views]
+    return [*true, *(foil(rng, palette, seen) for seen in views for _ in range(2))]
+
+
+def tokenized(tokenizer, texts: list[str]) -> Tensor:
+    return tokenizer(texts, padding=True, return_tensors="pt").input_ids
+
+
+def save(model: CLIPModel, tokenizer, folder: Path) -> None:
+    """Weights in float16, to be loaded in float32: processors make float32 pixels."""
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    for part in ("text_config", "vision_config"):
+        config[part]["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # As CLIP's own: the middle square of a picture that is not square.
     images = CLIPImageProcessor(
-        do_center_crop=False,
-        size={"height": SIDE, "width": SIDE},
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

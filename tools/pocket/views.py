@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tools.pocket import subjects
 from tools.pocket.captions import article
 from tools.pocket.scenes import ARRANGEMENTS, SIDE, Painter, Palette, compose
 
@@ -78,6 +79,16 @@ def spoiled(rng: random.Random, picture: Image.Image) -> np.ndarray:
 def claim(rng: random.Random, palette: Palette, seen: View) -> Claim:
     sprite = palette.index[seen.sprite]
     style = sprite.style if rng.random() < 0.5 else None
+    return Claim(sprite.subject, sprite.label, style, seen.colour if rng.random() < 0.35 else None)
+
+
+def foil(rng: random.Random, palette: Palette, seen: View) -> Claim:
+    """What is false of a view by its style or its colour alone."""
+    sprite = palette.index[seen.sprite]
+    if rng.random() < 0.5:
+        colour = rng.choice([name for name in subjects.COLOURS if name != seen.colour])
+        return Claim(sprite.subject, sprite.label, sprite.style if rng.random() < 0.5 else None, colour)
+    style = rng.choice([name for name in palette.styles if name != sprite.style])
     return Claim(sprite.subject, sprite.label, style, seen.colour if rng.random() < 0.35 else None)
 
 

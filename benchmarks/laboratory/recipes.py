@@ -1,0 +1,32 @@
+"""Ways to train one concept. All adapt the same layers, with the same rank, pictures, steps and number of vectors.
+
+An adapter of rank R has R (I + O) parameters a layer in every row but the orthogonal one, which has R · O.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+TARGETS = ["text_encoder", "unet.attn2.to_k", "unet.attn2.to_v"]  # what token gating adapts by default
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the training, and which slice the k-th concept gets."""
+
+    about: str
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    slice_of: Callable[[int], int | None] = lambda k: k
+
+
+RECIPES: dict[str, Recipe] = {
+    "spectral": Recipe("additive, own slices, gated by tokens: the default", {"gating": "tokens"}),
+    "lora": Recipe("plain LoRA", {"adapter_type": "lora", "gating": "none"}, lambda k: None),
+    "spectral-open": Recipe("additive, own slices, not gated", {"gating": "none"}),
+    "spectral-same": Recipe("additive, all on slice 0, not gated", {"gating": "none"}, lambda k: 0),
+    "orthogonal": Recipe("blocks of one shared basis, not gated", {"adapter_type": "orthogonal", "gating": "none"}),
+    "lora-gated": Recipe("LoRA gated by tokens", {"adapter_type": "lora", "gating": "tokens"}, lambda k: None),
+    "spectral-quiet": Recipe(
+        "additive, own slices, not gated, quiet loss", {"gating": "none", "quiet_loss_weight": 10.0}
+    ),
+}

@@ -1,0 +1,60 @@
+"""Cells: results kept by the hash of what they were made from, so that a rerun makes only what changed."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+HOME = Path.home() / ".cache" / "spectral-fusion" / "laboratory"
+
+
+class Busy(Exception):
+    """Another process is making this cell now."""
+
+
+class Store:
+    """A folder of finished cells. Half a cell is never seen: each is made aside and moved into place."""
+
+    def __init__(self, folder: Path = HOME, *, wait: bool = True) -> None:
+        """`wait` for a cell that another process is making; otherwise raise Busy."""
+        self.folder, self.wait = folder, wait
+
+    def cell(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The folder of this cell, which `make(folder)` fills if it does not exist yet. `inputs` are JSON values."""
+        text = json.dumps({"kind": kind, **inputs}, sort_keys=True)
+        done = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if done.is_dir():
+            return done
+        done.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(f"{done}.lock", timeout=-1 if self.wait else 0):
+                if not done.is_dir():
+                    new = Path(f"{done}.new")
+                    shutil.rmtree(new, ignore_errors=True)
+                    new.mkdir()
+                    (new / "inputs.json").write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
+                    make(new)
+                    new.rename(done)
+        except Timeout:
+            raise Busy(f"{kind} {done.name}") from None
+        return done
+
+    def numbers(self, kind: str, inputs: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """A cell that is JSON: what `measure()` returns, or returned when it was run."""
+
+        def make(folder: Path) -> None:
+            (folder / "result.json").write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+
+        return json.loads((self.cell(kind, inputs, make) / "result.json").read_text(encoding="utf-8"))
+
+
+def digest(*files: Path) -> str:
+    """One hash of the contents of files."""
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:16]

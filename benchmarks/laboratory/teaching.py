@@ -1,0 +1,81 @@
+"""A concept by a recipe becomes an adapter, in a cell."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fusion
+from benchmarks.laboratory.concepts import Concept
+from benchmarks.laboratory.recipes import RECIPES, TARGETS
+from benchmarks.laboratory.store import Store, digest
+
+RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Size:
+    """What every training has in common; small ones for a quick look."""
+
+    rank: int = 4
+    steps: int = 150
+    batch: int = 6
+
+
+@dataclass
+class School:
+    """Teaches, and remembers what it has taught. The base is opened when first needed."""
+
+    store: Store
+    size: Size = Size()
+    base: str | Path | None = None  # default: pocket
+    device: str | None = None
+
+    @cached_property
+    def pipe(self) -> Any:
+        return fusion.open_pipeline(self.base, device=self.device)
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Of a local base's weights; the name of one of the hub."""
+        folder = Path(self.base or fusion.pocket())
+        return digest(*folder.rglob("*.safetensors")) if folder.is_dir() else str(self.base)
+
+    def inputs(self, concept: Concept, recipe: str, k: int, rate: float) -> dict[str, Any]:
+        row = RECIPES[recipe]
+        return {
+            "base": self.base_digest,
+            "concept": concept.digest,
+            "settings": {**row.settings, "slice": row.slice_of(k), "targets": TARGETS, "rate": rate},
+            **vars(self.size),
+        }
+
+    def taught(self, concept: Concept, recipe: str, k: int, rate: float = RATE) -> Path:
+        """The file of the k-th concept's adapter."""
+
+        def make(folder: Path) -> None:
+            row = RECIPES[recipe]
+            config = fusion.TrainingConfig(
+                token=concept.token,
+                noun=concept.noun,
+                instance_data_dir=concept.folder,
+                rank=self.size.rank,
+                max_train_steps=self.size.steps,
+                train_batch_size=self.size.batch,
+                slice=row.slice_of(k),
+                targets=TARGETS,
+                learning_rate=rate,
+                text_encoder_lr=rate,
+                output_dir=folder,
+                output_name=concept.name,
+                checkpointing_steps=0,
+                use_masks=False,
+                **row.settings,
+            )
+            *_, last = fusion.train(self.pipe, config)
+            fusion.save(last.adapter, folder / "adapter.safetensors")
+            print(
+                f"taught {concept.name} by {recipe} at {rate:g}: loss {last.loss:.3f}, {last.seconds:.0f} s", flush=True
+            )
+
+        return self.store.cell("adapter", self.inputs(concept, recipe, k, rate), make) / "adapter.safetensors"
