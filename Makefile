@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test check format app bench pocket clean
+.PHONY: install demo test check format app bench bench-fusion pocket clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,10 @@ app: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Hours, and resumable; one more process shares the work. A look in minutes: make bench-fusion QUICK=1
+bench-fusion: install
+	$(BIN)/python -m benchmarks.laboratory $(if $(QUICK),--quick)
 
 # Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork and the extra [pocket].
 # From nothing, or from an older pocket: make pocket START=assets/pocket

@@ -1,0 +1,91 @@
+"""Ways to use N adapters together; each is a row of the tables. A new fusion method gets its row by itself.
+
+recipe   how the adapters were trained
+prepare  (pipe, adapters) -> Prepared: what is drawn with, and how
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+import fusion
+from benchmarks.laboratory import rivals
+
+Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+SLOW = {"gradient"}  # 500 iterations of LBFGS a layer; benchmarks/regression.py holds it against regression
+
+
+@dataclass(frozen=True)
+class Prepared:
+    draw: Draw
+    adapter: fusion.Adapter | None  # what was fused; None where nothing is
+
+
+@dataclass(frozen=True)
+class Arm:
+    recipe: str
+    about: str
+    prepare: Callable[[Any, Sequence[fusion.Adapter]], Prepared]
+    pairs_only: bool = False  # differs from the default in prompts of several concepts alone
+
+
+def fused(method: str, regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, whole: ()) -> Callable[..., Any]:
+    """Fuse by a method and draw with the result."""
+
+    def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
+        base = pipe if fusion.METHODS[method].moments else None
+        whole = fusion.fuse(adapters, method=method, pipe=base, allow_overlap=True, name=method)
+
+        def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
+            where = regions(prompt, whole)
+            made = fusion.generate(pipe, prompt, adapters=[whole], seed=seed, batch=batch, regions=where)
+            return [picture.image for picture in made]
+
+        return Prepared(draw, whole)
+
+    return prepare
+
+
+def in_turns(draw: Callable[..., list[Image.Image]]) -> Callable[..., Any]:
+    """Fuse nothing."""
+
+    def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
+        return Prepared(lambda prompt, seed, batch: draw(pipe, adapters, prompt, seed, batch), None)
+
+    return prepare
+
+
+def halves(prompt: str, whole: fusion.Adapter) -> list[fusion.Region]:
+    """The first concept that a prompt names to the left, the second to the right."""
+    tokens = sorted((c.token for c in whole.info.concepts if c.token in prompt), key=prompt.index)
+    return [fusion.Region(token, box) for token, box in zip(tokens, HALVES, strict=True)] if len(tokens) == 2 else []
+
+
+DEFAULT = "spectral"
+
+
+def arms() -> dict[str, Arm]:
+    """By name, in the order of the tables."""
+    rows = {
+        DEFAULT: Arm("spectral", "own slices, gated by tokens, summed: the default", fused("direct_sum")),
+        "spectral, places found": Arm(
+            "spectral", "the same with regions='auto'", fused("direct_sum", lambda *_: "auto"), pairs_only=True
+        ),
+        "spectral, places given": Arm(
+            "spectral", "the same with a region each, drawn by hand", fused("direct_sum", halves), pairs_only=True
+        ),
+        "lora-gated": Arm("lora-gated", "LoRA gated by tokens, summed", fused("direct_sum")),
+        "spectral-open": Arm("spectral-open", "own slices, ungated, summed", fused("direct_sum")),
+        "spectral-same": Arm("spectral-same", "one slice for all, ungated, summed", fused("direct_sum")),
+        "orthogonal": Arm("orthogonal", "Orthogonal Adaptation, summed", fused("direct_sum")),
+    }
+    for name, method in fusion.METHODS.items():
+        if name not in SLOW:
+            rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))
+    rows["spectral-open, regression"] = Arm("spectral-open", "own slices, ungated, regression", fused("regression"))
+    rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", in_turns(rivals.switch))
+    rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", in_turns(rivals.composite))
+    return rows

@@ -1,0 +1,85 @@
+"""The figures of the report. Lines and cells carry their names and numbers: nothing rests on colour alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fusion.evaluation.plots import FAINT, STYLE
+
+INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#7f7f7f")  # Okabe, Ito
+MARKS = "osD^vP*X<"
+
+
+def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
+    """Retention and leakage against the number of concepts; arm -> N -> (retention, leakage)."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for k, (title, label) in enumerate(
+            (("Retention: 1 as alone, 0 as the base's noun", "retention"), ("Leakage of the others", "leakage"))
+        ):
+            axes = (left, right)[k]
+            for (arm, points), ink, mark in zip(lines.items(), INK, MARKS, strict=False):
+                counts = sorted(points)
+                axes.plot(counts, [points[n][k] for n in counts], color=ink, marker=mark, markersize=5, label=arm)
+            axes.set(title=title, xlabel="concepts used together", xticks=counts, ylabel=label)
+            _plain(axes)
+        right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    return figure
+
+
+def matrices(found: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Figure:
+    """One identity matrix an arm: rows are crops, columns the concepts they are compared with."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(found) + 0.8, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (arm, (names, matrix)) in zip(panels, found.items(), strict=True):
+            axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+            for (i, j), value in np.ndenumerate(np.asarray(matrix)):
+                ink = "white" if value > 0.6 else "black"
+                axes.text(j, i, f"{value:.1f}".replace("0.", "."), ha="center", va="center", fontsize=7, color=ink)
+            axes.set(title=arm, xticks=range(len(names)), yticks=range(len(names)))
+            axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+            axes.set_yticklabels(names if axes is panels[0] else [], fontsize=8)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        panels[0].set_ylabel("crop of")
+    return figure
+
+
+def scatter(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Identity lost in pictures against what cross-talk said, a point for every ordered pair."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.4 * len(predicted), 4), layout="constrained")
+        panels = figure.subplots(1, len(predicted), squeeze=False)[0]
+        for axes, (recipe, rows), ink in zip(panels, predicted.items(), INK, strict=False):
+            axes.scatter([row["said"] for row in rows], [row["lost"] for row in rows], color=ink, s=18, alpha=0.8)
+            axes.set(title=recipe, xlabel="cross-talk, from weights and inputs", ylabel="identity lost in pictures")
+            _plain(axes)
+    return figure
+
+
+def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]) -> Figure:
+    """The same prompts and seed, a row of pictures for every arm."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.25 * len(columns) + 2.4, 1.28 * len(rows) + 0.7), layout="constrained")
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for line, (arm, pictures) in zip(grid, rows.items(), strict=True):
+            for axes, picture in zip(line, pictures, strict=True):
+                axes.imshow(picture)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            line[0].set_ylabel(arm, rotation=0, ha="right", va="center", fontsize=8)
+        for axes, words in zip(grid[0], columns, strict=True):
+            axes.set_title(words, fontsize=7, fontweight="normal", loc="center", pad=4)
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=FAINT)

@@ -1,0 +1,51 @@
+"""Which arms are scored on which sets of concepts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.laboratory import prediction
+from benchmarks.laboratory.arms import arms
+from benchmarks.laboratory.concepts import NAMES
+from benchmarks.laboratory.teaching import Size
+
+UNLIKE = NAMES[:8]
+ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two hands
+CURVE = (  # the arms whose course over the number of concepts is shown
+    *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
+    *("lora, average", "lora, ties", "lora, regression", "lora-gated"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    arm: str
+    names: tuple[str, ...]
+    pairs: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    size: Size
+    seeds: int
+    rows: Sequence[Row]
+    predicted: tuple[str, ...]  # concepts all of whose pairs are predicted
+    recipes: tuple[str, ...] = prediction.RECIPES
+
+
+FULL = Plan(
+    Size(),
+    seeds=4,
+    rows=[
+        *(Row(arm, UNLIKE) for arm in arms()),
+        *(Row(arm, UNLIKE[:n], pairs=False) for n in (2, 4) for arm in CURVE),
+        *(Row(arm, ALIKE) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
+    ],
+    predicted=UNLIKE,
+)
+QUICK = Plan(
+    Size(rank=4, steps=60, batch=4),
+    seeds=2,
+    rows=[Row(arm, UNLIKE[:2]) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "lora, switch")],
+    predicted=UNLIKE[:2],
+    recipes=("lora",),
+)

@@ -1,0 +1,209 @@
+"""Scores become docs/fusion-bench.md, its figures beside it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.laboratory import figures, prediction
+from benchmarks.laboratory.arms import arms
+from benchmarks.laboratory.concepts import ROOT, concepts
+from benchmarks.laboratory.plan import ALIKE, CURVE, UNLIKE, Plan
+from benchmarks.laboratory.scoring import Laboratory
+from fusion.evaluation import plots
+from fusion.evaluation.identity import share
+
+OUTPUT = ROOT / "docs" / "fusion-bench.md"
+CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
+SHOWN = (
+    *("spectral", "spectral, places found", "lora-gated", "spectral-open", "spectral-same", "orthogonal"),
+    *("lora, direct_sum", "lora, average", "lora, ties", "lora, regression", "lora, switch", "lora, composite"),
+)
+
+LEGEND = """\
+Retention: likeness to the references by the judge, 1 as drawn by its adapter alone, 0 as the base draws the noun; with
+the 95 % bootstrap interval over concepts. Leakage: likeness to the *other* concepts, above what the adapter alone
+shows. Beside: retention beside an ordinary thing. Missing: share of crops of pairs in which the concept is not there.
+Drift: 1 − cosine to the base's own picture, on prompts without any concept, and on the concepts' plain nouns.
+UNet error: 0 says the same as the adapter alone, 1 as far off as the concept's own effect is large."""
+
+
+def mean_of_shares(rows: Sequence[dict[str, float]]) -> str:
+    return str(share(torch.tensor([row["mean"] for row in rows], dtype=torch.float64))) if rows else "–"
+
+
+def off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
+    """The mean of what others gain, 0 for one concept."""
+    values = np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
+    return float(values.clip(min=0).mean()) if len(values) else 0.0
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def row_of(score: dict[str, Any]) -> list[str]:
+    seen = score["identity"]
+    error = float(np.mean(score["error"])) if "error" in score else None
+    return [
+        score["arm"],
+        mean_of_shares(seen["retention"]),
+        number(off_diagonal(seen["single_leakage"]), 3),
+        mean_of_shares(seen["pair_retention"]),
+        number(off_diagonal(seen["leakage"]), 3),
+        f"{seen['omission']:.0%}",
+        number(float(np.mean(score["beside"]))),
+        number(score["drift"], 3),
+        number(score["nouns"], 3),
+        number(error),
+        f"{score['ready_seconds']:.1f}",
+        f"{score['picture_seconds']:.1f}",
+        f"{score['bytes'] / 1e6:.1f}" if "bytes" in score else "–",
+    ]
+
+
+HEADINGS = (
+    *("arm", "retention", "leakage", "in pairs", "leakage in pairs", "missing", "beside", "drift", "drift of nouns"),
+    *("UNet error", "fuse, s", "picture, s", "file, MB"),
+)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
+    """The report as text; with `output` also written there, with its figures."""
+    scored = {
+        (row.arm, row.names): laboratory.score(row.arm, concepts(row.names), pairs=row.pairs) for row in plan.rows
+    }
+    main = max((row.names for row in plan.rows), key=len)
+    full = [scored[arm, main] for arm in arms() if (arm, main) in scored]
+    predicted = {
+        recipe: prediction.predict(laboratory, recipe, concepts(plan.predicted))["rows"] for recipe in plan.recipes
+    }
+    folder = output.parent if output else None
+    parts = [
+        "# Which way of using several concepts together keeps them apart",
+        CONCLUSIONS.read_text(encoding="utf-8").strip() if CONCLUSIONS.exists() and output else "",
+        setting(laboratory, plan, main),
+        f"## {len(main)} concepts at once\n\n{LEGEND}\n\n{table(HEADINGS, [row_of(score) for score in full])}",
+        described(full),
+        alike(scored),
+        curves(scored, folder),
+        judged(full),
+        matrices(full, folder),
+        sheet(laboratory, main, full, folder),
+        prophecy(predicted, folder),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    if output:
+        output.write_text(text, encoding="utf-8")
+    return text
+
+
+def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
+    size, prompts = plan.size, laboratory.prompts
+    return "\n".join(
+        [
+            "## Setting\n",
+            f"Base: pocket, 128 px. Concepts: {', '.join(names)}; eight pictures each, of things the base has not seen.",
+            f"Every adapter: rank {size.rank} on the text encoder and on keys and values of cross-attention, three token",
+            f"vectors, {size.steps} steps of {size.batch} pictures at learning rate 3e-3. {plan.seeds} seeds. Prompts:",
+            f"`{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
+            f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on the",
+            "half of the picture where a concept was asked for. `make bench-fusion` does again only what changed.",
+        ]
+    )
+
+
+def described(full: Sequence[dict[str, Any]]) -> str:
+    return table(("arm", "what it is"), [(score["arm"], score["about"]) for score in full])
+
+
+def alike(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
+    rows = [row_of(score) for (_, names), score in scored.items() if names == ALIKE]
+    return f"## Look-alikes: {', '.join(ALIKE)}\n\n{table(HEADINGS, rows)}" if rows else ""
+
+
+def curves(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], folder: Path | None) -> str:
+    lines: dict[str, dict[int, tuple[float, float]]] = {}
+    for (arm, names), score in scored.items():
+        if arm in CURVE and names == UNLIKE[: len(names)]:
+            kept = float(np.mean([entry["mean"] for entry in score["identity"]["retention"]]))
+            lines.setdefault(arm, {})[len(names)] = kept, off_diagonal(score["identity"]["single_leakage"])
+    counts = sorted({n for points in lines.values() for n in points})
+    if len(counts) < 2:
+        return ""
+    rows = [[arm, *(f"{p[n][0]:.2f} / {p[n][1]:.3f}" if n in p else "–" for n in counts)] for arm, p in lines.items()]
+    if folder:
+        plots.write(figures.curves(lines), folder / "fusion-bench-curves.png")
+    heading = table(("retention / leakage", *(f"N = {n}" for n in counts)), rows)
+    return f"## More and more concepts\n\n![Retention and leakage](fusion-bench-curves.png)\n\n{heading}"
+
+
+def judged(full: Sequence[dict[str, Any]]) -> str:
+    """How far the judge is to be believed: its own errors, and a control."""
+    seen = full[0]["identity"]
+    matrix = np.asarray(seen["matrix"])
+    swapped = np.roll(matrix, 1, axis=1).diagonal().mean()  # every concept held against another's references
+    return (
+        f"## The judge\n\nIt tells {seen['reliability']:.0%} of the reference pictures apart. Concepts drawn alone are "
+        f"{np.mean(seen['alone']):.2f} like their references, the base's nouns {np.mean(seen['floor']):.2f}. Control, "
+        f"names swapped around: crops of pairs are {swapped:.2f} like the wrong concept's references, "
+        f"{matrix.diagonal().mean():.2f} like their own."
+    )
+
+
+def matrices(full: Sequence[dict[str, Any]], folder: Path | None) -> str:
+    wanted = ("spectral", "spectral, places found", "lora, direct_sum", "lora, average", "lora, composite")
+    found = {s["arm"]: (s["concepts"], s["identity"]["matrix"]) for s in full if s["arm"] in wanted}
+    if folder is None or not found:
+        return ""
+    plots.write(figures.matrices(found), folder / "fusion-bench-matrices.png")
+    return (
+        "## Who is in whose place\n\nLikeness of the crop where a concept was asked for to every concept's references, "
+        "in pictures of two.\n\n![Identity matrices](fusion-bench-matrices.png)"
+    )
+
+
+def sheet(laboratory: Laboratory, names: tuple[str, ...], full: Sequence[dict[str, Any]], folder: Path | None) -> str:
+    if folder is None:
+        return ""
+    chosen, there = concepts(names), {score["arm"] for score in full}
+    tokens = [concept.token for concept in chosen]
+    asked, several = laboratory.prompts, tokens[:4]
+    prompts = [asked.single.format(first=token) for token in several]
+    prompts += [asked.pair.format(first=one, second=two) for one, two in pairwise(several)]
+    prompts += asked.free[:2]
+    rows = {}
+    for arm in (name for name in SHOWN if name in there):
+        files = laboratory.files(arms()[arm].recipe, chosen)
+        drawer = laboratory.drawer(arm, files, lambda a=arm, f=files: laboratory.prepared(a, f)[0].draw)
+        rows[arm] = [drawer(prompt, laboratory.seeds[0]) for prompt in prompts]
+    titles = [*several, *(f"{one}\n{two}" for one, two in pairwise(several)), "no concept", "no concept"]
+    plots.write(figures.sheet(rows, titles), folder / "fusion-bench-sheet.png")
+    return (
+        "## In pictures\n\nThe same prompts and seed, nothing picked; all concepts fused in every row.\n\n"
+        "![One row an arm](fusion-bench-sheet.png)"
+    )
+
+
+def prophecy(predicted: dict[str, Any], folder: Path | None) -> str:
+    rows: list[list[str]] = []
+    for recipe, pairs in predicted.items():
+        said = [row["said"] for row in pairs]
+        lost, gained = (prediction.rank_correlation(said, [row[key] for row in pairs]) for key in ("lost", "gained"))
+        rows.append([recipe, str(len(pairs)), number(lost), number(gained)])
+    if folder and predicted:
+        plots.write(figures.scatter(predicted), folder / "fusion-bench-prediction.png")
+    heading = table(("recipe", "ordered pairs", "rank correlation with identity lost", "with the other's gained"), rows)
+    return (
+        "## Known before anything was drawn\n\nCross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖ of every pair, from `fusion.cross_talk`, "
+        f"against what pictures of concept j lost with i's adapter added ungated.\n\n{heading}"
+        + ("\n\n![Prediction](fusion-bench-prediction.png)" if folder else "")
+    )

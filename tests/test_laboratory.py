@@ -1,0 +1,93 @@
+"""The fusion laboratory at toy size: every part of it, a method of one's own, and cells that are made once."""
+
+from dataclasses import replace
+
+import pytest
+
+import fusion
+import tiny
+from benchmarks.laboratory import __main__ as run
+from benchmarks.laboratory import plan, prediction, report
+from benchmarks.laboratory.arms import arms
+from benchmarks.laboratory.concepts import ALONE, NAMES, concepts
+from benchmarks.laboratory.scoring import Laboratory, Prompts
+from benchmarks.laboratory.store import Busy, Store
+from benchmarks.laboratory.teaching import School, Size
+from fusion.methods.method import LayerMerge
+
+
+def halved(deltas, strengths, given):
+    """A method of one's own: half of the sum."""
+    return sum((delta * (0.5 * strength) for delta, strength in zip(deltas[1:], strengths[1:], strict=True)),
+               start=deltas[0] * (0.5 * strengths[0]))  # fmt: skip
+
+
+@pytest.fixture
+def laboratory(tmp_path):
+    tiny.pipeline("sd1").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "fusion.toml").write_text("[generation]\nsteps = 2\n[training]\nresolution = 16\n")
+    tiny.save_judge(tmp_path / "judge")
+    store = Store(tmp_path / "store", wait=False)
+    school = School(store, Size(2, 2, 2), tmp_path / "base", "cpu")
+    asked = Prompts(
+        "a {first}", "{first} and {second}", ("dog",), ("a dog", "a cat", "a bird")
+    )  # short as the toys are
+    return Laboratory(store, school, tmp_path / "judge", range(2), asked)
+
+
+@pytest.mark.slow
+def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
+    monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(f"{__name__}:halved", "half of the sum"))
+    names = plan.UNLIKE[:2]
+    wanted = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
+    assert set(wanted) <= arms().keys()
+    rows = [*(plan.Row(arm, names) for arm in wanted), plan.Row("spectral", names[:1], pairs=False)]
+    small = replace(plan.QUICK, size=laboratory.school.size, rows=rows)
+    run.work(run.tasks(laboratory, small, None))
+    made = {path: path.stat().st_mtime_ns for path in laboratory.store.folder.rglob("*.*")}
+    text = report.write(laboratory, small, tmp_path / "bench.md")
+    assert "| lora, halved | " in text and text == (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "fusion-bench-matrices.png").stat().st_size > 1000
+    run.work(run.tasks(laboratory, small, None))  # and nothing is made twice
+    assert {p: p.stat().st_mtime_ns for p in laboratory.store.folder.rglob("*.*") if p in made} == made
+
+    score = laboratory.score("spectral", concepts(names))
+    assert score["drift"] == pytest.approx(0, abs=1e-6) and score["error"] == [0, 0]  # gates are exact
+    assert [kept["mean"] for kept in score["identity"]["retention"]] == pytest.approx(
+        [1, 1], abs=1e-2
+    )  # of a gap that is tiny here
+
+
+def test_every_arm_is_scored_and_the_sets_are_there():
+    assert {row.arm for row in plan.FULL.rows} == arms().keys() and len(set(NAMES)) == 16
+    for concept in concepts():
+        assert len(concept.references()) == ALONE and concept.token == f"<{concept.name}>"
+
+
+def test_a_cell_is_made_once_and_never_half(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def fails(folder):
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.cell("kind", {"a": 1}, fails)
+    assert not [path for path in (tmp_path / "kind").iterdir() if path.suffix == ""]
+    assert [store.numbers("kind", {"a": 1}, lambda: calls.append(1) or 7) for _ in range(2)] == [7, 7]
+    assert store.numbers("kind", {"a": 2}, lambda: 8) == 8 and len(calls) == 1
+
+
+def test_a_cell_in_another_hand_is_busy(tmp_path):
+    outer, inner = Store(tmp_path), Store(tmp_path, wait=False)
+
+    def make(folder):
+        with pytest.raises(Busy):
+            inner.cell("kind", {}, lambda _: None)
+
+    outer.cell("kind", {}, make)
+
+
+def test_rank_correlation():
+    assert prediction.rank_correlation([1, 2, 3, 10], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(1)
+    assert prediction.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
