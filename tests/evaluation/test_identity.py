@@ -1,6 +1,7 @@
 """The judge in pictures: known pictures get known verdicts, and every control scores as it must."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +131,16 @@ def test_evaluate_draws_and_judges(judge):
 def test_what_is_no_judge_is_refused(tmp_path):
     with pytest.raises(BaseMismatch, match="could not be opened as a CLIP model"):
         open_judge(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_embedded_judge_tells_the_example_concepts_apart_and_knows_subjects_by_name():
+    seeing, root = open_judge(device="cpu"), Path(__file__).parents[2]
+    folders = sorted((root / "assets" / "concepts").iterdir())
+    shown = [[Image.open(file) for file in sorted(folder.glob("*.png"))[:4]] for folder in folders]
+    assert len(folders) == 5 and reliability([seeing.pictures(pictures) for pictures in shown]) == 1
+    names = ("pizza", "fox", "house", "guitar", "umbrella", "ghost", "banana", "rocket")
+    pipe = fusion.open_pipeline(device="cpu")
+    drawn = [fusion.generate(pipe, f"a {name} on a blue background")[0].image for name in names]
+    likeness = seeing.pictures(drawn) @ seeing.texts([f"a {name}" for name in names]).T
+    assert (likeness.argmax(dim=1) == torch.arange(len(names))).all()

@@ -37,11 +37,12 @@ guidance_rescale = {RESCALE}
 def run(work: Path, *, sheet: bool) -> None:
     bench = Bench(work)
     results = json.loads((work / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    parts = {"pocket": results, "pocket-clip": {"judges": results["judges"]}}
     for source, name in (("denoiser/pipeline", "pocket"), ("judge/final", "pocket-clip")):
         folder = work / "assets" / name
         shutil.copytree(work / source, folder, dirs_exist_ok=True)
         text = (TEXTS / f"{name}.md").read_text(encoding="utf-8")
-        for mark, value in {"SUBJECTS": words(bench), "FIGURES": figures(results)}.items():
+        for mark, value in {"SUBJECTS": words(bench), "FIGURES": figures(parts[name])}.items():
             text = text.replace(f"<!-- {mark} -->", value)
         (folder / "README.md").write_text(text, encoding="utf-8")
     (work / "assets" / "pocket" / "fusion.toml").write_text(SETTINGS, encoding="utf-8")
