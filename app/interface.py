@@ -28,7 +28,7 @@ def build(session: Session) -> gr.Blocks:
             names = ["pocket", *([session.base] if session.base else [])]
             looks: dict[str, Any] = {"elem_id": "base", "scale": 0, "min_width": 260, "info": "opening …"}
             base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **looks)
-        with gr.Tabs(elem_id="tabs") as tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             with gr.Tab("Draw", id="draw") as draw_tab:
                 drawing = draw.build(session)
                 history.build(session, drawing)
