@@ -48,6 +48,7 @@ def build(session: Session) -> gr.Blocks:
 
         page.load(*fresh, **QUIET)
         page.load(told(base_ready, session), None, usual, **QUIET)
+        page.load(teaching.look, None, teaching.left, **QUIET)
         page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
         changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **LONG)
@@ -74,7 +75,7 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     prompted = (told(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
     compare_tab.select(*seen, **QUIET).then(*prompted, **QUIET)
     library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **QUIET)
-    for event in (parts.teaching.watching, *shelf.changed, combining.saved):
+    for event in (*parts.teaching.watching, *shelf.changed, combining.saved):
         event.then(*fresh, **QUIET)
 
     def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:

@@ -70,6 +70,11 @@ class Session:
         """What the command line needs to know of the base."""
         return ["--base", self.base] if self.base else []
 
+    @property
+    def base_place(self) -> str | None:
+        """The base as settings on disk name it: a folder by its whole path."""
+        return str(Path(self.base).absolute()) if self.base and Path(self.base).is_dir() else self.base
+
     def side(self) -> int:
         """Of the square pictures the base draws, in pixels."""
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)

@@ -68,13 +68,8 @@ def build(session: Session) -> SimpleNamespace:
                     )
                 anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
-            stage = gr.Image(
-                type="filepath",
-                show_label=False,
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="stage",
-            )
+            looks: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+            stage = gr.Image(type="filepath", elem_id="stage", **looks)
             caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
             after = gr.Column(elem_id="after")
     history, at = gr.State([]), gr.State(0)
@@ -138,21 +133,11 @@ def started_from(session: Session, file: str) -> tuple[Any, ...]:
 
 
 def draw_pictures(
-    session: Session,
-    picks: Picks,
-    prompt: str,
-    negative: str = "",
-    seed: float = 0,
-    new_seed: bool = True,
-    steps: float | None = None,
-    guidance: float | None = None,
-    count: float = 1,
-    scheduler: str | None = None,
-    regions: Mapping[str, Any] | None = None,
-    start: str = "",
-    leave: float = 0.6,
+    session: Session, picks: Picks, prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
+    steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
+    regions: Mapping[str, Any] | None = None, start: str = "", leave: float = 0.6,
     history: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
     if not prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
