@@ -9,7 +9,7 @@ import gradio as gr
 import fusion
 from app import markup
 from app.notices import told, warn
-from app.session import Session, tokens_of
+from app.session import Session, in_a_sentence, tokens_of
 from app.tabs import LATEST, LONG, QUIET, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
@@ -119,8 +119,8 @@ def base_ready(session: Session) -> tuple[Any, ...]:
     name = session.base or "pocket"
     try:
         size, (_, steps, guidance) = session.side(), session.usual()
-    except fusion.FusionError as error:
-        warn(str(error))
+    except Exception as error:  # whatever it is, the page must not go on saying "opening …"
+        warn(in_a_sentence(error))
         return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
     base = gr.update(value=name, info=f"ready, draws {size} × {size}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])

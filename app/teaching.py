@@ -40,8 +40,7 @@ class Lesson:
         self.config, self.references, self.token, self.pictures = config, references, config.token, pictures
         self.place = place  # its Workplace in the library, taken
         self.sofar = place.folder / f"{config.name}.safetensors"  # the adapter at the latest checkpoint
-        self.begun, self.total, self.seconds = 0, config.max_train_steps, 0.0
-        self.step = self.begun
+        self.begun, self.step, self.total, self.seconds = 0, 0, config.max_train_steps, 0.0
         self.losses: list[float] = []
         self.previews: list[tuple[Image.Image, str]] = []
         self.state, self.error = "waiting", ""  # preparing, learning, then learned, stopped or failed
@@ -108,7 +107,7 @@ def left_over(session: Session) -> dict[str, Any]:
 
 def resumed(session: Session, name: str) -> Lesson:
     """An unfinished training, from its latest checkpoint on; what it learns is what it would have learned in one go."""
-    own = _chosen(session, name)
+    own = chosen(session, name)
     config = own.take()
     try:
         if config is None:
@@ -125,14 +124,8 @@ def resumed(session: Session, name: str) -> Lesson:
     return made
 
 
-def discard(session: Session, name: str) -> None:
-    """Delete pictures, settings and checkpoints of an unfinished training; what is in the library stays."""
-    own = _chosen(session, name)
-    own.take()
-    own.place.remove()
-
-
-def _chosen(session: Session, name: str) -> Any:
+def chosen(session: Session, name: str) -> Any:
+    """An unfinished training by what a page says, which is never used as a path."""
     if own := left_over(session).get(name):
         return own
     raise fusion.FusionError("This training is not unfinished any more; choose another.")

@@ -58,7 +58,9 @@ def state_html(own: Lesson, *, paused: bool = False) -> str:
         "failed": own.error,
     }[own.state]
     said = f"<p><b>{markup.escape(own.token)}</b> {markup.escape(line)}</p>"
-    return f'<div class="teaching {own.state}" role="status">{said}{markup.bar(own.step, own.total)}</div>'
+    # A live region only where something has happened: a screen reader would read every step aloud.
+    role = "" if own.state == "learning" else ' role="status"'
+    return f'<div class="teaching {own.state}"{role}>{said}{markup.bar(own.step, own.total)}</div>'
 
 
 def ending_html(own: Lesson) -> str:
@@ -80,9 +82,7 @@ def advice(own: Lesson) -> str:
     before, last = own.losses[-2 * quarter : -quarter], own.losses[-quarter:]
     if before and sum(last) / len(last) < 0.97 * sum(before) / len(before):
         return "Looks weak? The loss was still falling: teach it again on Careful."
-    return (
-        "Looks weak? Try Careful, a higher strength when drawing, or captions that name everything else in a picture."
-    )
+    return "Looks weak? Try Careful, a higher strength when drawing, or captions that name all else in a picture."
 
 
 def queue_html(teaching: Teaching) -> str:

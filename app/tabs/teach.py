@@ -15,14 +15,13 @@ from app.session import Session
 from app.settings import form_html
 from app.tabs import LONG, QUIET, cli_box, received, shown, widget
 from app.tabs.progress import watch
-from app.teaching import ENDINGS, Lesson, Teaching, discard, left_over, lesson, resumed
+from app.teaching import ENDINGS, Lesson, Teaching, chosen, left_over, lesson, resumed
 
 CROP = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
 IDLE = markup.nothing(
     "Nothing is being taught",
-    "Four to eight pictures are enough: the same thing on different backgrounds. Its loss and first drawings will "
-    "appear here.",
+    "Four to eight pictures are enough: the same thing on different backgrounds. Loss and drawings appear here.",
 )
 DROP = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
 OURS = markup.hint("No pictures at hand? Try one of ours:")
@@ -157,8 +156,10 @@ def resume_teaching(session: Session, name: str) -> Any:
 
 
 def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
-    """Delete what an unfinished training has left: pictures, settings and checkpoints."""
-    discard(session, name)
+    """Delete what an unfinished training has left: pictures, settings and checkpoints; not what is in the library."""
+    own = chosen(session, name)
+    own.take()
+    own.place.remove()
     return unfinished(session)
 
 
