@@ -9,13 +9,11 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__, allow_abbrev=False)
     parser.add_argument("--base", help="base model: a diffusers folder or hub id (default: the embedded pocket)")
-    parser.add_argument(
-        "--library", type=Path, default=Path("out"), help="folder of adapters (default: out, as `fusion train`)"
-    )
+    parser.add_argument("--library", type=Path, default=Path("out"), help="folder of adapters (default: out)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets everyone in who can reach this machine")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
-        "--auth", type=Path, metavar="FILE", help="let in only those in FILE, a line each: name:password"
+        "--auth", type=Path, metavar="FILE", help="let in only who is in FILE, a line each: name:password"
     )
     chosen = parser.parse_args()
     auth = accounts(chosen.auth, parser) if chosen.auth else None

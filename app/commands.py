@@ -15,7 +15,11 @@ def command(*words: object) -> str:
 
 
 def file_of(session: Session, key: str) -> Path:
-    path = session.library / f"{key}.safetensors"
+    return near(session.library / f"{key}.safetensors")
+
+
+def near(path: Path) -> Path:
+    """From where the app was started, as whoever copies the line is likely to be there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -42,3 +46,7 @@ def train(session: Session, token: str, noun: str, preset: str, settings: Mappin
     further = [word for name, text in settings.items() for word in (f"--{name}", *text.splitlines())]
     named = ["--token", token, "--noun", noun, "--preset", preset, "--library", session.library]
     return command("train", *base, "--instance_data_dir", folder or PICTURES, *named, *further)
+
+
+def resume(folder: Path) -> str:
+    return command("train", "--config", near(folder) / "training.toml", "--resume_from_checkpoint", "latest")

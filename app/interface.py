@@ -9,7 +9,7 @@ import gradio as gr
 import fusion
 from app import markup
 from app.notices import told, warn
-from app.session import Session, tokens_of
+from app.session import Session, in_a_sentence, tokens_of
 from app.tabs import LATEST, LONG, QUIET, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
@@ -28,7 +28,7 @@ def build(session: Session) -> gr.Blocks:
             names = ["pocket", *([session.base] if session.base else [])]
             looks: dict[str, Any] = {"elem_id": "base", "scale": 0, "min_width": 260, "info": "opening …"}
             base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **looks)
-        with gr.Tabs(elem_id="tabs") as tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             with gr.Tab("Draw", id="draw") as draw_tab:
                 drawing = draw.build(session)
                 history.build(session, drawing)
@@ -48,6 +48,7 @@ def build(session: Session) -> gr.Blocks:
 
         page.load(*fresh, **QUIET)
         page.load(told(base_ready, session), None, usual, **QUIET)
+        page.load(teaching.look, None, teaching.left, **QUIET)
         page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
         changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **LONG)
@@ -74,7 +75,7 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     prompted = (told(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
     compare_tab.select(*seen, **QUIET).then(*prompted, **QUIET)
     library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **QUIET)
-    for event in (parts.teaching.watching, *shelf.changed, combining.saved):
+    for event in (*parts.teaching.watching, *shelf.changed, combining.saved):
         event.then(*fresh, **QUIET)
 
     def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
@@ -118,8 +119,8 @@ def base_ready(session: Session) -> tuple[Any, ...]:
     name = session.base or "pocket"
     try:
         size, (_, steps, guidance) = session.side(), session.usual()
-    except fusion.FusionError as error:
-        warn(str(error))
+    except Exception as error:  # whatever it is, the page must not go on saying "opening …"
+        warn(in_a_sentence(error))
         return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
     base = gr.update(value=name, info=f"ready, draws {size} × {size}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])

@@ -19,6 +19,7 @@ def theme() -> gr.themes.Base:
         ("input_background_fill", "*neutral_50", "*neutral_950"),
         ("button_primary_background_fill", "*primary_600", "*primary_600"),
         ("body_text_color_subdued", "*neutral_500", "*neutral_400"),
+        ("input_placeholder_color", "*neutral_500", "*neutral_400"),  # gradio's are too faint to read
     ):
         look.set(**{name: light, f"{name}_dark": dark})
     return look.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,17 @@ class Session:
         return self._pipe is not None
 
     def warm_up(self) -> None:
-        """Open the base before anyone asks; what is wrong with it is told to the one who does."""
-        with suppress(Exception):
+        """Open the base before anyone asks, and let the embedded one draw a step: the first loads what all need.
+
+        Nothing waits for it. What is wrong with the base is told to whoever asks for it; another can be chosen then.
+        """
+        try:
             _ = self.pipe
+            if self.base is None:  # of others, one step may take long
+                with self.line.turn("The base is being opened"):
+                    fusion.generate(self.pipe, "a cat", steps=1)
+        except Exception as error:
+            logger.warning("The base is not ready: %s", in_a_sentence(error))
 
     def open_base(self, name: str) -> None:
         """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
@@ -69,6 +77,11 @@ class Session:
     def base_words(self) -> list[str]:
         """What the command line needs to know of the base."""
         return ["--base", self.base] if self.base else []
+
+    @property
+    def base_place(self) -> str | None:
+        """The base as settings on disk name it: a folder by its whole path."""
+        return str(Path(self.base).absolute()) if self.base and Path(self.base).is_dir() else self.base
 
     def side(self) -> int:
         """Of the square pictures the base draws, in pixels."""

@@ -29,10 +29,8 @@ def _field(name: str) -> str:
 
 def _control(name: str, annotation: Any, default: str) -> str:
     kinds = get_args(annotation) or (annotation,)
-    literal = (
-        annotation if get_origin(annotation) is Literal else next((k for k in kinds if get_origin(k) is Literal), 0)
-    )
-    choices = ("true", "false") if annotation is bool else get_args(literal) if literal else ()
+    literal = next((k for k in (annotation, *kinds) if get_origin(k) is Literal), None)
+    choices = ("true", "false") if annotation is bool else get_args(literal)
     if choices:
         options = "".join(f"<option>{html.escape(str(choice))}</option>" for choice in choices)
         return f'<select name="{name}"><option value="">{default or "as usual"}</option>{options}</select>'

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from fusion.spectral.slices import SpectralSlice as SpectralSlice
     from fusion.training.config import TrainingConfig as TrainingConfig
     from fusion.training.examination import examine as examine
+    from fusion.training.interruption import keep_settings as keep_settings
+    from fusion.training.interruption import unfinished as unfinished
     from fusion.training.loop import TrainStep as TrainStep
     from fusion.training.loop import train as train
     from fusion.training.pictures import load_picture as load_picture
@@ -96,6 +98,7 @@ _PUBLIC = {
     "fuse": "fusion.composition.fusing",
     "generate": "fusion.generation",
     "interference": "fusion.composition.measures",
+    "keep_settings": "fusion.training.interruption",
     "load": "fusion.formats.reading",
     "load_moments": "fusion.formats.moments_file",
     "load_picture": "fusion.training.pictures",
@@ -110,6 +113,7 @@ _PUBLIC = {
     "save_moments": "fusion.formats.moments_file",
     "slice_map": "fusion.composition.ownership",
     "train": "fusion.training.loop",
+    "unfinished": "fusion.training.interruption",
 }
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 _PACKAGES = (

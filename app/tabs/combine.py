@@ -17,6 +17,7 @@ from app.tabs import LATEST, Picks, cli_box, picked_of, shown, widget
 
 ASK = markup.nothing("Pick concepts to combine", "Whether they go together is said here before anything is drawn.")
 METHOD = "Sums keep every concept at its own words. Methods that merge cannot: they act on every word."
+BUSY: dict[str, Any] = {"show_progress": "minimal"}
 FORMS = {"ours": "native", "diffusers": "diffusers", "kohya (A1111, ComfyUI)": "kohya"}
 BAKE = (
     "A copy of the base with the concepts in its own weights, as a diffusers folder that any program draws with. "
@@ -47,11 +48,9 @@ def build(session: Session) -> SimpleNamespace:
             verdict, notes, cli = gr.HTML(ASK, elem_id="combined"), gr.HTML(elem_id="combine-notes"), cli_box("combine")
     gr.on([picks.input, method.input], told(judged, session), [picks, method], verdict, **LATEST)
     inputs = [picks, method, name]
-    saved = save.click(told(save_as_one, session), inputs, [notes, cli], api_name="fuse", show_progress="minimal")
-    export.click(
-        told(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", show_progress="minimal"
-    )
-    bake.click(told(baked, session), [*inputs, accept], [notes, cli], api_name="bake", show_progress="minimal")
+    saved = save.click(told(save_as_one, session), inputs, [notes, cli], api_name="fuse", **BUSY)
+    export.click(told(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **BUSY)
+    bake.click(told(baked, session), [*inputs, accept], [notes, cli], api_name="bake", **BUSY)
     return SimpleNamespace(picks=picks, method=method, draw=draw, verdict=verdict, saved=saved)
 
 

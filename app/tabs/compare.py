@@ -4,6 +4,7 @@ from __future__ import annotations  # names of `fusion` must not load torch befo
 
 import secrets
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ def build(session: Session) -> SimpleNamespace:
             prompt = gr.Textbox("", label="Prompt", lines=2, elem_id="compare-prompt")
             strengths = gr.Textbox("0.5 1", label="Strengths", info="Rows of the grid", elem_id="strengths")
             methods = gr.CheckboxGroup(
-                ["direct_sum"], value=["direct_sum"], label="Methods", elem_classes="radio-chips"
+                [*fusion.METHODS], value=["direct_sum"], label="Methods", elem_classes="radio-chips"
             )
             alone = gr.Checkbox(True, label="Also each concept alone", container=False)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
@@ -48,7 +49,7 @@ def build(session: Session) -> SimpleNamespace:
     begun = start.click(lambda: working(True), None, [start, stop], **QUIET)
     comparing = begun.then(told(draw_grid, session), inputs, outputs, api_name="compare", **LONG)
     comparing.then(lambda: working(False), None, [start, stop], **QUIET)
-    comparing.failure(lambda: working(False), None, [start, stop], **QUIET)
+    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **QUIET)
     stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **QUIET)
     return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
 
@@ -107,10 +108,7 @@ def draw_grid(
 
 
 def by_row(cells: Sequence[Any]) -> list[list[Any]]:
-    rows: dict[float, list[Any]] = {}
-    for cell in cells:
-        rows.setdefault(cell.strength, []).append(cell)
-    return list(rows.values())
+    return [list(row) for _, row in groupby(cells, lambda cell: cell.strength)]
 
 
 def grid_html(cells: Sequence[Any]) -> str:

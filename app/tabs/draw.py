@@ -50,9 +50,7 @@ def build(session: Session) -> SimpleNamespace:
                 gr.HTML(markup.hint(REGIONS))
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
-                upload = gr.UploadButton(
-                    "Choose a picture", file_types=list(ENDINGS), size="sm", elem_id="start-upload"
-                )
+                upload = gr.UploadButton("Choose a picture", file_types=[*ENDINGS], size="sm", elem_id="start-upload")
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
                 leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
                 forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
@@ -63,18 +61,12 @@ def build(session: Session) -> SimpleNamespace:
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="draw-steps")
                     guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
-                    scheduler = gr.Dropdown(
-                        [("the base's own", "")], value="", label="Scheduler", allow_custom_value=True
-                    )
+                    own = [("the base's own", "")]
+                    scheduler = gr.Dropdown(own, value="", label="Scheduler", allow_custom_value=True)
                 anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
-            stage = gr.Image(
-                type="filepath",
-                show_label=False,
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="stage",
-            )
+            looks: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+            stage = gr.Image(type="filepath", elem_id="stage", **looks)
             caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
             after = gr.Column(elem_id="after")
     history, at = gr.State([]), gr.State(0)
@@ -138,25 +130,17 @@ def started_from(session: Session, file: str) -> tuple[Any, ...]:
 
 
 def draw_pictures(
-    session: Session,
-    picks: Picks,
-    prompt: str,
-    negative: str = "",
-    seed: float = 0,
-    new_seed: bool = True,
-    steps: float | None = None,
-    guidance: float | None = None,
-    count: float = 1,
-    scheduler: str | None = None,
-    regions: Mapping[str, Any] | None = None,
-    start: str = "",
-    leave: float = 0.6,
+    session: Session, picks: Picks, prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
+    steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
+    regions: Mapping[str, Any] | None = None, start: str = "", leave: float = 0.6,
     history: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
     if not prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
     picked, parts = picked_of(picks), regions_of(regions)
+    opening = "" if session.is_open else "The base is being opened …"
+    yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
     adapters = session.adapters(list(picked))
     said = " ".join([prompt, *(part["prompt"] for part in parts)])
     gated = [token for adapter in adapters if adapter.gated for token in tokens_of(adapter.info)]
@@ -166,20 +150,17 @@ def draw_pictures(
         "prompt": prompt, "negative_prompt": negative, "seed": random.randrange(2**31) if new_seed else int(seed),
         "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
     }  # fmt: skip
-    image: dict[str, Any] = (
-        {"image": fusion.load_picture(session.upload(start)), "image_strength": leave} if start else {}
-    )
+    picture = fusion.load_picture(session.upload(start)) if start else None
     areas: dict[str, Any] = {"regions": as_regions(parts)} if parts else {}
 
     def work(screen: Screen) -> list[tuple[str, str]]:
         strengths = list(picked.values())
         made = fusion.generate(
             session.pipe, adapters=adapters, strengths=strengths, batch=int(count), on_step=screen.on_step,
-            **flags, **image, **areas,
+            image=picture, image_strength=leave, **flags, **areas,
         )  # fmt: skip
         return [(session.keep(picture), in_words(picture.recipe)) for picture in made]
 
-    yield gr.skip(), markup.bar(0, 1), gr.skip(), gr.skip(), gr.skip()
     for frame in streamed(session, "A picture is being drawn", work):
         if isinstance(frame, Done):
             seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}

@@ -50,9 +50,8 @@ def build(session: Session) -> SimpleNamespace:
     look = told(looked, session)
     refresh.click(look, [search, chosen], [cards, slices], api_name="library", show_progress="hidden")
     search.input(told(cards_html, session), [search, chosen], cards, **QUIET)
-    cards.select(told(opened, session), None, [chosen, *detail], **QUIET).then(
-        told(cards_html, session), [search, chosen], cards, **QUIET
-    )
+    turned = cards.select(told(opened, session), None, [chosen, *detail], **QUIET)
+    turned.then(told(cards_html, session), [search, chosen], cards, **QUIET)
     delete.click(lambda: gr.Row(visible=True), None, sure, **QUIET)
     no.click(lambda: gr.Row(visible=False), None, sure, **QUIET)
     changes = [chosen, *detail, notes, cli]
@@ -78,9 +77,13 @@ def cards_html(session: Session, search: str = "", chosen: str = "") -> str:
     """Every adapter of the library whose card says all the words searched for."""
     entries, words = session.entries(), search.lower().split()
     found = [entry for entry in entries.values() if all(word in _said(entry) for word in words)]
+    strange = sorted({path.stem for path in session.library.glob("[!.]*.safetensors")} - entries.keys())
+    left = f"Not shown, because they cannot be read (the terminal says why): {', '.join(strange)}." if strange else ""
     if not found:
-        return EMPTY if not entries else markup.nothing("Nothing found", f"No card says “{search}”.")
-    return f'<div class="cards">{"".join(markup.card(e, chosen=e.path.stem == chosen) for e in found)}</div>'
+        none = EMPTY if not entries else markup.nothing("Nothing found", f"No card says “{search}”.")
+        return none + markup.hint(left)
+    cards = "".join(markup.card(entry, chosen=entry.path.stem == chosen) for entry in found)
+    return f'<div class="cards">{cards}</div>{markup.hint(left)}'
 
 
 def slices_html(session: Session) -> str:

@@ -35,7 +35,7 @@ def view(teaching: Teaching, *, new_previews: bool) -> tuple[Any, ...]:
     active, previews = own.state in ("preparing", "learning"), list(own.previews)
     return (
         state_html(own, paused=not teaching.going.is_set()),
-        markup.loss_svg(list(own.losses), own.total) if len(own.losses) > 1 else "",
+        markup.loss_svg(list(own.losses), own.total - own.begun) if len(own.losses) > 1 else "",
         gr.Row(visible=active),
         gr.Gallery(previews, visible=bool(previews)) if new_previews else gr.skip(),
         ending_html(own),
@@ -47,17 +47,20 @@ def view(teaching: Teaching, *, new_previews: bool) -> tuple[Any, ...]:
 
 
 def state_html(own: Lesson, *, paused: bool = False) -> str:
-    left = own.seconds / max(1, own.step) * (own.total - own.step)
+    kept = "what it knows so far is in the library." if own.saved else "it had learned nothing yet."
+    left = own.seconds / max(1, own.step - own.begun) * (own.total - own.step)
     line = {
         "waiting": "waits for its turn",
         "preparing": "Looking at the pictures …",
         "learning": f"Step {own.step} of {own.total}, {'paused' if paused else f'about {markup.in_time(left)} left'}",
         "learned": f"Learned in {own.step} steps and {markup.in_time(own.seconds)}; it is in the library now.",
-        "stopped": f"Stopped after {own.step} steps; what it knows so far is in the library.",
+        "stopped": f"Stopped after {own.step} steps; {kept}",
         "failed": own.error,
     }[own.state]
     said = f"<p><b>{markup.escape(own.token)}</b> {markup.escape(line)}</p>"
-    return f'<div class="teaching {own.state}" role="status">{said}{markup.bar(own.step, own.total)}</div>'
+    # A live region only where something has happened: a screen reader would read every step aloud.
+    role = "" if own.state == "learning" else ' role="status"'
+    return f'<div class="teaching {own.state}"{role}>{said}{markup.bar(own.step, own.total)}</div>'
 
 
 def ending_html(own: Lesson) -> str:
@@ -79,9 +82,7 @@ def advice(own: Lesson) -> str:
     before, last = own.losses[-2 * quarter : -quarter], own.losses[-quarter:]
     if before and sum(last) / len(last) < 0.97 * sum(before) / len(before):
         return "Looks weak? The loss was still falling: teach it again on Careful."
-    return (
-        "Looks weak? Try Careful, a higher strength when drawing, or captions that name everything else in a picture."
-    )
+    return "Looks weak? Try Careful, a higher strength when drawing, or captions that name all else in a picture."
 
 
 def queue_html(teaching: Teaching) -> str:

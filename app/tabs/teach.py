@@ -15,17 +15,17 @@ from app.session import Session
 from app.settings import form_html
 from app.tabs import LONG, QUIET, cli_box, received, shown, widget
 from app.tabs.progress import watch
-from app.teaching import ENDINGS, Teaching, lesson
+from app.teaching import ENDINGS, Lesson, Teaching, chosen, left_over, lesson, resumed
 
 CROP = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
 IDLE = markup.nothing(
     "Nothing is being taught",
-    "Four to eight pictures are enough: the same thing on different backgrounds. Its loss and first drawings will "
-    "appear here.",
+    "Four to eight pictures are enough: the same thing on different backgrounds. Loss and drawings appear here.",
 )
 DROP = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
 OURS = markup.hint("No pictures at hand? Try one of ours:")
+LEFT = "Stopped, or ended with the app. Resuming goes on exactly; discarding deletes its pictures here, nothing else."
 NAME = markup.hint("2. Say what it is, and what to call it.")
 
 
@@ -33,6 +33,14 @@ def build(session: Session) -> SimpleNamespace:
     examples = example_concepts()
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
+            with gr.Column(visible=False, elem_id="unfinished") as left:
+                which = gr.Radio([], label="Not finished yet", info=LEFT, elem_classes="radio-chips")
+                with gr.Row():
+                    resume = gr.Button("Resume", variant="primary", size="sm", elem_id="resume", min_width=90)
+                    discard = gr.Button("Discard …", size="sm", elem_id="discard", elem_classes="quiet", min_width=90)
+                with gr.Row(visible=False) as sure:
+                    yes = gr.Button("Yes, discard it", variant="stop", size="sm", elem_id="yes-discard", min_width=90)
+                    no = gr.Button("Keep it", size="sm", elem_id="keep-unfinished", min_width=90)
             gr.HTML(DROP)
             looks: dict[str, Any] = {"file_types": list(ENDINGS), "file_count": "multiple", "show_label": False}
             drop = gr.File(label="Pictures", height=120, elem_id="drop", **looks)
@@ -44,13 +52,8 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Row():
                 noun = gr.Textbox("", label="What is it?", info="One ordinary word", placeholder="dog", elem_id="noun")
                 token = gr.Textbox("", label="Its name", info="For prompts", placeholder="<rex>", elem_id="token")
-            preset = gr.Radio(
-                list(PRESETS.items()),
-                value="standard",
-                label="How thoroughly",
-                elem_classes="radio-chips",
-                elem_id="preset",
-            )
+            looks = {"value": "standard", "elem_classes": "radio-chips", "elem_id": "preset"}
+            preset = gr.Radio(list(PRESETS.items()), label="How thoroughly", **looks)
             with gr.Accordion("All settings", open=False, elem_id="teach-settings"):
                 settings = widget("settings", {"filled": {}, "usual": {}}, form=form_html(), elem_id="all-settings")
             folder = gr.Textbox("", visible=False)  # of an example, for the command line
@@ -78,10 +81,18 @@ def build(session: Session) -> SimpleNamespace:
         button.click(told(example_lesson, session, place), None, outputs, **QUIET)
     form, inputs = [pictures, warning, noun, token], [pictures, token, noun, preset, settings, folder]
     added = start.click(told(teach_concept, session), inputs, [*form, cli], api_name="teach", show_progress="hidden")
-    watching = added.then(told(watch, session), None, views, api_name="watch", **LONG)
+    watching = [added.then(told(watch, session), None, views, api_name="watch", **LONG)]
+    again = resume.click(told(resume_teaching, session), which, cli, **QUIET)
+    watching.append(again.then(told(watch, session), None, views, **LONG | QUIET))
+    look, here = told(unfinished, session), [left, which, sure]
+    discard.click(lambda: gr.Row(visible=True), None, sure, **QUIET)
+    no.click(lambda: gr.Row(visible=False), None, sure, **QUIET)
+    yes.click(told(discard_teaching, session), which, here, **QUIET)
+    for event in (again, *watching):
+        event.then(look, None, here, **QUIET)
     pause.click(told(pause_teaching, session), None, pause, api_name="pause_teaching", show_progress="hidden")
     stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
-    return SimpleNamespace(views=views, watching=watching, use=use, settings=settings)
+    return SimpleNamespace(views=views, watching=watching, use=use, settings=settings, look=look, left=here)
 
 
 def add_pictures(
@@ -120,10 +131,36 @@ def teach_concept(
     filled: Any = (settings or {}).get("filled") or {}
     name = suggested_token(noun, token)
     new = lesson(session, pictures, name, noun, preset, filled)
+    _queue(session, new)
+    return [], "", "", "", shown(commands.train(session, new.token, noun, preset, filled, folder))
+
+
+def _queue(session: Session, new: Lesson) -> None:
     if session.teaching is None:
         session.teaching = Teaching(session)
     session.teaching.add(new)
-    return [], "", "", "", shown(commands.train(session, new.token, noun, preset, filled, folder))
+
+
+def unfinished(session: Session) -> tuple[Any, ...]:
+    """Trainings that can be resumed, the first one chosen."""
+    choices = [(str(own), name) for name, own in left_over(session).items()]
+    chosen = gr.Radio(choices, value=choices[0][1] if choices else None)
+    return gr.Column(visible=bool(choices)), chosen, gr.Row(visible=False)
+
+
+def resume_teaching(session: Session, name: str) -> Any:
+    """Put an unfinished training into the queue, from its latest checkpoint on. Returns the command line."""
+    new = resumed(session, name)
+    _queue(session, new)
+    return shown(commands.resume(new.place.folder))
+
+
+def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
+    """Delete what an unfinished training has left: pictures, settings and checkpoints; not what is in the library."""
+    own = chosen(session, name)
+    own.take()
+    own.place.remove()
+    return unfinished(session)
 
 
 def pause_teaching(session: Session) -> Any:
@@ -160,5 +197,4 @@ def example_lesson(session: Session, folder: Path) -> tuple[Any, ...]:
         caption = source.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
         pictures.append({"id": session.take_upload(source).name, "name": source.name, "caption": text})
-    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    return *reconsidered(session, pictures), about["noun"], about["token"], str(place)
+    return *reconsidered(session, pictures), about["noun"], about["token"], str(commands.near(folder))

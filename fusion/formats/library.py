@@ -23,6 +23,7 @@ from fusion.adapters.adapter import Adapter, BaseInfo
 from fusion.errors import ConfigError, FormatError, FusionError, SliceConflict, UnknownName, closest
 from fusion.formats.native import AdapterFile, read_info, save
 from fusion.formats.reading import load
+from fusion.formats.workplace import Workplace, left_workplaces, new_workplace, workplaces
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,22 @@ class Library:
         for ending in (path.suffix, *_BESIDE):
             path.with_suffix(ending).unlink(missing_ok=True)
 
+    def workplace(self, name: str) -> Workplace:
+        """A folder for a training that can be taken up again after its program has ended; taken, and empty.
+
+        What is saved there as an adapter owns its slice. Raises FormatError where nothing can be written.
+        """
+        try:
+            return new_workplace(self.folder, name)
+        except OSError as error:
+            raise FormatError(f"'{self.folder}' cannot be a library folder: {error.strerror}.") from error
+
+    def unfinished(self) -> list[Workplace]:
+        """Trainings that nobody is working at: stopped, or left behind by a program that has ended."""
+        return left_workplaces(self.folder)
+
     def slice_map(self, base: BaseInfo, slice_of: str = "spectrum") -> list[SliceOwner]:
-        """Who owns which slice of `base`: adapters first, then trainings under way."""
+        """Who owns which slice of `base`: adapters first, then unfinished trainings and those under way."""
         if not self.folder.is_dir():
             return []
         with FileLock(self.folder / ".library.lock"):
@@ -161,7 +176,8 @@ class Library:
         return [*self._stored(base, slice_of, replacing), *self._reserved(_digest(base, slice_of))]
 
     def _stored(self, base: BaseInfo, slice_of: str, replacing: str | None) -> Iterator[SliceOwner]:
-        for entry in self.adapters():
+        unfinished = [entry for folder in workplaces(self.folder) for entry in Library(folder).adapters()]
+        for entry in [*self.adapters(), *unfinished]:
             own = entry.info.base
             if own is None or (own.family, own.name) != (base.family, base.name):
                 continue
@@ -169,7 +185,8 @@ class Library:
                 tokens = branch.gate or tuple(concept.token for concept in entry.info.concepts)
                 if ADAPTERS[branch.type].slice_of == slice_of and tokens != (replacing,):
                     for part in branch.slices:
-                        yield SliceOwner(f"'{entry.info.name}' ({' '.join(tokens)})", part)
+                        state = ", unfinished" if entry in unfinished else ""
+                        yield SliceOwner(f"'{entry.info.name}' ({' '.join(tokens)}){state}", part)
 
     def _reserved(self, whose: str) -> Iterator[SliceOwner]:
         """Slices of trainings that still run; the notes of those that ended without a word are removed."""

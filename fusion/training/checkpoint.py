@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusion.errors import ConfigError, FormatError
+from fusion.spectral.slices import SpectralSlice
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -58,6 +59,15 @@ def find_checkpoint(asked: str, folder: Path) -> Path:
     raise ConfigError(f"'{asked}' is no checkpoint; 'latest' takes the newest in '{folder}'.")
 
 
+def slice_of_checkpoint(path: Path) -> SpectralSlice | None:
+    """The slice its training was on, where it says so: what was learned there is something else anywhere else."""
+    try:
+        owned = json.loads((path / _STATE).read_text(encoding="utf-8"))["settings"].get("slices")
+        return SpectralSlice.from_json(owned[0]) if owned else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"Checkpoint '{path}' cannot be read: {error}.") from error
+
+
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scheduler: Any, lasting: Mapping[str, Any]
 ) -> None:
@@ -69,7 +79,7 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FormatError(f"Checkpoint '{path}' cannot be read: {error}.") from error
     for key, value in lasting.items():
-        if (before := settings.get(key)) != value:
+        if (before := settings.get(key, value)) != value:  # what an older checkpoint does not say is let pass
             raise ConfigError(f"Checkpoint '{path}' was made with {key} = {before!r}, not {value!r}; use that again.")
     named, moments = dict[str, Tensor](), defaultdict[int, dict[str, Tensor]](dict)
     for key, value in tensors.items():

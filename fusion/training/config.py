@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -212,6 +212,25 @@ class TrainingConfig(StrictModel):
             title = starts.get(name, title)
             found.setdefault(title, []).append(name)
         return found
+
+    @classmethod
+    def typed(cls, name: str, text: str) -> Any:
+        """A setting from what somebody typed; what is not of its kind stays text, to be refused with the others."""
+        field = cls.model_fields.get(name)
+        kinds = {*get_args(field.annotation), field.annotation} if field else set[Any]()
+        if bool in kinds and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if any(kind == list[str] for kind in kinds) and "\n" in text:
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        if list[str] in kinds and str not in kinds:
+            return text.split()
+        for kind in (int, float):
+            if kind in kinds:
+                try:
+                    return kind(text)
+                except ValueError:
+                    continue
+        return text
 
     @classmethod
     def from_toml(cls, path: str | Path, over: Mapping[str, Any] | None = None) -> Self:

@@ -30,7 +30,13 @@ from fusion.models.injection import attach
 from fusion.models.names import component_of
 from fusion.models.targets import sees_tokens
 from fusion.training.batches import Batches
-from fusion.training.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from fusion.training.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    slice_of_checkpoint,
+)
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.preparation import fresh_adapter, parameter_groups
@@ -82,7 +88,10 @@ class _Run:
         self.batches = Batches(pipe, config)
         self.accelerator = held.enter_context(accelerated(pipe, config))
         held.enter_context(frozen(pipe, config))
-        self.adapter = fresh_adapter(pipe, config, held)
+        self.checkpoints = config.output_dir / "checkpoints" / config.name
+        asked = config.resume_from_checkpoint
+        self.resumed = find_checkpoint(asked, self.checkpoints) if asked else None
+        self.adapter = fresh_adapter(pipe, config, held, self.resumed and slice_of_checkpoint(self.resumed))
         self._tell_about_gates()
         held.enter_context(attach(pipe, self.adapter, live=True))
         self.batches.prepare()
@@ -100,7 +109,6 @@ class _Run:
         self.parameters = {name: p for name, p in named_parameters(self.adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(n) != "unet" for n in self.adapter.layer_names)
         self.text_cache: dict[str, Conditioning] = {}
-        self.checkpoints = config.output_dir / "checkpoints" / config.name
         self.done = self._resume()
 
     def steps(self) -> Generator[TrainStep]:
@@ -187,16 +195,16 @@ class _Run:
 
     def _resume(self) -> int:
         """The number of steps done already."""
-        if self.config.resume_from_checkpoint is None:
+        if self.resumed is None:
             return 0
-        path = find_checkpoint(self.config.resume_from_checkpoint, self.checkpoints)
-        load_checkpoint(path, self.parameters, self.optimizer, self.scheduler, self._lasting())
+        load_checkpoint(self.resumed, self.parameters, self.optimizer, self.scheduler, self._lasting())
         done = int(self.scheduler.last_epoch)
-        logger.info("Resuming from '%s' after %d steps.", path, done)
+        logger.info("Resuming from '%s' after %d steps.", self.resumed, done)
         return done
 
     def _lasting(self) -> dict[str, Any]:
-        return {"examples": self.batches.digest} | {name: getattr(self.config, name) for name in LASTING}
+        owned = {"slices": [part.to_json() for part in self.adapter.slices]}
+        return {"examples": self.batches.digest} | owned | {name: getattr(self.config, name) for name in LASTING}
 
     def _tell_about_gates(self) -> None:
         config, names = self.config, self.adapter.layer_names

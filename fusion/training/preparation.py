@@ -21,8 +21,10 @@ from fusion.spectral.slices import SpectralSlice
 from fusion.training.config import TrainingConfig
 
 
-def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack) -> Adapter:
+def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack, resumed: SpectralSlice | None = None) -> Adapter:
     """An untrained adapter for `config`, on a free slice; a slice reserved in a library is held until `held` closes.
+
+    `resumed`: the slice of the training that is gone on with.
 
     Raises UnknownName for a target that names no layer, SliceConflict for a slice that is taken or does not fit.
     """
@@ -37,7 +39,7 @@ def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack) -> Adapter
     names = resolve(targets, places)
     narrowest = min(names, key=lambda name: min(matrix(places[name]).shape))
     capacity = min(matrix(places[narrowest]).shape)
-    directions = choose_slice(config, kind, info, capacity, held)
+    directions = choose_slice(config, kind, info, capacity, held, resumed)
     directions.check_fits(capacity, narrowest)
     options = LayerOptions(seed=config.seed, guard=config.guard)
     layers = {name: fresh_layer(kind, matrix(places[name]), directions, options) for name in names}
@@ -50,12 +52,13 @@ def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack) -> Adapter
 
 
 def choose_slice(
-    config: TrainingConfig, kind: type[AdapterLayer], base: BaseInfo, capacity: int, held: ExitStack
-) -> SpectralSlice:
-    """The slice the config names, or else the library's next free one."""
+    config: TrainingConfig, kind: type[AdapterLayer], base: BaseInfo, capacity: int, held: ExitStack,
+    resumed: SpectralSlice | None = None,
+) -> SpectralSlice:  # fmt: skip
+    """The slice the config names, or that of the training that is resumed, or the library's next free one."""
     if kind.slice_of is None:
         return SpectralSlice(0, config.rank)
-    wanted = None
+    wanted = resumed
     if config.slice is not None and config.layout == "strided":
         wanted = SpectralSlice.strided(config.slice, config.rank, config.slots)
     elif config.slice is not None:

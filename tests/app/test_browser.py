@@ -201,6 +201,69 @@ def test_errors_are_notices_and_a_drawing_can_be_stopped(tab):
     expect(tab.locator("#base input")).to_have_value("pocket")
 
 
+def drag(tab, start, end, **button) -> None:
+    """Across the plane of regions, from one place to another, in shares of it."""
+    tab.locator(".plane").scroll_into_view_if_needed()
+    plane = tab.locator(".plane").bounding_box()
+    (x, y), (u, v) = ((plane["x"] + a * plane["width"], plane["y"] + b * plane["height"]) for a, b in (start, end))
+    tab.mouse.move(x, y)
+    tab.mouse.down(**button)
+    tab.mouse.move(u, v, steps=4)
+    tab.mouse.up(**button)
+
+
+def test_what_is_painted_can_be_erased_taken_back_and_cleared(tab):
+    canvas, tells = tab.locator(".plane canvas"), tab.locator(".telling")
+
+    def covered() -> int:
+        """Pixels of the mask that are painted."""
+        tab.wait_for_timeout(200)
+        count = "data => data.filter((_, i) => i % 4 === 3).reduce((n, alpha) => n + (alpha > 127), 0)"
+        return canvas.evaluate(f"c => ({count})(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)")
+
+    tab.locator("#regions-part button").first.click()
+    tab.get_by_role("button", name="Erase", exact=True).click()
+    expect(tells).to_have_text("Nothing is painted yet.")
+    tab.get_by_role("button", name="Paint", exact=True).click()
+    drag(tab, (0.2, 0.5), (0.8, 0.5))
+    expect(tells).to_contain_text("Painting region 1")
+    whole = covered()
+    undo = tab.get_by_role("button", name="Undo the last change of regions")
+    drag(tab, (0.5, 0.2), (0.5, 0.8), button="right")
+    assert 0 < covered() < 0.9 * whole
+    tab.keyboard.press("Control+z")
+    assert abs(covered() - whole) < 0.05 * whole
+    tab.get_by_role("button", name="Region 1: erase").focus()
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("button", name="Region 1: erase")).to_be_focused()
+    expect(tells).to_have_text("Erasing region 1.")
+    drag(tab, (0.1, 0.5), (0.9, 0.5))
+    assert covered() == 0
+    undo.click()
+    tab.get_by_role("button", name="Region 1: clear").click()
+    assert covered() == 0
+    drag(tab, (0.5, 0.5), (0.5, 0.5))  # a tap is a dot, in the same region
+    assert 0 < covered() < whole
+    prompt = tab.get_by_label("Region 1: prompt")
+    prompt.fill("a dog")
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_role("button", name="Remove region 1")).to_be_focused()
+    for _ in range(4):  # prompt, dot, clearing, the first stroke
+        undo.click()
+    expect(canvas).to_have_count(0)
+    expect(undo).to_be_disabled()
+
+
+def test_all_tabs_are_in_sight_on_a_phone(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    for name in ("Draw", "Teach", "Combine", "Compare", "Library"):
+        box = tab.get_by_role("tab", name=name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    tops = {tab.get_by_role("tab", name=name).bounding_box()["y"] for name in ("Draw", "Library")}
+    assert len(tops) == 1  # one row
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_the_first_picture_comes_soon(tab):
     began = time.monotonic()
     tab.locator("#draw").click()

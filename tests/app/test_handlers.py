@@ -16,8 +16,8 @@ import fusion
 from app import interface, looks, markup, regions
 from app.drawing import Frame
 from app.notices import told
-from app.session import safe_name
-from app.tabs import combine, compare, draw, history, picked_of
+from app.session import Session, safe_name
+from app.tabs import combine, compare, draw, history, library, picked_of, progress
 from app.turns import Line
 
 ROOT = Path(__file__).parent.parent.parent
@@ -266,8 +266,6 @@ def test_names_from_files_are_words_never_markup(session, taught):
     evil = "<img src=x onerror=alert(1)>"
     info = type(adapter.info)(evil, adapter.info.base, (fusion.Concept("<rex>", evil),), adapter.info.provenance)
     fusion.save(type(adapter)(info, adapter.branches, adapter.tokens), session.library / "evil.safetensors")
-    from app.tabs import library
-
     shown = (
         library.cards_html(session)
         + library.slices_html(session)
@@ -303,8 +301,6 @@ def test_another_base(session, base, tmp_path):
 
 
 def test_a_base_that_cannot_be_opened_is_said_on_the_page(tmp_path, monkeypatch):
-    from app.session import Session
-
     notes = []
     monkeypatch.setattr(interface, "warn", notes.append)
     session = Session(str(tmp_path / "nothing"))
@@ -346,3 +342,79 @@ def test_two_drawings_take_turns_and_the_second_says_so(session):
     *_, last = second
     assert Path(last[0]).is_file()
     assert Frame(1, 2).preview is None
+
+
+@pytest.fixture
+def pocket_is_small(base, monkeypatch):
+    """The embedded base is the toy: what it is asked to draw."""
+    asked, opened, plain = [], fusion.open_pipeline(base), fusion.generate
+    monkeypatch.setattr(fusion, "open_pipeline", lambda name=None: opened, raising=False)
+    monkeypatch.setattr(fusion, "generate", lambda *a, **n: asked.append(n) or plain(*a, **n), raising=False)
+    return asked
+
+
+def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_small, tmp_path):
+    session = Session(library=tmp_path)
+    with session.line.turn("A picture is being drawn"):
+        warming = threading.Thread(target=session.warm_up)
+        warming.start()
+        deadline = time.monotonic() + 60
+        while not session.is_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert session.is_open and warming.is_alive() and pocket_is_small == []  # it takes its turn like everyone
+    warming.join()
+    assert pocket_is_small == [{"steps": 1}]
+    other = Session("some/base", tmp_path)
+    other.warm_up()
+    assert other.is_open and len(pocket_is_small) == 1  # one step of another base may take minutes
+
+
+def test_drawing_says_that_the_base_is_still_being_opened(pocket_is_small, tmp_path):
+    session = Session(library=tmp_path)
+    first = next(draw.draw_pictures(session, picks(), "a dog"))
+    assert "The base is being opened" in first[1] and not session.is_open
+    *_, last = draw.draw_pictures(session, picks(), "a dog")
+    assert Path(last[0]).is_file()
+    assert "being opened" not in next(draw.draw_pictures(session, picks(), "a dog"))[1]
+
+
+@pytest.mark.parametrize("failing", ["open_pipeline", "generate"])
+def test_a_failing_warm_up_leaves_an_app_that_can_be_used(pocket_is_small, failing, tmp_path, monkeypatch, caplog):
+    def breaks(*_, **__):
+        raise MemoryError("of the machine")
+
+    notes, working = [], getattr(fusion, failing)
+    monkeypatch.setattr(interface, "warn", notes.append)
+    monkeypatch.setattr(fusion, failing, breaks, raising=False)
+    session = Session(library=tmp_path)
+    session.warm_up()
+    assert "The base is not ready" in caplog.text
+    info = interface.base_ready(session)[1]["info"]
+    if failing == "open_pipeline":
+        assert info == "could not be opened"
+        assert notes == ["Something unexpected happened (MemoryError); the terminal has details."]
+        with pytest.raises(MemoryError):
+            list(draw.draw_pictures(session, picks(), "a dog"))
+    else:
+        assert "ready" in info and notes == []
+    monkeypatch.setattr(fusion, failing, working, raising=False)
+    assert Path(drawn(session, picks(), "a dog")[0]).is_file()
+
+
+def test_every_method_can_be_compared(session, taught):
+    choices = next(b for b in interface.build(session).blocks.values() if getattr(b, "label", "") == "Methods")
+    assert [name for name, _ in choices.choices] == list(fusion.METHODS)
+
+
+def test_nothing_in_the_library_is_left_out_silently(session, taught):
+    taught("rex")
+    (session.library / "broken.safetensors").write_text("nothing")
+    for search in ("", "zebra"):
+        assert "cannot be read (the terminal says why): broken." in library.cards_html(session, search)
+    assert "cannot be read" not in library.cards_html(Session(library=session.library / "none"))
+
+
+def test_steps_are_not_read_aloud_but_the_end_is(session, taught):
+    assert 'role="status"' in taught("rex")[0]
+    session.teaching.now.state = "learning"
+    assert 'role="status"' not in progress.state_html(session.teaching.now)

@@ -1,19 +1,24 @@
 """Teaching and the library as plain functions, on a toy base."""
 
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
 import fusion
 from app import settings, teaching
 from app.markup import loss_svg
+from app.session import Session
 from app.tabs import draw, library, progress, teach
 
+ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
 
 
@@ -94,7 +99,7 @@ def test_every_setting_is_reachable_and_checked(session, files):
     for name in fusion.TrainingConfig.model_fields:
         assert (f'name="{name}"' in form) == (name not in teaching.OURS), name
     texts = {"random_flip": "true", "snr_gamma": "5", "targets": "unet.attn2.to_k\nunet.attn2.to_v", "slice": "3"}
-    assert {name: teaching.parsed(name, text) for name, text in texts.items()} == {
+    assert {name: fusion.TrainingConfig.typed(name, text) for name, text in texts.items()} == {
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
     }  # fmt: skip
     for filled, sentence in (({"rank": "many"}, "rank must be"), ({"adapter_type": "aditive"}, "mean 'additive'")):
@@ -271,3 +276,95 @@ def test_files_of_others_are_checked_before_they_are_let_in(session, taught, tmp
         with pytest.raises(fusion.FusionError, match=sentence):
             library.taken_in(session, str(tmp_path / f"{name}.safetensors"))
     assert session.entries().keys() == {"rex", "meine-lora"} and list(session.uploads.iterdir()) == []
+
+
+INTERRUPTED = """
+import os, sys, time
+import torch
+torch.set_num_threads(1)
+from app.session import Session
+from app.tabs import teach
+base, library, *files = sys.argv[1:]
+session = Session(base, library)
+_, pictures, _ = teach.add_pictures(session, files)
+filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
+teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
+own = session.teaching.now or session.teaching.lessons[0]
+while own.step < 9:
+    time.sleep(0.01)
+os._exit(1)  # as a power cut would
+"""
+
+
+def learned(session, key):
+    return [p.detach().clone() for p in fusion.load(session.library / f"{key}.safetensors").parameters()]
+
+
+def test_a_training_that_ended_with_the_app_is_resumed_exactly(session, files, base, tmp_path):
+    lost = Session(base, tmp_path / "other")
+    words = [sys.executable, "-c", INTERRUPTED, base, str(lost.library), *files]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True).returncode == 1
+    assert lost.entries() == {}
+    left, which, sure = teach.unfinished(lost)
+    ((words, name),) = which.choices
+    assert left.visible and not sure.visible and words.startswith("<rex>: ") and words.endswith("of 40 steps")
+    done = int(words.split()[1])
+    assert 2 <= done < 40 and done % 2 == 0  # checkpoints are every second step here
+    begin(lost, files, "cat", 2)
+    list(teach.watch(lost))
+    assert [str(part) for part in lost.entries()["cat"].slices] == ["4-7"]  # the first slice is still the other's
+    with pytest.raises(fusion.FusionError, match="<rex> is not learned to the end yet"):
+        begin(lost, files, "rex", 2)
+    cli = teach.resume_teaching(lost, name)
+    assert "--resume_from_checkpoint latest" in cli.value and "training.toml" in cli.value
+    *_, last = teach.watch(lost)
+    assert "Learned in 40 steps" in last[0] and len(lost.teaching.now.losses) == 40 - done
+    begin(session, files, "rex", 40, random_flip="true", gating="tokens")  # in one go
+    list(teach.watch(session))
+    assert [str(part) for part in lost.entries()["rex"].slices] == ["0-3"]
+    assert all(map(torch.equal, learned(session, "rex"), learned(lost, "rex")))
+    assert not teach.unfinished(lost)[0].visible and not list(lost.library.glob(".unfinished/*"))
+
+
+def test_a_stopped_training_is_resumed_or_discarded(session, files):
+    begin(session, files, "rex", 5000)
+    learning(session, "<rex>")
+    assert not teach.unfinished(session)[0].visible  # it is under way
+    until(lambda: session.teaching.now.step >= 51)
+    teach.stop_teaching(session)
+    list(teach.watch(session))
+    before = session.entries()["rex"].info.provenance.steps
+    left, which, _ = teach.unfinished(session)
+    assert left.visible and which.choices[0][0] == "<rex>: 50 of 5000 steps"
+    teach.resume_teaching(session, which.value)
+    learning(session, "<rex>")
+    with pytest.raises(fusion.FusionError, match="not unfinished any more"):
+        teach.discard_teaching(session, which.value)  # somebody is at it
+    until(lambda: session.teaching.now.step > before)
+    teach.stop_teaching(session)
+    list(teach.watch(session))
+    assert session.entries().keys() == {"rex"}  # gone on with, not beside it
+    assert session.entries()["rex"].info.provenance.steps > before
+    for wrong in ("../..", "rex"):
+        with pytest.raises(fusion.FusionError, match="not unfinished any more"):
+            teach.discard_teaching(session, wrong)
+    assert not teach.discard_teaching(session, which.value)[0].visible
+    assert session.entries().keys() == {"rex"} and not list(session.library.glob(".unfinished/*"))
+
+
+def test_what_cannot_be_resumed_says_why(session, files, base):
+    begin(session, files, "rex", 5000)
+    learning(session, "<rex>")
+    teach.stop_teaching(session)
+    list(teach.watch(session))
+    (name,) = teaching.left_over(session)
+    session.base = None
+    with pytest.raises(fusion.FusionError, match="choose that base first"):
+        teach.resume_teaching(session, name)
+    session.base = base
+    (session.library / ".unfinished" / name / "training.toml").write_text("token = ")
+    assert "cannot be read" in teach.unfinished(session)[1].choices[0][0]
+    with pytest.raises(fusion.FusionError, match="can only be discarded"):
+        teach.resume_teaching(session, name)
+    teach.discard_teaching(session, name)
+    assert teaching.left_over(session) == {}

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fusion.adapters.adapter import BaseInfo
-from fusion.errors import SliceConflict
+from fusion.errors import FormatError, SliceConflict
 from fusion.formats import native
 from fusion.formats.library import Library
 from fusion.spectral.slices import SpectralSlice
@@ -138,3 +138,21 @@ def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
     with reserve(tmp_path) as again:
         assert again.slice.start == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [".library.lock"]
+
+
+def test_an_unfinished_training_owns_its_slice_and_is_found_once_nobody_works_at_it(filled):
+    library = Library(filled)
+    place = library.workplace("rex")
+    (filled / "dog.safetensors").rename(place.folder / "rex.safetensors")
+    assert library.unfinished() == []
+    assert ("'dog' (<rex>), unfinished", SpectralSlice(0, 4)) in library.slice_map(BASE)
+    with reserve(filled) as other, reserve(filled, replacing="<rex>") as own:
+        assert (other.slice, own.slice) == (SpectralSlice(4, 4), SpectralSlice(0, 4))
+    place.leave()
+    (found,) = library.unfinished()
+    assert found.folder == place.folder and found.take() and not place.take() and library.unfinished() == []
+    found.remove()
+    assert library.unfinished() == [] and not place.folder.exists()
+    (filled / "a file").write_text("")
+    with pytest.raises(FormatError, match="cannot be a library folder"):
+        Library(filled / "a file").workplace("rex")

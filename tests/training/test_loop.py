@@ -145,6 +145,24 @@ def test_resuming_is_exact(extra, pictures):
     assert same(whole, resumed)
 
 
+def test_a_resumed_training_goes_on_with_its_own_slice(pictures):
+    settings = config(pictures, max_train_steps=4, checkpointing_steps=2)
+    _, whole = run(tiny.pipeline("sd1"), settings)
+    list(itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), 2))
+    other = config(pictures, token="<cat>", max_train_steps=1)
+    (last,) = fusion.train(tiny.pipeline("sd1"), other)  # takes the slice that is free for the moment
+    fusion.save(last.adapter, settings.output_dir / "cat.safetensors")
+    resume = settings.updated({"resume_from_checkpoint": "latest"})
+    with pytest.raises(SliceConflict, match="'cat'"):
+        list(fusion.train(tiny.pipeline("sd1"), resume))
+    (settings.output_dir / "cat.safetensors").unlink()
+    wanted = settings.updated({"slice": 1})
+    with pytest.raises(ConfigError, match="slices"):
+        list(fusion.train(tiny.pipeline("sd1"), wanted.updated({"resume_from_checkpoint": "checkpoint-2"})))
+    _, resumed = run(tiny.pipeline("sd1"), settings.updated({"resume_from_checkpoint": "checkpoint-2"}))
+    assert same(whole, resumed)
+
+
 def test_resuming_under_other_settings_is_refused(pictures):
     settings = config(pictures, max_train_steps=2, checkpointing_steps=2)
     list(fusion.train(tiny.pipeline("sd1"), settings))
