@@ -20,6 +20,7 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
+        every = sorted({n for points in lines.values() for n in points})
         for k, (title, label) in enumerate(
             (("Retention: 1 as alone, 0 as the base's noun", "retention"), ("Leakage of the others", "leakage"))
         ):
@@ -27,7 +28,7 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
             for (arm, points), ink, mark in zip(lines.items(), INK, MARKS, strict=False):
                 counts = sorted(points)
                 axes.plot(counts, [points[n][k] for n in counts], color=ink, marker=mark, markersize=5, label=arm)
-            axes.set(title=title, xlabel="concepts used together", xticks=counts, ylabel=label)
+            axes.set(title=title, xlabel="concepts used together", xticks=every, ylabel=label)
             _plain(axes)
         right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
     return figure

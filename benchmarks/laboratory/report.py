@@ -111,12 +111,12 @@ def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
     return "\n".join(
         [
             "## Setting\n",
-            f"Base: pocket, 128 px. Concepts: {', '.join(names)}; eight pictures each, of things the base has not seen.",
-            f"Every adapter: rank {size.rank} on the text encoder and on keys and values of cross-attention, three token",
-            f"vectors, {size.steps} steps of {size.batch} pictures at learning rate 3e-3. {plan.seeds} seeds. Prompts:",
-            f"`{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
-            f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on the",
-            "half of the picture where a concept was asked for. `make bench-fusion` does again only what changed.",
+            f"Base: pocket, 128 px. Concepts, all new to the base: {', '.join(names)}; eight pictures each.",
+            f"Every adapter: rank {size.rank} on the text encoder and on keys and values of cross-attention, three",
+            f"token vectors, {size.steps} steps of {size.batch} pictures at learning rate 3e-3; {plan.seeds} seeds.",
+            f"Prompts: `{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
+            f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on",
+            "the half of the picture where a concept was asked for. `make bench-fusion` redoes only what changed.",
         ]
     )
 
@@ -183,23 +183,26 @@ def sheet(laboratory: Laboratory, names: tuple[str, ...], full: Sequence[dict[st
     rows = {}
     for arm in (name for name in SHOWN if name in there):
         files = laboratory.files(arms()[arm].recipe, chosen)
-        drawer = laboratory.drawer(arm, files, lambda a=arm, f=files: laboratory.prepared(a, f)[0].draw)
-        rows[arm] = [drawer(prompt, laboratory.seeds[0]) for prompt in prompts]
+        draw = laboratory.together(arm, chosen, files)
+        rows[arm] = [draw(prompt, laboratory.seeds[0]) for prompt in prompts]
     titles = [*several, *(f"{one}\n{two}" for one, two in pairwise(several)), "no concept", "no concept"]
-    plots.write(figures.sheet(rows, titles), folder / "fusion-bench-sheet.png")
+    figure = figures.sheet(rows, titles)
+    figure.savefig(folder / "fusion-bench-sheet.jpg", dpi=100, pil_kwargs={"quality": 88})
     return (
         "## In pictures\n\nThe same prompts and seed, nothing picked; all concepts fused in every row.\n\n"
-        "![One row an arm](fusion-bench-sheet.png)"
+        "![One row an arm](fusion-bench-sheet.jpg)"
     )
 
 
 def prophecy(predicted: dict[str, Any], folder: Path | None) -> str:
+    if not predicted:
+        return ""
     rows: list[list[str]] = []
     for recipe, pairs in predicted.items():
         said = [row["said"] for row in pairs]
         lost, gained = (prediction.rank_correlation(said, [row[key] for row in pairs]) for key in ("lost", "gained"))
         rows.append([recipe, str(len(pairs)), number(lost), number(gained)])
-    if folder and predicted:
+    if folder:
         plots.write(figures.scatter(predicted), folder / "fusion-bench-prediction.png")
     heading = table(("recipe", "ordered pairs", "rank correlation with identity lost", "with the other's gained"), rows)
     return (

@@ -16,8 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import fusion
-from benchmarks.laboratory.arms import DEFAULT, Arm, Draw, Prepared, arms
+from benchmarks.laboratory.arms import DEFAULT, Arm, Prepared, arms
 from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.drawing import Drawer, with_adapters
 from benchmarks.laboratory.store import Store, digest
@@ -86,6 +88,20 @@ class Laboratory:
             self._prepared[key] = arms()[name].prepare(self.school.pipe, adapters), time.perf_counter() - begun
         return self._prepared[key]
 
+    def together(self, name: str, concepts: Sequence[Concept], files: Sequence[Path]) -> identity.Draw:
+        """An arm's pictures. One that differs in prompts of several concepts alone draws all else as the default."""
+
+        def drawer(what: str) -> Drawer:
+            return self.drawer(what, files, lambda: self.prepared(what, files)[0].draw)
+
+        own, plain = drawer(name), drawer(DEFAULT if arms()[name].pairs_only else name)
+
+        def draw(prompt: str, seed: int) -> Image.Image:
+            several = sum(concept.token in prompt for concept in concepts) > 1
+            return (own if several else plain)(prompt, seed)
+
+        return draw
+
     def score(self, name: str, concepts: Sequence[Concept], *, pairs: bool = True) -> dict[str, Any]:
         """One arm on one set; without `pairs`, in pictures of one concept and of none alone."""
         arm = arms()[name]
@@ -105,17 +121,7 @@ class Laboratory:
     def _measure(
         self, name: str, arm: Arm, concepts: Sequence[Concept], files: Sequence[Path], pairs: bool
     ) -> dict[str, Any]:
-        def open_draw() -> Draw:
-            return self.prepared(name, files)[0].draw
-
-        drawer = self.drawer(name, files, open_draw)
-        # What differs in prompts of several concepts alone draws everything else to the same bits.
-        plain = self.drawer(DEFAULT, files, lambda: self.prepared(DEFAULT, files)[0].draw) if arm.pairs_only else drawer
-
-        def together(prompt: str, seed: int) -> Any:
-            several = sum(concept.token in prompt for concept in concepts) > 1
-            return (drawer if several else plain)(prompt, seed)
-
+        together = self.together(name, concepts, files)
         alone = {concept.token: self.alone(file) for concept, file in zip(concepts, files, strict=True)}
         nouns = {concept.token: concept.noun for concept in concepts}
         scene = identity.Scene(self.base, alone, together, nouns)

@@ -76,8 +76,7 @@ def changes(pipe: Any, seen: Looked, prompt: str, nouns: Mapping[str, str]) -> T
 def places(maps: Tensor) -> Tensor:
     """(C, H, W) changes to (C, H, W) bool, no cell twice: smoothed, each against its own largest, the larger wins."""
     reach = min(maps.shape[-2:]) // 16
-    kernel = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach, "count_include_pad": False}
-    smooth = F.avg_pool2d(maps[None], **kernel)[0]
+    smooth = F.avg_pool2d(maps[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
     shares = smooth / smooth.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     owner = F.one_hot(shares.argmax(dim=0), len(maps)).permute(2, 0, 1).bool()
     return owner & (shares > FAINT)
