@@ -19,6 +19,8 @@ def main() -> None:
     auth = accounts(chosen.auth, parser) if chosen.auth else None
     print("Starting the studio ...", flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing calls home
+    # Before torch is: a thread that spins while it waits for another takes its core from the browser beside it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from app.interface import build
     from app.looks import launch_options

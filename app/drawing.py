@@ -31,24 +31,35 @@ class Done(NamedTuple):
 class Screen:
     """Where the work shows what it has. Raises Cancelled when nobody watches any more."""
 
+    # Seconds from frame to frame, and from preview to preview, at least: the server sends and the page draws them on
+    # the cores that the picture needs.
+    PAUSE, PREVIEW_PAUSE = 0.2, 0.5
+
     def __init__(self) -> None:
         self.frames: Queue[Any] = Queue()
         self.left = threading.Event()
         self._cost, self._last = 0.0, 0.0  # seconds a preview takes; when the latest was ready
+        self._shown = 0.0  # when the latest frame was
 
     def show(self, frame: Any) -> None:
-        if self.left.is_set():
-            raise fusion.Cancelled("Nobody is waiting for this any more.")
+        self.check()
         self.frames.put(frame)
 
+    def check(self) -> None:
+        if self.left.is_set():
+            raise fusion.Cancelled("Nobody is waiting for this any more.")
+
     def on_step(self, step: int, total: int, preview: Callable[[], Image.Image]) -> None:
-        """For generate: a preview each step, fewer on a slow page or where they take a quarter of the time."""
+        """For generate: two previews a second, fewer on a slow page or where they take a quarter of the time."""
         began, image = time.monotonic(), None
-        if self.frames.empty() and began - self._last >= 3 * self._cost:
+        if self.frames.empty() and began - self._last >= max(self.PREVIEW_PAUSE, 3 * self._cost):
             image = preview()
             self._last = time.monotonic()
             self._cost = self._last - began
-        self.show(Frame(step, total, image))
+        self.check()
+        if image or step == total or began - self._shown >= self.PAUSE:
+            self.show(Frame(step, total, image))
+            self._shown = time.monotonic()
 
 
 def streamed(session: Session, clause: str, work: Callable[[Screen], Any]) -> Iterator[Any]:

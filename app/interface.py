@@ -48,6 +48,7 @@ def build(session: Session) -> gr.Blocks:
 
         page.load(*fresh, **QUIET)
         page.load(told(base_ready, session), None, usual, **QUIET)
+        page.load(told(draw.greeted, session), None, drawing.outputs, **QUIET)
         page.load(teaching.look, None, teaching.left, **QUIET)
         page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)

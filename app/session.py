@@ -22,6 +22,7 @@ import fusion
 from app.turns import Line
 
 logger = logging.getLogger(__name__)
+FIRST_PROMPT = "a cat on a blue background"  # drawn while the studio starts, and what the page then suggests
 UPLOADS_LAST = 6 * 3600  # seconds a picture waits to be taught before it is deleted
 
 
@@ -35,6 +36,7 @@ class Session:
         self.uploads = self.folder / "uploads"
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.line = Line()
+        self.greeting: tuple[str, fusion.Recipe] | None = None  # a first picture and how it was made
         self._opening, self._pipe = threading.Lock(), None
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}
 
@@ -51,15 +53,16 @@ class Session:
         return self._pipe is not None
 
     def warm_up(self) -> None:
-        """Open the base before anyone asks, and let the embedded one draw a step: the first loads what all need.
+        """Open the base before anyone asks, and let the embedded one draw the picture that greets who opens the page.
 
         Nothing waits for it. What is wrong with the base is told to whoever asks for it; another can be chosen then.
         """
         try:
             _ = self.pipe
-            if self.base is None:  # of others, one step may take long
+            if self.base is None:  # of others, a picture may take minutes
                 with self.line.turn("The base is being opened"):
-                    fusion.generate(self.pipe, "a cat", steps=1)
+                    (made,) = fusion.generate(self.pipe, FIRST_PROMPT, seed=0)
+                self.greeting = self.keep(made), made.recipe
         except Exception as error:
             logger.warning("The base is not ready: %s", in_a_sentence(error))
 

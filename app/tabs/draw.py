@@ -14,7 +14,7 @@ from app import commands, markup
 from app.drawing import Done, Frame, Screen, streamed
 from app.notices import told, warn
 from app.regions import as_regions, regions_of
-from app.session import Session, tokens_of
+from app.session import FIRST_PROMPT, Session, tokens_of
 from app.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, received, shown, widget
 from app.teaching import ENDINGS
 
@@ -101,6 +101,17 @@ def build(session: Session) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def greeted(session: Session) -> tuple[Any, ...]:
+    """What the base drew while the studio started, for a page that has just been opened."""
+    if session.base or session.greeting is None:
+        return (gr.skip(),) * 5
+    path, recipe = session.greeting
+    controls = [{}, recipe.prompt, "", recipe.seed, False, recipe.steps, recipe.guidance_scale, 1, "", None, "", 0.6]
+    entry = {"path": path, "words": in_words(recipe), "controls": controls}
+    flags = {"prompt": recipe.prompt, "seed": recipe.seed}
+    return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags, []))
+
+
 def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
     """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
     keys = list(picked_of(picks))
@@ -178,7 +189,7 @@ def draw_pictures(
 def example_prompt(tokens: Sequence[str]) -> str:
     """A first prompt for a selection, in words that a small base too understands."""
     if len(tokens) < 2:
-        return f"a {tokens[0] if tokens else 'cat'} on a blue background"
+        return f"a {tokens[0]} on a blue background" if tokens else FIRST_PROMPT
     rest = "".join(f" and a {token}" for token in tokens[2:])
     return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 

@@ -25,7 +25,7 @@ IDLE = markup.nothing(
 )
 DROP = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
 OURS = markup.hint("No pictures at hand? Try one of ours:")
-LEFT = "Stopped, or ended with the app. Resuming goes on exactly; discarding deletes its pictures here, nothing else."
+LEFT = "Stopped, or ended with the app. Resuming goes on exactly; discarding deletes its pictures and steps."
 NAME = markup.hint("2. Say what it is, and what to call it.")
 
 

@@ -363,10 +363,22 @@ def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_
             time.sleep(0.01)
         assert session.is_open and warming.is_alive() and pocket_is_small == []  # it takes its turn like everyone
     warming.join()
-    assert pocket_is_small == [{"steps": 1}]
+    assert pocket_is_small == [{"seed": 0}]
     other = Session("some/base", tmp_path)
     other.warm_up()
-    assert other.is_open and len(pocket_is_small) == 1  # one step of another base may take minutes
+    assert other.is_open and len(pocket_is_small) == 1  # a picture of another base may take minutes
+    assert draw.greeted(other) == (gr.skip(),) * 5
+
+
+def test_the_picture_that_greets_can_be_repeated(pocket_is_small, tmp_path):
+    session = Session(library=tmp_path)
+    assert draw.greeted(session) == (gr.skip(),) * 5  # the page was faster
+    session.warm_up()
+    path, caption, entries, at, _ = draw.greeted(session)
+    assert f"{draw.example_prompt([])} · seed 0" in caption
+    _, *controls = history.repeated(entries, at, picks())
+    *_, again = draw.draw_pictures(session, picks(), *controls)
+    assert Path(again[0]).read_bytes() == Path(path).read_bytes()
 
 
 def test_drawing_says_that_the_base_is_still_being_opened(pocket_is_small, tmp_path):
