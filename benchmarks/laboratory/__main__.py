@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.laboratory import prediction, report
+from benchmarks.laboratory import prediction, rates, report
 from benchmarks.laboratory.arms import arms
 from benchmarks.laboratory.concepts import concepts
 from benchmarks.laboratory.plan import FULL, QUICK, Plan
@@ -35,6 +35,11 @@ def main() -> None:
     store = Store(options.store, wait=False)
     school = School(store, plan.size, options.base, options.device)
     laboratory = Laboratory(store, school, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
+    if plan.searched and options.only != "draw":
+        work([partial(rates.search, laboratory, recipe, concepts(plan.predicted[:2])) for recipe in plan.searched])
+    laboratory.rates = {
+        recipe: rates.best(rates.search(laboratory, recipe, concepts(plan.predicted[:2]))) for recipe in plan.searched
+    }
     if options.only != "write":
         work(tasks(laboratory, plan, options.only))
     if options.only in (None, "write"):

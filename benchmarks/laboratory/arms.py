@@ -65,6 +65,7 @@ def halves(prompt: str, whole: fusion.Adapter) -> list[fusion.Region]:
 
 
 DEFAULT = "spectral"
+CONTROLS = ("spectral-shuffled", "spectral-quiet")  # variants that need fewer concepts to be understood
 
 
 def arms() -> dict[str, Arm]:
@@ -82,6 +83,8 @@ def arms() -> dict[str, Arm]:
         "spectral-same": Arm("spectral-same", "one slice for all, ungated, summed", fused("direct_sum")),
         "orthogonal": Arm("orthogonal", "Orthogonal Adaptation, summed", fused("direct_sum")),
     }
+    about = ("own slices in another order, ungated, summed", "own slices, ungated, trained with the quiet loss, summed")
+    rows |= {name: Arm(name, words, fused("direct_sum")) for name, words in zip(CONTROLS, about, strict=True)}
     for name, method in fusion.METHODS.items():
         if name not in SLOW:
             rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.laboratory import prediction
-from benchmarks.laboratory.arms import arms
+from benchmarks.laboratory.arms import CONTROLS, arms
 from benchmarks.laboratory.concepts import NAMES
 from benchmarks.laboratory.teaching import Size
 
@@ -14,6 +14,8 @@ CURVE = (  # the arms whose course over the number of concepts is shown
     *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
     *("lora, average", "lora, ties", "lora, regression", "lora-gated"),
 )
+MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # those taken to all sixteen
+SEARCHED = ("spectral", "lora", "lora-gated", "spectral-open", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,17 @@ class Plan:
     rows: Sequence[Row]
     predicted: tuple[str, ...]  # concepts all of whose pairs are predicted
     recipes: tuple[str, ...] = prediction.RECIPES
+    searched: tuple[str, ...] = SEARCHED  # recipes whose learning rate is searched for, on the first two concepts
 
 
 FULL = Plan(
     Size(),
     seeds=4,
     rows=[
-        *(Row(arm, UNLIKE) for arm in arms()),
+        *(Row(arm, UNLIKE) for arm in arms() if arm not in CONTROLS),
         *(Row(arm, UNLIKE[:n], pairs=False) for n in (2, 4) for arm in CURVE),
+        *(Row(arm, NAMES, pairs=False) for arm in MANY),
+        *(Row(arm, UNLIKE[:4], pairs=False) for arm in CONTROLS),
         *(Row(arm, ALIKE) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
     ],
     predicted=UNLIKE,
@@ -48,4 +53,5 @@ QUICK = Plan(
     rows=[Row(arm, UNLIKE[:2]) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "lora, switch")],
     predicted=UNLIKE[:2],
     recipes=("lora",),
+    searched=(),
 )

@@ -17,16 +17,24 @@ class Recipe:
     about: str
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     slice_of: Callable[[int], int | None] = lambda k: k
+    rate_of: str = ""  # the recipe whose searched learning rate it takes; its own if empty
 
 
 RECIPES: dict[str, Recipe] = {
     "spectral": Recipe("additive, own slices, gated by tokens: the default", {"gating": "tokens"}),
     "lora": Recipe("plain LoRA", {"adapter_type": "lora", "gating": "none"}, lambda k: None),
     "spectral-open": Recipe("additive, own slices, not gated", {"gating": "none"}),
-    "spectral-same": Recipe("additive, all on slice 0, not gated", {"gating": "none"}, lambda k: 0),
+    "spectral-same": Recipe(
+        "additive, all on slice 0, not gated", {"gating": "none"}, lambda k: 0, rate_of="spectral-open"
+    ),
+    "spectral-shuffled": Recipe(
+        "additive, own slices in another order, not gated", {"gating": "none"}, lambda k: k ^ 3, rate_of="spectral-open"
+    ),
     "orthogonal": Recipe("blocks of one shared basis, not gated", {"adapter_type": "orthogonal", "gating": "none"}),
     "lora-gated": Recipe("LoRA gated by tokens", {"adapter_type": "lora", "gating": "tokens"}, lambda k: None),
     "spectral-quiet": Recipe(
-        "additive, own slices, not gated, quiet loss", {"gating": "none", "quiet_loss_weight": 10.0}
+        "additive, own slices, not gated, quiet loss",
+        {"gating": "none", "quiet_loss_weight": 10.0},
+        rate_of="spectral-open",
     ),
 }

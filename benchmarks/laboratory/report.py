@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.laboratory import figures, prediction
-from benchmarks.laboratory.arms import arms
-from benchmarks.laboratory.concepts import ROOT, concepts
-from benchmarks.laboratory.plan import ALIKE, CURVE, UNLIKE, Plan
+from benchmarks.laboratory import figures, prediction, rates
+from benchmarks.laboratory.arms import CONTROLS, arms
+from benchmarks.laboratory.concepts import NAMES, ROOT, concepts
+from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from fusion.evaluation import plots
-from fusion.evaluation.identity import share
+from fusion.evaluation.identity import RESAMPLES
 
 OUTPUT = ROOT / "docs" / "fusion-bench.md"
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
@@ -24,15 +24,38 @@ SHOWN = (
 )
 
 LEGEND = """\
-Retention: likeness to the references by the judge, 1 as drawn by its adapter alone, 0 as the base draws the noun; with
-the 95 % bootstrap interval over concepts. Leakage: likeness to the *other* concepts, above what the adapter alone
-shows. Beside: retention beside an ordinary thing. Missing: share of crops of pairs in which the concept is not there.
+Retention: likeness to the references by the judge, 1 as drawn by its adapter alone, 0 as the base draws the noun, all
+concepts pooled; with the 95 % bootstrap interval over concepts. Leakage: likeness to the *other* concepts, above what
+the adapter alone shows. Beside: retention beside an ordinary thing. Missing: share of crops of pairs in which the
+concept is not there.
 Drift: 1 − cosine to the base's own picture, on prompts without any concept, and on the concepts' plain nouns.
 UNet error: 0 says the same as the adapter alone, 1 as far off as the concept's own effect is large."""
 
 
-def mean_of_shares(rows: Sequence[dict[str, float]]) -> str:
-    return str(share(torch.tensor([row["mean"] for row in rows], dtype=torch.float64))) if rows else "–"
+def kept(now: Sequence[float], alone: Sequence[float]) -> tuple[float, str]:
+    """What is left of what adapters add to their nouns: sum over sum, so that a concept that is hardly drawn decides
+    nothing; and in words, with the 95 % bootstrap interval over concepts."""
+    if not len(now):
+        return float("nan"), "–"
+    parts = np.stack([np.asarray(now), np.asarray(alone)])
+    picks = torch.randint(len(now), (RESAMPLES, len(now)), generator=torch.Generator().manual_seed(0)).numpy()
+    above, below = parts[:, picks].sum(axis=2)
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    whole = float(parts[0].sum() / parts[1].sum())
+    return whole, f"{whole:.2f} ({low:.2f} to {high:.2f})"
+
+
+def kept_alone(seen: dict[str, Any]) -> tuple[float, str]:
+    """Retention in pictures of one concept."""
+    gaps = np.subtract(seen["alone"], seen["floor"])
+    return kept(gaps * [entry["mean"] for entry in seen["retention"]], gaps)
+
+
+def kept_in_pairs(seen: dict[str, Any]) -> tuple[float, str]:
+    if not seen["pair_retention"]:
+        return kept((), ())
+    there, lost = (np.diagonal(seen[key]) for key in ("matrix", "leakage"))
+    return kept(there - seen["floor"], there - lost - seen["floor"])
 
 
 def off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
@@ -50,12 +73,12 @@ def row_of(score: dict[str, Any]) -> list[str]:
     error = float(np.mean(score["error"])) if "error" in score else None
     return [
         score["arm"],
-        mean_of_shares(seen["retention"]),
+        kept_alone(seen)[1],
         number(off_diagonal(seen["single_leakage"]), 3),
-        mean_of_shares(seen["pair_retention"]),
+        kept_in_pairs(seen)[1],
         number(off_diagonal(seen["leakage"]), 3),
         f"{seen['omission']:.0%}",
-        number(float(np.mean(score["beside"]))),
+        number(kept(*([row[key] for row in score["beside"]] for key in ("now", "alone")))[0]),
         number(score["drift"], 3),
         number(score["nouns"], 3),
         number(error),
@@ -81,7 +104,7 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
     scored = {
         (row.arm, row.names): laboratory.score(row.arm, concepts(row.names), pairs=row.pairs) for row in plan.rows
     }
-    main = max((row.names for row in plan.rows), key=len)
+    main = plan.predicted  # the set on which every arm is scored
     full = [scored[arm, main] for arm in arms() if (arm, main) in scored]
     predicted = {
         recipe: prediction.predict(laboratory, recipe, concepts(plan.predicted))["rows"] for recipe in plan.recipes
@@ -94,6 +117,8 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
         f"## {len(main)} concepts at once\n\n{LEGEND}\n\n{table(HEADINGS, [row_of(score) for score in full])}",
         described(full),
         alike(scored),
+        controls(scored),
+        searched(laboratory, plan),
         curves(scored, folder),
         judged(full),
         matrices(full, folder),
@@ -113,7 +138,7 @@ def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
             "## Setting\n",
             f"Base: pocket, 128 px. Concepts, all new to the base: {', '.join(names)}; eight pictures each.",
             f"Every adapter: rank {size.rank} on the text encoder and on keys and values of cross-attention, three",
-            f"token vectors, {size.steps} steps of {size.batch} pictures at learning rate 3e-3; {plan.seeds} seeds.",
+            f"token vectors, {size.steps} steps of {size.batch} pictures, learning rates searched; {plan.seeds} seeds.",
             f"Prompts: `{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
             f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on",
             "the half of the picture where a concept was asked for. `make bench-fusion` redoes only what changed.",
@@ -130,12 +155,35 @@ def alike(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     return f"## Look-alikes: {', '.join(ALIKE)}\n\n{table(HEADINGS, rows)}" if rows else ""
 
 
+def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
+    """Variants of the ungated sum beside it, on fewer concepts."""
+    sets = [names for (arm, names) in scored if arm in CONTROLS]
+    if not sets:
+        return ""
+    rows = [row_of(scored[arm, sets[0]]) for arm in ("spectral-open", "spectral-same", *CONTROLS)]
+    return f"## Variants of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
+
+
+def searched(laboratory: Laboratory, plan: Plan) -> str:
+    if not plan.searched:
+        return ""
+    found = {name: rates.search(laboratory, name, concepts(plan.predicted[:2])) for name in plan.searched}
+    rows = [
+        [name, *(number(value, 3) for value in row.values()), f"{rates.best(row):g}"] for name, row in found.items()
+    ]
+    return (
+        "## Learning rates\n\nLikeness to their references of two concepts drawn alone, at three rates. The base's own "
+        "rate is kept unless another is better by 0.02.\n\n"
+        + table(("recipe", *(f"{rate:g}" for rate in rates.RATES), "taken"), rows)
+    )
+
+
 def curves(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], folder: Path | None) -> str:
     lines: dict[str, dict[int, tuple[float, float]]] = {}
     for (arm, names), score in scored.items():
-        if arm in CURVE and names == UNLIKE[: len(names)]:
-            kept = float(np.mean([entry["mean"] for entry in score["identity"]["retention"]]))
-            lines.setdefault(arm, {})[len(names)] = kept, off_diagonal(score["identity"]["single_leakage"])
+        if arm in CURVE and names == NAMES[: len(names)]:
+            seen = score["identity"]
+            lines.setdefault(arm, {})[len(names)] = kept_alone(seen)[0], off_diagonal(seen["single_leakage"])
     counts = sorted({n for points in lines.values() for n in points})
     if len(counts) < 2:
         return ""

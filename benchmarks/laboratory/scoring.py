@@ -1,7 +1,7 @@
 """Pictures become numbers: one score for an arm and a set of concepts.
 
 retention, leakage, omission, redundancy   fusion.evaluate's own, over pictures of one concept and of pairs
-beside     retention of a concept beside an ordinary thing
+beside     likeness of a concept beside an ordinary thing, as drawn by all and by its adapter alone, above its noun's
 drift      1 − cosine, in the judge's eyes, between what is drawn and what the base draws: prompts without concepts
 nouns      the same for the concepts' own nouns
 error, said_drift   the same two questions asked of the UNet (fusion.evaluation.survival); for what is an adapter
@@ -22,12 +22,14 @@ import fusion
 from benchmarks.laboratory.arms import DEFAULT, Arm, Prepared, arms
 from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.drawing import Drawer, with_adapters
+from benchmarks.laboratory.recipes import RECIPES
 from benchmarks.laboratory.store import Store, digest
 from benchmarks.laboratory.teaching import RATE, School
 from fusion.evaluation import identity, survival
 from fusion.evaluation.judge import Judge, likeness, open_judge
 
 VERSION = 1
+SCORE = 2  # of the scores alone; a larger number judges anew what is drawn already
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Laboratory:
         return open_judge(self.judge_folder, device=self.school.device)
 
     def files(self, recipe: str, concepts: Sequence[Concept]) -> list[Path]:
-        rate = self.rates.get(recipe, RATE)
+        rate = self.rates.get(RECIPES[recipe].rate_of or recipe, RATE)
         return [self.school.taught(concept, recipe, k, rate) for k, concept in enumerate(concepts)]
 
     def drawer(self, what: str, files: Sequence[Path], open_draw: Any) -> Drawer:
@@ -114,7 +116,7 @@ class Laboratory:
             "seeds": list(self.seeds),
             "pairs": pairs,
             "prompts": vars(self.prompts),
-            "version": VERSION,
+            "version": SCORE,
         }
         return self.store.numbers("score", inputs, lambda: self._measure(name, arm, concepts, files, pairs))
 
@@ -142,8 +144,8 @@ class Laboratory:
             **self.said(name, concepts, files),
         }
 
-    def _beside(self, concepts: Sequence[Concept], alone: Any, together: Any, floor: Sequence[float]) -> list[float]:
-        kept: list[float] = []
+    def _beside(self, concepts: Sequence[Concept], alone: Any, together: Any, floor: Sequence[float]) -> list[Any]:
+        kept: list[dict[str, float]] = []
         for k, concept in enumerate(concepts):
             ordinary = self.prompts.ordinary[k % len(self.prompts.ordinary)]
             prompt = self.prompts.pair.format(first=concept.token, second=ordinary)
@@ -152,8 +154,7 @@ class Laboratory:
                 likeness(self.judge.pictures([identity.crop(draw(prompt, s), identity.LEFT) for s in self.seeds]), own)
                 for draw in (together, alone[concept.token])
             )
-            gap = float(before.mean()) - floor[k]
-            kept.append((float(now.mean()) - floor[k]) / gap if abs(gap) > 1e-6 else float("nan"))
+            kept.append({"now": float(now.mean()) - floor[k], "alone": float(before.mean()) - floor[k]})
         return kept
 
     def _drift(self, prompts: Sequence[str], together: Any) -> float:
