@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, notes, open_base, table
+from fusion.cli.console import UsageError, add_base_arguments, notes, open_base, table, verdict
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--judge", metavar="NAME", help="CLIP folder or hub id to judge by (default: the embedded pocket-clip)")
     add("--seeds", type=int, default=4, metavar="N", help="pictures of each kind to judge (default: 4)")
     add("--seed", type=int, default=0, metavar="N", help="of pictures and noise (default: 0)")
+    add("--activations", action="store_true", help="also measure how loud each is at the inputs of the others")
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
@@ -42,11 +43,13 @@ def run(args: Namespace) -> None:
         judge=judge(args),
         seeds=args.seeds,
         seed=args.seed,
+        activations=args.activations,
     )
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return
-    print(f"{report.compatibility.verdict}: {report.compatibility.sentence}\n")
+    verdict(report.compatibility.verdict, report.compatibility)
+    print()
     for rows in (report.rows(), report.seen_rows()):
         if rows:
             table(rows)

@@ -5,12 +5,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fusion.adapters.adapter import Adapter
+from fusion.composition.activations import CrossTalk, cross_talk
 from fusion.composition.conflicts import check_bases, check_tokens, quoted, slice_clashes
+from fusion.composition.fusing import taken_apart
 from fusion.composition.measures import Interference, interference
-from fusion.errors import FusionError
+from fusion.errors import ConfigError, FusionError
 from fusion.models.injection import check_base
+from fusion.spectral.moments import Moments
 
 NOTICEABLE = 0.1  # weight cosine from which ungated adapters are said to pull at the same thing
+LOUD = 0.5  # cross-talk from which an ungated adapter is said to disturb another
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,23 @@ class Compatibility:
     names: list[str]
     slices: dict[str, list[str]]
     interference: Interference
+    cross_talk: CrossTalk | None  # of activations, where moments were given
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def compatibility(adapters: Sequence[Adapter], pipe: Any = None) -> Compatibility:
+def compatibility(
+    adapters: Sequence[Adapter], pipe: Any = None, moments: Sequence[Moments] | None = None
+) -> Compatibility:
     """Whether adapters can be fused, and what to expect: bases, tokens, slices, gates, layer by layer interference.
 
-    With `pipe`, every adapter is also held against that base. Nothing is changed, nothing is drawn.
+    With `pipe`, every adapter is also held against that base; with their `moments` on it (`record_moments`), ungated
+    ones also against the inputs at which the others speak. Nothing is changed, no picture is drawn.
+    Raises ConfigError for moments without a base.
     """
+    if moments is not None and pipe is None:
+        raise ConfigError("Moments say something of one base only; give its pipeline too.")
     refusals: list[str] = []
     checks = [lambda: check_bases(adapters), lambda: check_tokens(adapters)]
     if pipe is not None:
@@ -46,7 +57,10 @@ def compatibility(adapters: Sequence[Adapter], pipe: Any = None) -> Compatibilit
     clashes = slice_clashes(adapters)
     refusals += [f"{clash.sentence()} {clash.advice()}" for clash in clashes]
     measured = interference(adapters)
+    talk = cross_talk(pipe, adapters, moments) if moments is not None and not refusals else None
     cautions, advice = _cautions(adapters, measured)
+    if talk:
+        cautions += _disturbances(adapters, talk)
     verdict = "refused" if refusals else "caution" if cautions else "compatible"
     return Compatibility(
         verdict,
@@ -56,7 +70,27 @@ def compatibility(adapters: Sequence[Adapter], pipe: Any = None) -> Compatibilit
         measured.names,
         {adapter.info.name: [str(part) for part in adapter.slices] for adapter in adapters},
         measured,
+        talk,
     )
+
+
+def _disturbances(adapters: Sequence[Adapter], talk: CrossTalk) -> list[str]:
+    """A sentence for each concept that an ungated adapter disturbs: the loudest one, and where it is loudest."""
+    parts = [part for adapter in adapters for part in taken_apart(adapter)]
+    ungated = [i for i, part in enumerate(parts) if not all(branch.gate for branch in part.branches)]
+    found: list[tuple[float, str]] = []
+    for j, into in enumerate(talk.names):
+        others = [i for i in ungated if i != j]
+        if not others:
+            continue
+        loudest = max(others, key=lambda i: talk.ratio[i][j])
+        layer = max(talk.by_layer, key=lambda name: talk.by_layer[name][loudest][j])
+        if (ratio := talk.ratio[loudest][j]) >= LOUD:
+            found.append((ratio, (
+                f"'{talk.names[loudest]}' is {ratio:.2f} times as loud as '{into}' itself where '{into}' is drawn, "
+                f"loudest at {layer}."
+            )))  # fmt: skip
+    return [sentence for _, sentence in sorted(found, reverse=True)]
 
 
 def _cautions(adapters: Sequence[Adapter], measured: Interference) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_id
 from fusion.evaluation.judge import Judge
 from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
 from fusion.generation import generate
+from fusion.models.recording import record_moments
 
 LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
 SEEN = "Retention: likeness to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
@@ -106,12 +107,14 @@ def evaluate(
     scenes: tuple[str, str] = (SINGLE, PAIR),
     seeds: int = 4,
     seed: int = 0,
+    activations: bool = False,
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights, and in what the UNet says.
 
     `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. With
     `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes`, prompts
-    with {first} and with {second} on its right, from `seeds` seeds.
+    with {first} and with {second} on its right, from `seeds` seeds. With `activations`, compatibility also listens to
+    the inputs of every changed layer, which takes their second moments in memory: I² numbers a layer and adapter.
     Raises ConfigError without adapters, or for references of other tokens, and whatever attach raises.
     """
     if not adapters:
@@ -121,7 +124,8 @@ def evaluate(
     if references:
         identity = _identity(pipe, adapters, references, judge, range(seed, seed + seeds), scenes)
     gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
-    return Evaluation(compatibility(adapters, pipe), gated, ungated, identity)
+    moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
+    return Evaluation(compatibility(adapters, pipe, moments), gated, ungated, identity)
 
 
 def _identity(

@@ -1,11 +1,14 @@
 """Measures in activation space are what multiplying the inputs directly gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import fusion
 import tiny
 from fusion.composition.activations import cross_talk, merge_error
+from fusion.composition.verdict import LOUD
 from fusion.errors import ConfigError
 from fusion.methods import METHODS, MethodOptions
 from fusion.models.conditioning import encode_prompts
@@ -13,7 +16,7 @@ from fusion.models.injection import attach, matrix
 from fusion.models.names import sites
 from fusion.models.recording import record_moments
 from fusion.spectral.moments import response
-from trained import trained_adapter
+from trained import fresh_adapter, trained_adapter
 
 TOKENS = ("<rex>", "<tom>")
 FREE = ("a dog in the snow", "a cat")
@@ -118,3 +121,34 @@ def test_moments_must_belong_to_the_adapters(toy, pair, met):
         cross_talk(toy, pair, met[:1])
     with pytest.raises(ConfigError, match="'rex' and 'tom'"):
         fusion.fuse(pair, method="regression", moments=met[:1])
+
+
+def test_compatibility_listens_where_it_is_given_moments(toy, pair, met):
+    talk = cross_talk(toy, pair, met)
+    told = fusion.compatibility(pair, toy, met)
+    assert told.cross_talk == talk and fusion.compatibility(pair, toy).cross_talk is None
+    loudest = max((talk.ratio[i][1 - i], i) for i in (0, 1))
+    assert loudest[0] >= LOUD and told.verdict == "caution"
+    names = [adapter.info.name for adapter in pair]
+    said = next(problem for problem in told.problems if f"{loudest[0]:.2f} times as loud" in problem)
+    layer = max(talk.by_layer, key=lambda name: talk.by_layer[name][loudest[1]][1 - loudest[1]])
+    assert said.startswith(f"'{names[loudest[1]]}'") and said.endswith(f"loudest at {layer}.")
+    with pytest.raises(ConfigError, match="its pipeline too"):
+        fusion.compatibility(pair, moments=met)
+
+
+def test_a_planted_disturbance_is_named_with_pair_and_layer(toy, pair, met):
+    """One adapter is made silent but for one layer: that is the layer to be named, with who talks into whom."""
+    layer, (one, two) = pair[0].layer_names[1], pair
+    only = {name: one.layers[name] if name == layer else fresh_adapter(toy, TOKENS[0], targets=["text_encoder"],
+            gated=False).layers[name] for name in one.layer_names}  # fmt: skip
+    planted = replace(one, branches=(replace(one.branches[0], layers=only, strength=30.0),))
+    first = fusion.compatibility([planted, two], toy, met).problems[-2:]
+    into = [sentence for sentence in first if f"'{one.info.name}' is" in sentence]
+    assert len(into) == 1 and f"as loud as '{two.info.name}' itself" in into[0] and into[0].endswith(f"{layer}.")
+
+
+def test_gated_adapters_are_not_said_to_disturb(toy):
+    gated = [trained_adapter(toy, token, k=k, scale=0.1, targets=["text_encoder"]) for k, token in enumerate(TOKENS)]
+    told = fusion.compatibility(gated, toy, record_moments(toy, gated, prompts=["a {token}"], concept_free=FREE))
+    assert told.verdict == "compatible" and told.cross_talk is not None
