@@ -124,7 +124,11 @@ def evaluate(
     if references:
         identity = _identity(pipe, adapters, references, judge, range(seed, seed + seeds), scenes)
     gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
-    moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
+    moments = None
+    if activations:
+        moments = record_moments(
+            pipe, adapters, prompts=texts["prompts"], concept_free=texts["concept_free"], seed=seed
+        )
     return Evaluation(compatibility(adapters, pipe, moments), gated, ungated, identity)
 
 
