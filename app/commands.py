@@ -30,14 +30,16 @@ def used(session: Session, picked: Mapping[str, float]) -> list[object]:
 
 
 def generate(
-    session: Session, picked: Mapping[str, float], settings: Mapping[str, Any], regions: Sequence[Mapping[str, Any]]
-) -> str:
-    """`settings` by the names of the flags; what is None or empty is left out."""
+    session: Session, picked: Mapping[str, float], settings: Mapping[str, Any],
+    regions: Sequence[Mapping[str, Any]] = (), found: bool = False,
+) -> str:  # fmt: skip
+    """`settings` by the names of the flags; what is None or empty is left out. `found`: regions found by the base."""
     flags = [word for name, value in settings.items() if value not in (None, "") for word in (f"--{name}", value)]
     for number, region in enumerate(regions, start=1):
         box = region.get("box")
         where = " ".join(f"{share:g}" for share in box) if box else f"MASK_{number}.png"
         flags += ["--region", f"{region['prompt']}: {where}"]
+    flags += ["--region", "auto"] if found else []
     return command("generate", *used(session, picked), *flags, *session.base_words)
 
 

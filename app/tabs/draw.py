@@ -30,6 +30,7 @@ STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will ap
 REGIONS = (
     "Give parts of the picture prompts of their own, or just a concept's word. The prompt above is for all the rest."
 )
+FOUND = "Where none are drawn, let the base find a place for each of several concepts (takes a third longer)"
 
 
 def build(session: Session) -> SimpleNamespace:
@@ -49,6 +50,7 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Accordion("Regions", open=False, elem_id="regions-part"):
                 gr.HTML(markup.hint(REGIONS))
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
+                found = gr.Checkbox(True, label=FOUND, container=False, elem_id="found")
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
                 upload = gr.UploadButton("Choose a picture", file_types=[*ENDINGS], size="sm", elem_id="start-upload")
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
@@ -70,7 +72,7 @@ def build(session: Session) -> SimpleNamespace:
             caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
             after = gr.Column(elem_id="after")
     history, at = gr.State([]), gr.State(0)
-    controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, start, leave]
+    controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, found, start, leave]
     outputs = [stage, caption, history, at, cli]
     picks.input(told(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
     picks.select(inserted, prompt, prompt, **QUIET)
@@ -106,10 +108,11 @@ def greeted(session: Session) -> tuple[Any, ...]:
     if session.base or session.greeting is None:
         return (gr.skip(),) * 5
     path, recipe = session.greeting
-    controls = [{}, recipe.prompt, "", recipe.seed, False, recipe.steps, recipe.guidance_scale, 1, "", None, "", 0.6]
+    settings = [recipe.steps, recipe.guidance_scale, 1, "", None, True, "", 0.6]
+    controls = [{}, recipe.prompt, "", recipe.seed, False, *settings]
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
     flags = {"prompt": recipe.prompt, "seed": recipe.seed}
-    return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags, []))
+    return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags))
 
 
 def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
@@ -143,7 +146,7 @@ def started_from(session: Session, file: str) -> tuple[Any, ...]:
 def draw_pictures(
     session: Session, picks: Picks, prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
     steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
-    regions: Mapping[str, Any] | None = None, start: str = "", leave: float = 0.6,
+    regions: Mapping[str, Any] | None = None, found: bool = True, start: str = "", leave: float = 0.6,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
@@ -162,7 +165,9 @@ def draw_pictures(
         "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
     }  # fmt: skip
     picture = fusion.load_picture(session.upload(start)) if start else None
-    areas: dict[str, Any] = {"regions": as_regions(parts)} if parts else {}
+    asked = sum(token in prompt for adapter in adapters for token in tokens_of(adapter.info))
+    places_found = found and not parts and asked > 1
+    areas: dict[str, Any] = {"regions": "auto" if places_found else as_regions(parts)}
 
     def work(screen: Screen) -> list[tuple[str, str]]:
         strengths = list(picked.values())
@@ -175,9 +180,9 @@ def draw_pictures(
     for frame in streamed(session, "A picture is being drawn", work):
         if isinstance(frame, Done):
             seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
-            line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts)
+            line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts, places_found)
             values = [picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions]
-            again = [*values, start, leave]
+            again = [*values, found, start, leave]
             kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
             yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, shown(line)
         elif isinstance(frame, Frame):

@@ -160,6 +160,21 @@ def test_drawing_says_what_is_missing(session, taught, monkeypatch):
         session.adapters(["../library/rex"])
 
 
+def test_several_concepts_get_places_found_by_the_base_unless_told_otherwise(session, taught):
+    taught("rex")
+    taught("tom")
+    both, prompt = picks(rex=1, tom=1), "a <rex> beside a <tom>"
+    stage, _, kept, _, cli = drawn(session, both, prompt, "", 3, False)
+    assert " --region auto" in cli.value
+    again, *controls = history.repeated(kept, 0, both)
+    assert (pixels(drawn(session, again, *controls)[0]) == pixels(stage)).all()
+    for options in ({"found": False}, {"regions": {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}]}}):
+        *_, cli = drawn(session, both, prompt, "", 3, False, **options)
+        assert "--region auto" not in cli.value
+    *_, cli = drawn(session, both, "a <rex>", "", 3, False)
+    assert "--region" not in cli.value
+
+
 def test_regions_are_checked_before_anything_is_drawn():
     left = {"prompt": "a <rex>", "box": [0, 0, 0.5, 2]}
     assert regions.regions_of({"regions": [left]}) == [{"prompt": "a <rex>", "box": (0, 0, 0.5, 1)}]
