@@ -171,7 +171,7 @@ def test_several_concepts_get_places_found_by_the_base_unless_told_otherwise(ses
     for options in ({"found": False}, {"regions": {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}]}}):
         *_, cli = drawn(session, both, prompt, "", 3, False, **options)
         assert "--region auto" not in cli.value
-    *_, cli = drawn(session, both, "a <rex>", "", 3, False)
+    *_, cli = drawn(session, picks(rex=1), "a <rex>", "", 3, False)
     assert "--region" not in cli.value
 
 
