@@ -11,7 +11,7 @@ from benchmarks.laboratory import plan, prediction, report
 from benchmarks.laboratory.arms import arms
 from benchmarks.laboratory.concepts import ALONE, NAMES, concepts
 from benchmarks.laboratory.scoring import Laboratory, Prompts
-from benchmarks.laboratory.store import Busy, Store
+from benchmarks.laboratory.store import Busy, Missing, Store
 from benchmarks.laboratory.teaching import School, Size
 from fusion.methods.method import LayerMerge
 
@@ -51,6 +51,10 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     run.work(run.tasks(laboratory, small, None))  # and nothing is made twice
     assert {p: p.stat().st_mtime_ns for p in laboratory.store.folder.rglob("*.*") if p in made} == made
 
+    laboratory.store.make = False
+    more = replace(small, rows=[*rows, plan.Row("orthogonal", names)])
+    assert report.write(laboratory, more, None).endswith("Not measured yet: orthogonal with 2 concepts.\n")
+
     score = laboratory.score("spectral", concepts(names))
     assert score["drift"] == pytest.approx(0, abs=1e-6) and score["error"] == [0, 0]  # gates are exact
     assert [kept["mean"] for kept in score["identity"]["retention"]] == pytest.approx(
@@ -76,6 +80,14 @@ def test_a_cell_is_made_once_and_never_half(tmp_path):
     assert not [path for path in (tmp_path / "kind").iterdir() if path.suffix == ""]
     assert [store.numbers("kind", {"a": 1}, lambda: calls.append(1) or 7) for _ in range(2)] == [7, 7]
     assert store.numbers("kind", {"a": 2}, lambda: 8) == 8 and len(calls) == 1
+
+
+def test_a_store_that_only_reads_names_what_is_missing(tmp_path):
+    Store(tmp_path).numbers("kind", {"a": 1}, lambda: 7)
+    reading = Store(tmp_path, make=False)
+    assert reading.numbers("kind", {"a": 1}, lambda: 8) == 7
+    with pytest.raises(Missing, match="kind"):
+        reading.numbers("kind", {"a": 2}, lambda: 8)
 
 
 def test_a_cell_in_another_hand_is_busy(tmp_path):

@@ -7,6 +7,7 @@ OMP_NUM_THREADS=1 and OMP_WAIT_POLICY=PASSIVE are faster than one with two threa
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.laboratory.arms import arms
 from benchmarks.laboratory.concepts import concepts
 from benchmarks.laboratory.plan import FULL, QUICK, Plan
 from benchmarks.laboratory.scoring import Laboratory
-from benchmarks.laboratory.store import HOME, Busy, Store
+from benchmarks.laboratory.store import HOME, Busy, Missing, Store
 from benchmarks.laboratory.teaching import School
 from fusion.models.bases import embedded
 
@@ -28,18 +29,20 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="folder of a CLIP model (default: the embedded pocket-clip)")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--store", type=Path, default=HOME, help="where results are kept (default: %(default)s)")
-    parser.add_argument("--only", choices=("teach", "draw", "write"), help="this part, from what is there")
+    parser.add_argument(
+        "--only", choices=("teach", "draw", "write"), help="this part; write: what is there, naming the rest"
+    )
     parser.add_argument("--output", type=Path, default=report.OUTPUT, help="default: %(default)s")
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
-    store = Store(options.store, wait=False)
+    store = Store(options.store, wait=False, make=options.only != "write")
     school = School(store, plan.size, options.base, options.device)
     laboratory = Laboratory(store, school, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
     if plan.searched and options.only != "draw":
         work([partial(rates.search, laboratory, recipe, concepts(plan.predicted[:2])) for recipe in plan.searched])
-    laboratory.rates = {
-        recipe: rates.best(rates.search(laboratory, recipe, concepts(plan.predicted[:2]))) for recipe in plan.searched
-    }
+    for recipe in plan.searched:
+        with suppress(Missing):
+            laboratory.rates[recipe] = rates.best(rates.search(laboratory, recipe, concepts(plan.predicted[:2])))
     if options.only != "write":
         work(tasks(laboratory, plan, options.only))
     if options.only in (None, "write"):

@@ -13,6 +13,7 @@ from benchmarks.laboratory.arms import CONTROLS, arms
 from benchmarks.laboratory.concepts import NAMES, ROOT, concepts
 from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
 from benchmarks.laboratory.scoring import Laboratory
+from benchmarks.laboratory.store import Missing
 from fusion.evaluation import plots
 from fusion.evaluation.identity import RESAMPLES
 
@@ -77,7 +78,7 @@ def row_of(score: dict[str, Any]) -> list[str]:
         number(off_diagonal(seen["single_leakage"]), 3),
         kept_in_pairs(seen)[1],
         number(off_diagonal(seen["leakage"]), 3),
-        f"{seen['omission']:.0%}",
+        f"{seen['omission']:.0%}" if seen["pair_retention"] else "–",
         number(kept(*([row[key] for row in score["beside"]] for key in ("now", "alone")))[0]),
         number(score["drift"], 3),
         number(score["nouns"], 3),
@@ -101,14 +102,21 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
     """The report as text; with `output` also written there, with its figures."""
-    scored = {
-        (row.arm, row.names): laboratory.score(row.arm, concepts(row.names), pairs=row.pairs) for row in plan.rows
-    }
+    scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+    predicted: dict[str, Any] = {}
+    missing: list[str] = []
+    for row in plan.rows:
+        try:
+            scored[row.arm, row.names] = laboratory.score(row.arm, concepts(row.names), pairs=row.pairs)
+        except Missing:
+            missing.append(f"{row.arm} with {len(row.names)} concepts")
+    for recipe in plan.recipes:
+        try:
+            predicted[recipe] = prediction.predict(laboratory, recipe, concepts(plan.predicted))["rows"]
+        except Missing:
+            missing.append(f"the prediction for {recipe}")
     main = plan.predicted  # the set on which every arm is scored
     full = [scored[arm, main] for arm in arms() if (arm, main) in scored]
-    predicted = {
-        recipe: prediction.predict(laboratory, recipe, concepts(plan.predicted))["rows"] for recipe in plan.recipes
-    }
     folder = output.parent if output else None
     parts = [
         "# Which way of using several concepts together keeps them apart",
@@ -124,6 +132,7 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
         matrices(full, folder),
         sheet(laboratory, main, full, folder),
         prophecy(predicted, folder),
+        f"Not measured yet: {'; '.join(missing)}." if missing else "",
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     if output:
@@ -160,7 +169,8 @@ def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     sets = [names for (arm, names) in scored if arm in CONTROLS]
     if not sets:
         return ""
-    rows = [row_of(scored[arm, sets[0]]) for arm in ("spectral-open", "spectral-same", *CONTROLS)]
+    shown = [arm for arm in ("spectral-open", "spectral-same", *CONTROLS) if (arm, sets[0]) in scored]
+    rows = [row_of(scored[arm, sets[0]]) for arm in shown]
     return f"## Variants of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
 
 

@@ -16,12 +16,16 @@ class Busy(Exception):
     """Another process is making this cell now."""
 
 
+class Missing(Exception):
+    """Nobody has made this cell yet, and this store only reads."""
+
+
 class Store:
     """A folder of finished cells. Half a cell is never seen: each is made aside and moved into place."""
 
-    def __init__(self, folder: Path = HOME, *, wait: bool = True) -> None:
-        """`wait` for a cell that another process is making; otherwise raise Busy."""
-        self.folder, self.wait = folder, wait
+    def __init__(self, folder: Path = HOME, *, wait: bool = True, make: bool = True) -> None:
+        """`wait` for a cell that another process is making, otherwise raise Busy; `make` none: raise Missing."""
+        self.folder, self.wait, self.make = folder, wait, make
 
     def cell(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The folder of this cell, which `make(folder)` fills if it does not exist yet. `inputs` are JSON values."""
@@ -29,6 +33,8 @@ class Store:
         done = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
         if done.is_dir():
             return done
+        if not self.make:
+            raise Missing(f"{kind} {done.name}")
         done.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(f"{done}.lock", timeout=-1 if self.wait else 0):
