@@ -66,7 +66,7 @@ def off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:.{digits}f}"
+    return "–" if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
 def row_of(score: dict[str, Any]) -> list[str]:

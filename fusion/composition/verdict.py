@@ -41,7 +41,8 @@ def compatibility(
 
     With `pipe`, every adapter is also held against that base; with their `moments` on it (`record_moments`), ungated
     ones also against the inputs at which the others speak. Nothing is changed, no picture is drawn.
-    Raises ConfigError for moments without a base.
+    Being loud is not yet doing harm: over pairs of ungated adapters it did not predict what pictures lose
+    (docs/fusion-bench.md). Raises ConfigError for moments without a base.
     """
     if moments is not None and pipe is None:
         raise ConfigError("Moments say something of one base only; give its pipeline too.")
