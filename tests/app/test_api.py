@@ -44,7 +44,8 @@ def teach(client, files, token="rex", steps=2):
 
 
 def draw(client, prompt, *, seed=0, steps=2, count=1, start="", picks=None):
-    values = (picks or {"picked": {}}, prompt, "", seed, False, steps, 2.5, count, "", {"regions": []}, start, 0.6)
+    settings = (seed, False, steps, 2.5, count, "")
+    values = (picks or {"picked": {}}, prompt, "", *settings, {"regions": []}, True, start, 0.6)
     return client.submit(*values, api_name="/draw")
 
 
