@@ -39,10 +39,10 @@ def main() -> None:
     school = School(store, plan.size, options.base, options.device)
     laboratory = Laboratory(store, school, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
     if plan.searched and options.only != "draw":
-        work([partial(rates.search, laboratory, recipe, concepts(plan.predicted[:2])) for recipe in plan.searched])
+        work([partial(rates.search, laboratory, recipe, plan.tried) for recipe in plan.searched])
     for recipe in plan.searched:
         with suppress(Missing):
-            laboratory.rates[recipe] = rates.best(rates.search(laboratory, recipe, concepts(plan.predicted[:2])))
+            laboratory.rates[recipe] = rates.best(rates.search(laboratory, recipe, plan.tried))
     if options.only != "write":
         work(tasks(laboratory, plan, options.only))
     if options.only in (None, "write"):

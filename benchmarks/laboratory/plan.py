@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.laboratory import prediction
 from benchmarks.laboratory.arms import CONTROLS, arms
-from benchmarks.laboratory.concepts import NAMES
+from benchmarks.laboratory.concepts import NAMES, Concept, concepts
 from benchmarks.laboratory.teaching import Size
 
 UNLIKE = NAMES[:8]
@@ -32,7 +32,12 @@ class Plan:
     rows: Sequence[Row]
     predicted: tuple[str, ...]  # concepts all of whose pairs are predicted
     recipes: tuple[str, ...] = prediction.RECIPES
-    searched: tuple[str, ...] = SEARCHED  # recipes whose learning rate is searched for, on the first two concepts
+    searched: tuple[str, ...] = SEARCHED  # recipes whose learning rate is searched for
+
+    @property
+    def tried(self) -> list[Concept]:
+        """The concepts on which learning rates are searched for."""
+        return concepts(self.predicted[:2])
 
 
 FULL = Plan(

@@ -177,7 +177,7 @@ def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
 def searched(laboratory: Laboratory, plan: Plan) -> str:
     if not plan.searched:
         return ""
-    found = {name: rates.search(laboratory, name, concepts(plan.predicted[:2])) for name in plan.searched}
+    found = {name: rates.search(laboratory, name, plan.tried) for name in plan.searched}
     rows = [
         [name, *(number(value, 3) for value in row.values()), f"{rates.best(row):g}"] for name, row in found.items()
     ]

@@ -140,9 +140,10 @@ def test_compatibility_listens_where_it_is_given_moments(toy, pair, met):
 def test_a_planted_disturbance_is_named_with_pair_and_layer(toy, pair, met):
     """One adapter is made silent but for one layer: that is the layer to be named, with who talks into whom."""
     layer, (one, two) = pair[0].layer_names[1], pair
-    only = {name: one.layers[name] if name == layer else fresh_adapter(toy, TOKENS[0], targets=["text_encoder"],
-            gated=False).layers[name] for name in one.layer_names}  # fmt: skip
-    planted = replace(one, branches=(replace(one.branches[0], layers=only, strength=30.0),))
+    silent = fresh_adapter(toy, TOKENS[0], targets=["text_encoder"], gated=False).layers
+    planted = replace(
+        one, branches=(replace(one.branches[0], layers={**silent, layer: one.layers[layer]}, strength=30.0),)
+    )
     first = fusion.compatibility([planted, two], toy, met).problems[-2:]
     into = [sentence for sentence in first if f"'{one.info.name}' is" in sentence]
     assert len(into) == 1 and f"as loud as '{two.info.name}' itself" in into[0] and into[0].endswith(f"{layer}.")
