@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fusion.evaluation.comparison import Cell as Cell
     from fusion.evaluation.comparison import compare as compare
     from fusion.evaluation.contact import contact_sheet as contact_sheet
+    from fusion.evaluation.foresight import foresee as foresee
     from fusion.evaluation.judge import open_judge as open_judge
     from fusion.evaluation.report import evaluate as evaluate
     from fusion.formats.exporting import export as export
@@ -95,6 +96,7 @@ _PUBLIC = {
     "evaluate": "fusion.evaluation.report",
     "examine": "fusion.training.examination",
     "export": "fusion.formats.exporting",
+    "foresee": "fusion.evaluation.foresight",
     "fuse": "fusion.composition.fusing",
     "generate": "fusion.generation",
     "interference": "fusion.composition.measures",

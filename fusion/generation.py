@@ -16,7 +16,7 @@ import diffusers
 import torch
 from PIL import Image, PngImagePlugin
 
-from fusion.adapters.adapter import Adapter
+from fusion.adapters.adapter import Adapter, nouns
 from fusion.config import TOKEN
 from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.models.bases import base_defaults
@@ -176,7 +176,7 @@ def generate(
         image_strength=image_strength if image else None,
     )
     _check_size(pipe, recipe)
-    nouns = {c.token: c.noun or "thing" for a in adapters for c in a.info.concepts if c.token in prompt}
+    asked = {token: noun for token, noun in nouns(adapters).items() if token in prompt}
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
             handle = attached.enter_context(attach(pipe, adapter, gating))
@@ -185,9 +185,9 @@ def generate(
         if regions == "auto":
             # Every picture has places of its own, so they are drawn one by one.
             singles = [replace(recipe, seed=seed + i, batch=1) for i in range(batch)]
-            recipes = [replace(one, regions=_found(pipe, one, image, nouns)) for one in singles]
+            recipes = [replace(one, regions=_found(pipe, one, image, asked)) for one in singles]
         else:
-            recipes = [replace(recipe, regions=tuple(_spelled_out(region, prompt, nouns) for region in regions))]
+            recipes = [replace(recipe, regions=tuple(_spelled_out(region, prompt, asked) for region in regions))]
         images = [(one, drawn) for one in recipes for drawn in enumerate(_draw(pipe, one, image, on_step))]
     return [Picture(drawn, replace(one, index=i)) for one, (i, drawn) in images]
 

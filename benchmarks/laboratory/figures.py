@@ -54,14 +54,17 @@ def matrices(found: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]
 
 
 def scatter(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Identity lost in pictures against what cross-talk said, a point for every ordered pair."""
+    """Identity lost in pictures against what was said before, a point for every ordered pair; one row a recipe."""
+    said = {"heard": "cross-talk, from weights and inputs", "foreseen": "share lost, foreseen from the first step"}
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.4 * len(predicted), 4), layout="constrained")
-        panels = figure.subplots(1, len(predicted), squeeze=False)[0]
-        for axes, (recipe, rows), ink in zip(panels, predicted.items(), INK, strict=False):
-            axes.scatter([row["said"] for row in rows], [row["lost"] for row in rows], color=ink, s=18, alpha=0.8)
-            axes.set(title=recipe, xlabel="cross-talk, from weights and inputs", ylabel="identity lost in pictures")
-            _plain(axes)
+        figure = Figure(figsize=(10.8, 3.8 * len(predicted)), layout="constrained")
+        grid = figure.subplots(len(predicted), len(said), squeeze=False)
+        for line, (recipe, rows), ink in zip(grid, predicted.items(), INK, strict=False):
+            known = [row for row in rows if row["foreseen"] is not None]
+            for axes, (key, words) in zip(line, said.items(), strict=True):
+                axes.scatter([row[key] for row in known], [row["lost"] for row in known], color=ink, s=18, alpha=0.8)
+                axes.set(title=recipe, xlabel=words, ylabel="share lost in pictures")
+                _plain(axes)
     return figure
 
 

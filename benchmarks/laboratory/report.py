@@ -257,14 +257,20 @@ def prophecy(predicted: dict[str, Any], folder: Path | None) -> str:
         return ""
     rows: list[list[str]] = []
     for recipe, pairs in predicted.items():
-        said = [row["said"] for row in pairs]
-        lost, gained = (prediction.rank_correlation(said, [row[key] for row in pairs]) for key in ("lost", "gained"))
-        rows.append([recipe, str(len(pairs)), number(lost), number(gained)])
+        known = [pair for pair in pairs if pair["foreseen"] is not None]
+        lost = [pair["lost"] for pair in known]
+        said = ([pair[key] for pair in known] for key in ("heard", "foreseen"))
+        halves = ([pair["halves"][k] for pair in known] for k in (0, 1))
+        agree = [prediction.rank_correlation(values, lost) for values in said]
+        agree.append(prediction.rank_correlation(*halves))
+        rows.append([recipe, f"{len(known)} of {len(pairs)}", *map(number, agree)])
     if folder:
         plots.write(figures.scatter(predicted), folder / "fusion-bench-prediction.png")
-    heading = table(("recipe", "ordered pairs", "rank correlation with identity lost", "with the other's gained"), rows)
+    heading = table(("recipe", "ordered pairs", "heard", "foreseen", "halves of the seeds"), rows)
     return (
-        "## Known before anything was drawn\n\nCross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖ of every pair, from `fusion.cross_talk`, "
-        f"against what pictures of concept j lost with i's adapter added ungated.\n\n{heading}"
+        "## Known before anything was drawn\n\nWhat share of its identity concept j loses in pictures with i's adapter "
+        "added ungated, by rank correlation over ordered pairs: with cross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖, heard in weights "
+        "and inputs (`fusion.cross_talk`); with the share foreseen from the UNet's first step (`fusion.foresee`); and "
+        f"between halves of the seeds, which is as much as anything could reach.\n\n{heading}"
         + ("\n\n![Prediction](fusion-bench-prediction.png)" if folder else "")
     )

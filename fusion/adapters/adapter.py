@@ -1,7 +1,7 @@
 """A whole trained change as a value: what a file holds, with no model inside."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -185,3 +185,8 @@ def content(tensor: Tensor) -> bytes:
     """Shape, dtype and exact bits."""
     raw = tensor.detach().cpu().contiguous()
     return f"{tuple(raw.shape)} {raw.dtype}".encode() + raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b""
+
+
+def nouns(adapters: Iterable[Adapter]) -> dict[str, str]:
+    """What the base calls such a thing, for every concept's token; "thing" where the file does not say."""
+    return {concept.token: concept.noun or "thing" for adapter in adapters for concept in adapter.info.concepts}

@@ -15,6 +15,15 @@ from fusion.spectral.moments import Moments
 
 NOTICEABLE = 0.1  # weight cosine from which ungated adapters are said to pull at the same thing
 LOUD = 0.5  # cross-talk from which an ungated adapter is said to disturb another
+SPOILED = 0.25  # share of identity from which a concept is said to suffer
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What each concept will lose of its identity to each other one (`foresee`)."""
+
+    tokens: list[str]
+    lost: list[list[float | None]]  # [by][into]: 0 nothing, 1 all that sets it apart from its noun; None: not known
 
 
 @dataclass(frozen=True)
@@ -29,20 +38,24 @@ class Compatibility:
     slices: dict[str, list[str]]
     interference: Interference
     cross_talk: CrossTalk | None  # of activations, where moments were given
+    foresight: Foresight | None  # of identity, where it was given
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def compatibility(
-    adapters: Sequence[Adapter], pipe: Any = None, moments: Sequence[Moments] | None = None
+    adapters: Sequence[Adapter],
+    pipe: Any = None,
+    moments: Sequence[Moments] | None = None,
+    foresight: Foresight | None = None,
 ) -> Compatibility:
     """Whether adapters can be fused, and what to expect: bases, tokens, slices, gates, layer by layer interference.
 
     With `pipe`, every adapter is also held against that base; with their `moments` on it (`record_moments`), ungated
     ones also against the inputs at which the others speak. Nothing is changed, no picture is drawn.
-    Being loud is not yet doing harm: over pairs of ungated adapters it did not predict what pictures lose
-    (docs/fusion-bench.md). Raises ConfigError for moments without a base.
+    Being loud is not yet doing harm: over pairs of ungated adapters it did not predict what pictures lose, which
+    `foresight` did (docs/fusion-bench.md). Raises ConfigError for moments without a base.
     """
     if moments is not None and pipe is None:
         raise ConfigError("Moments say something of one base only; give its pipeline too.")
@@ -62,6 +75,8 @@ def compatibility(
     cautions, advice = _cautions(adapters, measured)
     if talk:
         cautions += _disturbances(adapters, talk)
+    if foresight:
+        cautions += _losses(foresight)
     verdict = "refused" if refusals else "caution" if cautions else "compatible"
     return Compatibility(
         verdict,
@@ -72,6 +87,7 @@ def compatibility(
         {adapter.info.name: [str(part) for part in adapter.slices] for adapter in adapters},
         measured,
         talk,
+        foresight,
     )
 
 
@@ -91,6 +107,19 @@ def _disturbances(adapters: Sequence[Adapter], talk: CrossTalk) -> list[str]:
                 f"'{talk.names[loudest]}' is {ratio:.2f} times as loud as '{into}' itself where '{into}' is drawn, "
                 f"loudest at {layer}."
             )))  # fmt: skip
+    return [sentence for _, sentence in sorted(found, reverse=True)]
+
+
+def _losses(foresight: Foresight) -> list[str]:
+    """A sentence for each concept that another one will spoil, with the one that does most, the worst first."""
+    found: list[tuple[float, str]] = []
+    for into, column in zip(foresight.tokens, zip(*foresight.lost, strict=True), strict=True):
+        most = max(
+            ((loss, by) for loss, by in zip(column, foresight.tokens, strict=True) if loss is not None), default=None
+        )
+        if most and most[0] >= SPOILED:
+            share = f"{min(most[0], 1):.0%} of what sets it apart from its noun"
+            found.append((most[0], f"{into} will lose about {share} to {most[1]}, by what the first step expects."))
     return [sentence for _, sentence in sorted(found, reverse=True)]
 
 

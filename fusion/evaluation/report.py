@@ -7,9 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from fusion.adapters.adapter import Adapter
+from fusion.adapters.adapter import Adapter, nouns
 from fusion.composition.verdict import Compatibility, compatibility
 from fusion.errors import ConfigError
+from fusion.evaluation.foresight import foresee
 from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
 from fusion.evaluation.judge import Judge
 from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
@@ -113,44 +114,54 @@ def evaluate(
 
     `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. With
     `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes`, prompts
-    with {first} and with {second} on its right, from `seeds` seeds. With `activations`, compatibility also listens to
-    the inputs of every changed layer, which takes their second moments in memory: I² numbers a layer and adapter.
-    Raises ConfigError without adapters, or for references of other tokens, and whatever attach raises.
+    with {first} and with {second} on its right, from `seeds` seeds, and compatibility foresees who spoils whom. With
+    `activations`, it also listens to the inputs of every changed layer, which takes their second moments in memory: I²
+    numbers a layer and adapter. Raises ConfigError without adapters, or for references of other tokens, and whatever
+    attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
     texts = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
-    identity = None
+    identity = foresight = None
     if references:
-        identity = _identity(pipe, adapters, references, judge, range(seed, seed + seeds), scenes)
+        drawn = range(seed, seed + seeds)
+        judge = _checked(adapters, references, judge)
+        foresight = foresee(pipe, adapters, references, judge, prompt=scenes[0], seeds=drawn)
+        identity = _identity(pipe, adapters, references, judge, drawn, scenes)
     gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
     moments = None
     if activations:
         moments = record_moments(
             pipe, adapters, prompts=texts["prompts"], concept_free=texts["concept_free"], seed=seed
         )
-    return Evaluation(compatibility(adapters, pipe, moments), gated, ungated, identity)
+    return Evaluation(compatibility(adapters, pipe, moments, foresight), gated, ungated, identity)
+
+
+def _checked(
+    adapters: Sequence[Adapter], references: Mapping[str, Sequence[Image.Image]], judge: Judge | None
+) -> Judge:
+    """The judge, when there is one and the references are of known concepts."""
+    known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
+    if judge is None or any(not pictures for pictures in references.values()):
+        raise ConfigError(
+            "Pictures are judged by a CLIP model against references: give a judge, and one or more of each."
+        )
+    if strange := [token for token in references if token not in known]:
+        raise ConfigError(f"No adapter knows {strange[0]}; references are needed for {', '.join(known) or 'nothing'}.")
+    return judge
 
 
 def _identity(
     pipe: Any,
     adapters: Sequence[Adapter],
     references: Mapping[str, Sequence[Image.Image]],
-    judge: Judge | None,
+    judge: Judge,
     seeds: Sequence[int],
     scenes: tuple[str, str],
 ) -> Identity:
-    nouns = {concept.token: concept.noun or "thing" for adapter in adapters for concept in adapter.info.concepts}
-    if judge is None or any(not pictures for pictures in references.values()):
-        raise ConfigError(
-            "Pictures are judged by a CLIP model against references: give a judge, and one or more of each."
-        )
-    if strange := [token for token in references if token not in nouns]:
-        raise ConfigError(f"No adapter knows {strange[0]}; references are needed for {', '.join(nouns) or 'nothing'}.")
-
     def draw(using: Sequence[Adapter], prompt: str, at: int) -> Image.Image:
         return generate(pipe, prompt, adapters=using, seed=at)[0].image
 
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
-    scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns)
+    scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))
     return measure_identity(scene, judge, references, seeds, single=scenes[0], pair=scenes[1])
