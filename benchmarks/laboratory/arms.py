@@ -5,7 +5,7 @@ prepare  (pipe, adapters) -> Prepared: what is drawn with, and how
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -32,12 +32,16 @@ class Arm:
     pairs_only: bool = False  # differs from the default in prompts of several concepts alone
 
 
-def fused(method: str, regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, whole: ()) -> Callable[..., Any]:
-    """Fuse by a method and draw with the result."""
+def fused(
+    method: str,
+    regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, whole: (),
+    parts: Callable[[Sequence[fusion.Adapter]], Sequence[fusion.Adapter]] = lambda adapters: adapters,
+) -> Callable[..., Any]:
+    """Fuse by a method and draw with the result; `parts` makes what is fused out of the adapters."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
         base = pipe if fusion.METHODS[method].moments else None
-        whole = fusion.fuse(adapters, method=method, pipe=base, allow_overlap=True, name=method)
+        whole = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method)
 
         def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
             where = regions(prompt, whole)
@@ -64,8 +68,15 @@ def halves(prompt: str, whole: fusion.Adapter) -> list[fusion.Region]:
     return [fusion.Region(token, box) for token, box in zip(tokens, HALVES, strict=True)] if len(tokens) == 2 else []
 
 
+def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
+    """Each adapter, and itself under another name, at half strength: their sum is the adapter."""
+    halved = [replace(a, branches=tuple(replace(b, strength=b.strength / 2) for b in a.branches)) for a in adapters]
+    again = [a.renamed({c.token: f"{c.token[:-1]}-again>" for c in a.info.concepts}) for a in halved]
+    return [*halved, *(replace(a, info=replace(a.info, name=f"{a.info.name}-again")) for a in again)]
+
+
 DEFAULT = "spectral"
-CONTROLS = ("spectral-shuffled", "spectral-quiet")  # variants that need fewer concepts to be understood
+CONTROLS = ("spectral-shuffled", "spectral-quiet", "lora, twice")  # they need fewer concepts to be understood
 
 
 def arms() -> dict[str, Arm]:
@@ -83,8 +94,17 @@ def arms() -> dict[str, Arm]:
         "spectral-same": Arm("spectral-same", "one slice for all, ungated, summed", fused("direct_sum")),
         "orthogonal": Arm("orthogonal", "Orthogonal Adaptation, summed", fused("direct_sum")),
     }
-    about = ("own slices in another order, ungated, summed", "own slices, ungated, trained with the quiet loss, summed")
-    rows |= {name: Arm(name, words, fused("direct_sum")) for name, words in zip(CONTROLS, about, strict=True)}
+    rows |= {
+        "spectral-shuffled": Arm(
+            "spectral-shuffled", "own slices in another order, ungated, summed", fused("direct_sum")
+        ),
+        "spectral-quiet": Arm(
+            "spectral-quiet", "own slices, ungated, trained with the quiet loss, summed", fused("direct_sum")
+        ),
+        "lora, twice": Arm(
+            "lora", "each LoRA twice at half strength, summed: must be as their sum", fused("direct_sum", parts=twice)
+        ),
+    }
     for name, method in fusion.METHODS.items():
         if name not in SLOW:
             rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))

@@ -45,7 +45,7 @@ FULL = Plan(
     seeds=4,
     rows=[
         *(Row(arm, UNLIKE) for arm in arms() if arm not in CONTROLS),
-        *(Row(arm, UNLIKE[:n], pairs=False) for n in (2, 4) for arm in CURVE),
+        *(Row(arm, UNLIKE[:n], pairs=False) for n in (1, 2, 4) for arm in CURVE),
         *(Row(arm, NAMES, pairs=False) for arm in MANY),
         *(Row(arm, UNLIKE[:4], pairs=False) for arm in CONTROLS),
         *(Row(arm, ALIKE) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),

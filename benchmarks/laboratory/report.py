@@ -169,9 +169,9 @@ def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     sets = [names for (arm, names) in scored if arm in CONTROLS]
     if not sets:
         return ""
-    shown = [arm for arm in ("spectral-open", "spectral-same", *CONTROLS) if (arm, sets[0]) in scored]
-    rows = [row_of(scored[arm, sets[0]]) for arm in shown]
-    return f"## Variants of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
+    arms_shown = ("spectral-open", "spectral-same", *CONTROLS[:2], "lora, direct_sum", *CONTROLS[2:])
+    rows = [row_of(scored[arm, sets[0]]) for arm in arms_shown if (arm, sets[0]) in scored]
+    return f"## Variants of the ungated sum, and a control: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
 
 
 def searched(laboratory: Laboratory, plan: Plan) -> str:
