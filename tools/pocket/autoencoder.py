@@ -25,6 +25,7 @@ from tools.pocket.training import Draws, Plan, copy_matching, train
 
 CHANNELS = (16, 32, 48, 96)  # 16 where there are 128² pixels: that level costs most
 NOISE = 0.03
+FOLLOWED = 500  # first steps in which half of what the decoder sees is the older code, which ours does not give yet
 # Crowded scenes, for background costs as much and teaches nothing; the rest so that nothing is strange.
 MIX = {"alone": 4, "beside": 2, "stacked": 1, "row": 1, "four": 4}
 SEEN_STYLES = [style for style in subjects.STYLES if style != subjects.HELD_OUT_STYLE]
@@ -115,8 +116,7 @@ def run(
         if older:
             goal = encode(older, F.interpolate(x, scale_factor=0.5 ** missing_levels(older), mode="area"))
             kept = F.mse_loss(z, goal)
-            # Until our encoder gives that code, half of what the decoder sees is the older one's.
-            seen = torch.where(torch.arange(batch).view(-1, 1, 1, 1) % 2 == 0, z, goal) if step < 0.8 * steps else z
+            seen = torch.where(torch.arange(batch).view(-1, 1, 1, 1) % 2 == 0, z, goal) if step < FOLLOWED else z
         y = model.decode(seen + NOISE * torch.randn(z.shape, generator=draws.torch)).sample
         error = y - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
