@@ -118,9 +118,9 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
 
 def region(text: str) -> Any:
     """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
-    from PIL import Image
-
+    from fusion.errors import DatasetError
     from fusion.models.regions import Region
+    from fusion.training.pictures import load_mask
 
     prompt, colon, place = text.rpartition(":")
     if not (colon and prompt.strip() and place.strip()):
@@ -130,12 +130,9 @@ def region(text: str) -> Any:
         left, top, right, bottom = map(float, numbers)
         return Region(prompt.strip(), (left, top, right, bottom))
     try:
-        with Image.open(place.strip(), formats=("PNG", "JPEG", "WEBP")) as mask:
-            return Region(prompt.strip(), mask=mask.convert("L"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            f'--region "{text}": {place.strip()} is neither four numbers nor a picture ({error}).'
-        ) from None
+        return Region(prompt.strip(), mask=load_mask(place.strip()))
+    except DatasetError as error:
+        raise UsageError(f'--region "{text}" has neither four numbers nor a mask: {error}') from None
 
 
 def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any:

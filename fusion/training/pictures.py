@@ -62,14 +62,15 @@ def load_picture(path: str | Path, name: str | None = None) -> Image.Image:
     return flattened(decoded(Path(path), name or Path(path).name), "white")
 
 
-def load_mask(path: str | Path, size: tuple[int, int], name: str | None = None) -> Image.Image:
+def load_mask(path: str | Path, size: tuple[int, int] | None = None, name: str | None = None) -> Image.Image:
     """A mask as an "L" picture, white where the concept is; what is transparent becomes black.
 
-    `size`: width, height of its picture. Raises DatasetError if it differs, and for a mask that is all black.
+    `size`: width, height of its picture, None for any. Raises DatasetError if it differs, for a mask that is all
+    black, and as load_picture does.
     """
     name = name or Path(path).name
     mask = flattened(decoded(Path(path), name), "black").convert("L")
-    if mask.size != size:
+    if size and mask.size != size:
         sizes = f"{mask.width}x{mask.height}, its picture {size[0]}x{size[1]}"
         raise DatasetError(f"{name} is {sizes}; a mask needs the same size.")
     if mask.getextrema() == (0, 0):

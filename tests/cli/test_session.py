@@ -201,7 +201,7 @@ def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, cap
     assert main(["generate", "--from", "parts.png", "--base", base, "-o", "again.png"]) == 0
     assert (pixels("again.png") == pixels("parts.png")).all()
     capsys.readouterr()
-    for wrong, said in (("a cat", "PROMPT: LEFT TOP"), ("a cat: 0 1", "neither four numbers nor a picture")):
+    for wrong, said in (("a cat", "PROMPT: LEFT TOP"), ("a cat: 0 1", "neither four numbers nor a mask")):
         assert main([*words, "wrong.png", "--region", wrong]) == 2
         assert said in capsys.readouterr().err
     assert main([*words, "wrong.png", "--region", "a cat: 0 0 64 64"]) == 1
