@@ -76,7 +76,7 @@ def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
 
 
 DEFAULT = "spectral"
-CONTROLS = ("spectral-shuffled", "spectral-quiet", "lora, twice")  # they need fewer concepts to be understood
+CONTROLS = ("spectral-shuffled", "lora, twice")  # they need fewer concepts to be understood
 
 
 def arms() -> dict[str, Arm]:
@@ -93,16 +93,13 @@ def arms() -> dict[str, Arm]:
         "spectral-open": Arm("spectral-open", "own slices, ungated, summed", fused("direct_sum")),
         "spectral-same": Arm("spectral-same", "one slice for all, ungated, summed", fused("direct_sum")),
         "orthogonal": Arm("orthogonal", "Orthogonal Adaptation, summed", fused("direct_sum")),
+        "spectral-quiet": Arm("spectral-quiet", "own slices, ungated, quiet loss, summed", fused("direct_sum")),
+        "lora-quiet": Arm("lora-quiet", "LoRA, ungated, quiet loss, summed", fused("direct_sum")),
     }
     rows |= {
-        "spectral-shuffled": Arm(
-            "spectral-shuffled", "own slices in another order, ungated, summed", fused("direct_sum")
-        ),
-        "spectral-quiet": Arm(
-            "spectral-quiet", "own slices, ungated, trained with the quiet loss, summed", fused("direct_sum")
-        ),
+        "spectral-shuffled": Arm("spectral-shuffled", "own slices in another order, ungated", fused("direct_sum")),
         "lora, twice": Arm(
-            "lora", "each LoRA twice at half strength, summed: must be as their sum", fused("direct_sum", parts=twice)
+            "lora", "each LoRA twice at half strength: must be as their sum", fused("direct_sum", parts=twice)
         ),
     }
     for name, method in fusion.METHODS.items():

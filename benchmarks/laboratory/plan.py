@@ -12,7 +12,7 @@ UNLIKE = NAMES[:8]
 ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two hands
 CURVE = (  # the arms whose course over the number of concepts is shown
     *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
-    *("lora, average", "lora, ties", "lora, regression", "lora-gated"),
+    *("lora, average", "lora, ties", "lora, regression", "lora-gated", "spectral-quiet", "lora-quiet"),
 )
 MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # those taken to all sixteen
 SEARCHED = ("spectral", "lora", "lora-gated", "spectral-open", "orthogonal")

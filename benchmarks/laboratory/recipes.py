@@ -37,4 +37,10 @@ RECIPES: dict[str, Recipe] = {
         {"gating": "none", "quiet_loss_weight": 10.0},
         rate_of="spectral-open",
     ),
+    "lora-quiet": Recipe(
+        "plain LoRA, quiet loss",
+        {"adapter_type": "lora", "gating": "none", "quiet_loss_weight": 10.0},
+        lambda k: None,
+        rate_of="lora",
+    ),
 }

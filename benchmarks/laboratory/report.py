@@ -21,7 +21,16 @@ OUTPUT = ROOT / "docs" / "fusion-bench.md"
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
 SHOWN = (
     *("spectral", "spectral, places found", "lora-gated", "spectral-open", "spectral-same", "orthogonal"),
-    *("lora, direct_sum", "lora, average", "lora, ties", "lora, regression", "lora, switch", "lora, composite"),
+    *(
+        "spectral-quiet",
+        "lora-quiet",
+        "lora, direct_sum",
+        "lora, average",
+        "lora, ties",
+        "lora, regression",
+        "lora, switch",
+        "lora, composite",
+    ),
 )
 
 LEGEND = """\
@@ -165,13 +174,13 @@ def alike(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
 
 
 def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
-    """Variants of the ungated sum beside it, on fewer concepts."""
+    """Controls beside what they must equal, or must not, on fewer concepts."""
     sets = [names for (arm, names) in scored if arm in CONTROLS]
     if not sets:
         return ""
-    arms_shown = ("spectral-open", "spectral-same", *CONTROLS[:2], "lora, direct_sum", *CONTROLS[2:])
-    rows = [row_of(scored[arm, sets[0]]) for arm in arms_shown if (arm, sets[0]) in scored]
-    return f"## Variants of the ungated sum, and a control: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
+    compared = ("spectral-open", "spectral-same", "lora, direct_sum", *CONTROLS)
+    rows = [row_of(scored[arm, sets[0]]) for arm in compared if (arm, sets[0]) in scored]
+    return f"## Controls of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
 
 
 def searched(laboratory: Laboratory, plan: Plan) -> str:
@@ -218,7 +227,7 @@ def judged(full: Sequence[dict[str, Any]]) -> str:
 
 
 def matrices(full: Sequence[dict[str, Any]], folder: Path | None) -> str:
-    wanted = ("spectral", "spectral, places found", "lora, direct_sum", "lora, average", "lora, composite")
+    wanted = ("spectral", "spectral, places found", "spectral-quiet", "lora, direct_sum", "lora, composite")
     found = {s["arm"]: (s["concepts"], s["identity"]["matrix"]) for s in full if s["arm"] in wanted}
     if folder is None or not found:
         return ""
