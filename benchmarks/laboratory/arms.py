@@ -36,12 +36,13 @@ def fused(
     method: str,
     regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, whole: (),
     parts: Callable[[Sequence[fusion.Adapter]], Sequence[fusion.Adapter]] = lambda adapters: adapters,
+    gating: str | None = None,
 ) -> Callable[..., Any]:
-    """Fuse by a method and draw with the result; `parts` makes what is fused out of the adapters."""
+    """Fuse by a method and draw with the result; `parts` makes what is fused of the adapters, `gating` as in fuse."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
         base = pipe if fusion.METHODS[method].moments else None
-        whole = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method)
+        whole = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method, gating=gating)
 
         def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
             where = regions(prompt, whole)
@@ -95,6 +96,12 @@ def arms() -> dict[str, Arm]:
         "orthogonal": Arm("orthogonal", "Orthogonal Adaptation, summed", fused("direct_sum")),
         "spectral-quiet": Arm("spectral-quiet", "own slices, ungated, quiet loss, summed", fused("direct_sum")),
         "lora-quiet": Arm("lora-quiet", "LoRA, ungated, quiet loss, summed", fused("direct_sum")),
+        "spectral, exported": Arm(
+            "spectral", "the default as plain LoRAs, without gates, summed", fused("direct_sum", gating="none")
+        ),
+        "spectral-gated-quiet, exported": Arm(
+            "spectral-gated-quiet", "the same, trained with the quiet loss", fused("direct_sum", gating="none")
+        ),
     }
     rows |= {
         "spectral-shuffled": Arm("spectral-shuffled", "own slices in another order, ungated", fused("direct_sum")),

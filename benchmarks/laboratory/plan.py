@@ -13,6 +13,7 @@ ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each b
 CURVE = (  # the arms whose course over the number of concepts is shown
     *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
     *("lora, average", "lora, ties", "lora, regression", "lora-gated", "spectral-quiet", "lora-quiet"),
+    *("spectral, exported", "spectral-gated-quiet, exported"),
 )
 MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # those taken to all sixteen
 SEARCHED = ("spectral", "lora", "lora-gated", "spectral-open", "orthogonal")

@@ -37,6 +37,11 @@ RECIPES: dict[str, Recipe] = {
         {"gating": "none", "quiet_loss_weight": 10.0},
         rate_of="spectral-open",
     ),
+    "spectral-gated-quiet": Recipe(
+        "additive, own slices, gated by tokens, quiet loss",
+        {"gating": "tokens", "quiet_loss_weight": 10.0},
+        rate_of="spectral",
+    ),
     "lora-quiet": Recipe(
         "plain LoRA, quiet loss",
         {"adapter_type": "lora", "gating": "none", "quiet_loss_weight": 10.0},
