@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -18,6 +18,24 @@ LONG: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "t
 WIDGETS = Path(__file__).parent.parent / "widgets"
 
 Picks = Mapping[str, Any]  # the value of widgets/concepts.js
+
+
+class Controls(NamedTuple):
+    """What a picture was drawn with: the values of the Draw tab's controls, in their order on the page."""
+
+    picked: Mapping[str, float]
+    prompt: str
+    negative: str = ""
+    seed: float = 0
+    new_seed: bool = False
+    steps: float | None = None
+    guidance: float | None = None
+    count: float = 1
+    scheduler: str | None = ""
+    regions: Mapping[str, Any] | None = None
+    found: bool = True
+    start: str = ""
+    leave: float = 0.6
 
 
 def widget(name: str, value: Any, **about: Any) -> gr.HTML:

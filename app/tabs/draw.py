@@ -15,7 +15,7 @@ from app.drawing import Done, Frame, Screen, streamed
 from app.notices import told, warn
 from app.regions import as_regions, regions_of
 from app.session import FIRST_PROMPT, Session, tokens_of
-from app.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, received, shown, widget
+from app.tabs import LATEST, LONG, QUIET, Controls, Picks, cli_box, picked_of, received, shown, widget
 from app.teaching import ENDINGS
 
 HISTORY = 24  # pictures kept on the page
@@ -108,8 +108,7 @@ def greeted(session: Session) -> tuple[Any, ...]:
     if session.base or session.greeting is None:
         return (gr.skip(),) * 5
     path, recipe = session.greeting
-    settings = [recipe.steps, recipe.guidance_scale, 1, "", None, True, "", 0.6]
-    controls = [{}, recipe.prompt, "", recipe.seed, False, *settings]
+    controls = Controls({}, recipe.prompt, seed=recipe.seed, steps=recipe.steps, guidance=recipe.guidance_scale)
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
     flags = {"prompt": recipe.prompt, "seed": recipe.seed}
     return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags))
@@ -181,8 +180,8 @@ def draw_pictures(
         if isinstance(frame, Done):
             seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
             line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts, places_found)
-            values = [picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions]
-            again = [*values, found, start, leave]
+            used = Controls(picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions)
+            again = used._replace(found=found, start=start, leave=leave)
             kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
             yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, shown(line)
         elif isinstance(frame, Frame):

@@ -14,7 +14,7 @@ from app import markup
 from app.drawing import Done, Frame, Screen, streamed
 from app.notices import told
 from app.session import Session
-from app.tabs import LONG, QUIET, Picks
+from app.tabs import LONG, QUIET, Controls, Picks
 
 SIDES = ("without the concepts", "the picture before", "the picture it started from")
 
@@ -55,15 +55,13 @@ def seen(history: Sequence[Mapping[str, Any]], event: gr.SelectData) -> tuple[st
 
 def repeated(history: Sequence[Mapping[str, Any]], at: int, picks: Picks) -> tuple[Any, ...]:
     """The controls as they were for a picture of the history."""
-    picked, *rest = history[at]["controls"]
-    return {**picks, "picked": picked}, *rest
+    controls: Controls = history[at]["controls"]
+    return controls._replace(picked={**picks, "picked": controls.picked})
 
 
 def varied(history: Sequence[Mapping[str, Any]], at: int, picks: Picks) -> tuple[Any, ...]:
     """The same, but for the seed."""
-    controls = list(repeated(history, at, picks))
-    controls[4] = True
-    return tuple(controls)
+    return Controls(*repeated(history, at, picks))._replace(new_seed=True)
 
 
 def started_from_it(session: Session, history: Sequence[Mapping[str, Any]], at: int) -> tuple[Any, ...]:
@@ -79,7 +77,7 @@ def before_and_after(
     if not history:
         raise fusion.FusionError("Draw a picture first.")
     this, earlier = history[at], list(history[at + 1 : at + 2])
-    start = this["controls"][-2]
+    start = this["controls"].start
     if against == SIDES[1] and not earlier:
         raise fusion.FusionError("There is no picture before this one yet; draw another.")
     if against == SIDES[2] and not start:
