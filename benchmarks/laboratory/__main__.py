@@ -52,9 +52,10 @@ def main() -> None:
 
 def tasks(laboratory: Laboratory, plan: Plan, only: str | None) -> list[Callable[[], Any]]:
     """Everything to be done, in an order in which what is wanted most comes first."""
-    teach = [
-        partial(laboratory.files, arms()[row.arm].recipe, concepts(row.names)) for row in plan.rows if only != "draw"
-    ]
+    teach: list[Callable[[], Any]] = []
+    if only != "draw":
+        wanted = [(arms()[row.arm].recipe, k, c) for row in plan.rows for k, c in enumerate(concepts(row.names))]
+        teach = [partial(laboratory.taught, recipe, c, k) for recipe, k, c in wanted]
     draw: list[Callable[[], Any]] = []
     if only != "teach":
         draw = [partial(laboratory.score, row.arm, concepts(row.names), pairs=row.pairs) for row in plan.rows]

@@ -67,8 +67,10 @@ class Laboratory:
         return open_judge(self.judge_folder, device=self.school.device)
 
     def files(self, recipe: str, concepts: Sequence[Concept]) -> list[Path]:
-        rate = self.rates.get(RECIPES[recipe].rate_of or recipe, RATE)
-        return [self.school.taught(concept, recipe, k, rate) for k, concept in enumerate(concepts)]
+        return [self.taught(recipe, concept, k) for k, concept in enumerate(concepts)]
+
+    def taught(self, recipe: str, concept: Concept, k: int) -> Path:
+        return self.school.taught(concept, recipe, k, self.rates.get(RECIPES[recipe].rate_of or recipe, RATE))
 
     def drawer(self, what: str, files: Sequence[Path], open_draw: Any) -> Drawer:
         inputs = {"base": self.school.base_digest, "arm": what, "adapters": [file.parent.name for file in files]}
