@@ -100,6 +100,8 @@ def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -
             "on every word of every prompt. It will disturb prompts without them, and several concepts each other; "
             "lower its strength where it does."
         )
+        if not adapter.info.provenance.settings.get("quiet_loss_weight"):
+            notes.append("Concepts taught with quiet_loss_weight = 10 disturb far less when they are exported.")
     if embeddings:
         words = [file.stem for file in embeddings.values()]
         notes.append(

@@ -1,5 +1,7 @@
 """Exports: exact, named as other programs expect, and drawing the same pictures in diffusers' own hands."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 
 import tiny
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import Adapter, BaseInfo
+from fusion.adapters.adapter import Adapter, BaseInfo, Provenance
 from fusion.errors import ConfigError, FormatError, UnknownName
 from fusion.formats import EXPORTS, kohya_lora
 from fusion.formats.exporting import export
@@ -187,6 +189,9 @@ def test_the_user_is_told_what_a_lora_cannot_do(trained, side_by_side, tmp_path)
     assert "cannot be gated" in said and "<rex>, <tom>" in said and "load_textual_inversion" in said
     names = ["both.safetensors", "both_rex.safetensors", "both_tom.safetensors"]
     assert report.files == [tmp_path / name for name in names] and all(file.exists() for file in report.files)
+    assert "quiet_loss_weight = 10" in said
+    quiet = replace(gated, info=replace(gated.info, provenance=Provenance(settings={"quiet_loss_weight": 3.0})))
+    assert "quiet_loss" not in "\n".join(export(quiet, tmp_path / "both.safetensors", "kohya").notes)
     assert "gated" not in "\n".join(export(trained(pipe, gated=False), tmp_path / "x.safetensors", "kohya").notes)
 
 
