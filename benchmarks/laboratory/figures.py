@@ -25,10 +25,21 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
             (("Retention: 1 as alone, 0 as the base's noun", "retention"), ("Leakage of the others", "leakage"))
         ):
             axes = (left, right)[k]
-            for (arm, points), ink, mark in zip(lines.items(), INK, MARKS, strict=False):
+            for row, (arm, points) in enumerate(lines.items()):
+                turn, look = divmod(row, len(INK))
                 counts = sorted(points)
-                axes.plot(counts, [points[n][k] for n in counts], color=ink, marker=mark, markersize=5, label=arm)
-            axes.set(title=title, xlabel="concepts used together", xticks=every, ylabel=label)
+                axes.plot(
+                    counts,
+                    [points[n][k] for n in counts],
+                    color=INK[look],
+                    marker=MARKS[look],
+                    linestyle=("-", "--", ":")[turn],
+                    markersize=4.5 + 0.4 * row,  # larger further down, so that of lines that coincide all are seen
+                    zorder=100 - row,
+                    label=arm,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set(title=title, xlabel="concepts used together", xticks=every, xticklabels=every, ylabel=label)
             _plain(axes)
         right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
     return figure
@@ -59,7 +70,7 @@ def scatter(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(10.8, 3.8 * len(predicted)), layout="constrained")
         grid = figure.subplots(len(predicted), len(said), squeeze=False)
-        for line, (recipe, rows), ink in zip(grid, predicted.items(), INK, strict=False):
+        for line, (recipe, rows), ink in zip(grid, predicted.items(), INK[: len(predicted)], strict=True):
             known = [row for row in rows if row["foreseen"] is not None]
             for axes, (key, words) in zip(line, said.items(), strict=True):
                 axes.scatter([row[key] for row in known], [row["lost"] for row in known], color=ink, s=18, alpha=0.8)

@@ -21,16 +21,8 @@ OUTPUT = ROOT / "docs" / "fusion-bench.md"
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
 SHOWN = (
     *("spectral", "spectral, places found", "lora-gated", "spectral-open", "spectral-same", "orthogonal"),
-    *(
-        "spectral-quiet",
-        "lora-quiet",
-        "lora, direct_sum",
-        "lora, average",
-        "lora, ties",
-        "lora, regression",
-        "lora, switch",
-        "lora, composite",
-    ),
+    *("spectral-quiet", "lora-quiet", "spectral, exported", "spectral-gated-quiet, exported"),
+    *("lora, direct_sum", "lora, average", "lora, ties", "lora, regression", "lora, switch", "lora, composite"),
 )
 
 LEGEND = """\
