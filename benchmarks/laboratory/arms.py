@@ -99,8 +99,11 @@ def arms() -> dict[str, Arm]:
         "spectral, exported": Arm(
             "spectral", "the default as plain LoRAs, without gates, summed", fused("direct_sum", gating="none")
         ),
+        "spectral-gated-quiet": Arm(
+            "spectral-gated-quiet", "the default, trained with the quiet loss", fused("direct_sum")
+        ),
         "spectral-gated-quiet, exported": Arm(
-            "spectral-gated-quiet", "the same, trained with the quiet loss", fused("direct_sum", gating="none")
+            "spectral-gated-quiet", "the same as plain LoRAs, without gates", fused("direct_sum", gating="none")
         ),
     }
     rows |= {
