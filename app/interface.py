@@ -1,6 +1,5 @@
 """The page: header, five tabs, and what happens between them."""
 
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import fusion
 from app import markup
 from app.notices import told, warn
 from app.session import Session, in_a_sentence, tokens_of
-from app.tabs import LATEST, LONG, QUIET, combine, compare, draw, history, library, picked_of, teach
+from app.tabs import LATEST, LONG, QUIET, Picks, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
@@ -64,7 +63,7 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     picked = gr.State({})
     pickers = [drawing.picks, combining.picks, comparing.picks]
     for picker in pickers:
-        picker.input(picked_of, picker, picked, **LATEST)
+        picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, picked, **LATEST)
     look, seen_in = told(look_at_library, session), [*pickers, drawing.no_concepts]
     seen, fresh = (look, picked, seen_in), (look, None, seen_in)
     judge = (told(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
@@ -80,23 +79,24 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
         event.then(*fresh, **QUIET)
 
     def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
-        chosen = button.click(handler, inputs, [picked, parts.tabs], **QUIET)
+        lead = lambda *values: ({"picked": handler(*values)}, gr.Tabs(selected="draw"))  # noqa: E731
+        chosen = button.click(lead, inputs, [picked, parts.tabs], **QUIET)
         chosen.then(*seen, **QUIET).then(*judge, to_judge, **QUIET)
 
     leads_to_draw(parts.teaching.use, lambda: taught(session), None)
-    leads_to_draw(shelf.draw, lambda key: ({key: 1.0} if key else {}, gr.Tabs(selected="draw")), shelf.chosen)
-    leads_to_draw(combining.draw, lambda picks: (picked_of(picks), gr.Tabs(selected="draw")), combining.picks)
+    leads_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
+    leads_to_draw(combining.draw, picked_of, combining.picks)
     drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **QUIET)
     return fresh
 
 
-def taught(session: Session) -> tuple[Any, Any]:
+def taught(session: Session) -> dict[str, float]:
     """The concept that was taught last, picked."""
     last = session.teaching.now if session.teaching else None
-    return {last.saved.stem: 1.0} if last and last.saved else {}, gr.Tabs(selected="draw")
+    return {last.saved.stem: 1.0} if last and last.saved else {}
 
 
-def look_at_library(session: Session, picked: Mapping[str, float] | None = None) -> tuple[Any, ...]:
+def look_at_library(session: Session, picks: Picks | None = None) -> tuple[Any, ...]:
     """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
     names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
@@ -110,8 +110,8 @@ def look_at_library(session: Session, picked: Mapping[str, float] | None = None)
         }
         for key, entry in entries.items()
     ]
-    kept = None if picked is None else {key: strength for key, strength in picked.items() if key in entries}
-    value = {"choices": choices, "picked": kept}
+    kept = {key: strength for key, strength in picked_of(picks).items() if key in entries}
+    value = {"choices": choices, "picked": None if picks is None else kept, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)
 
 

@@ -29,6 +29,7 @@ def losses(pipe: Any, seed: int, number: int, *, balanced: bool, steps: int) -> 
             max_train_steps=steps,
             slice=number,
             balance_slices=balanced,
+            quiet_loss_weight=0.0,
             seed=seed,
             checkpointing_steps=0,
         )

@@ -1,7 +1,7 @@
 // Chips of concepts; what is picked has a strength. value: {choices: [{key, label, tokens, picture}], picked: {key: strength}}
-// Where the server leaves `picked` open, what the page has stays.
+// Where the server leaves `picked` open, or answers to what was picked before the last click, what the page has stays.
 const place = element.querySelector(".concepts");
-let last = {};
+let last = {}, at = 0; // what is picked here, and when it was
 const make = (tag, about, ...inside) => {
   const node = Object.assign(document.createElement(tag), about);
   node.append(...inside);
@@ -10,7 +10,8 @@ const make = (tag, about, ...inside) => {
 
 function put(picked) {
   last = picked;
-  props.value = { ...props.value, picked };
+  at = Date.now();
+  props.value = { ...props.value, picked, at };
   trigger("input");
 }
 
@@ -51,7 +52,8 @@ function row(choice, strength) {
 function draw() {
   const { choices = [] } = props.value || {};
   const known = Object.fromEntries(Object.entries(last).filter(([key]) => choices.some((c) => c.key === key)));
-  if (choices.length && !props.value.picked) props.value = { ...props.value, picked: known };
+  const stale = props.value?.at < at;
+  if (choices.length && (stale || !props.value.picked)) props.value = { ...props.value, picked: known, at };
   const picked = props.value?.picked ?? {};
   last = picked;
   const chips = make("div", { className: "chips" }, ...choices.map((choice) => chip(choice, picked)));

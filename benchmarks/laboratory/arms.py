@@ -29,7 +29,7 @@ class Arm:
     recipe: str
     about: str
     prepare: Callable[[Any, Sequence[fusion.Adapter]], Prepared]
-    pairs_only: bool = False  # differs from the default in prompts of several concepts alone
+    otherwise: str = ""  # the arm that draws what has not several concepts in it, where that is all the same
 
 
 def fused(
@@ -76,19 +76,27 @@ def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
     return [*halved, *(replace(a, info=replace(a.info, name=f"{a.info.name}-again")) for a in again)]
 
 
-DEFAULT = "spectral"
 CONTROLS = ("spectral-shuffled", "lora, twice")  # they need fewer concepts to be understood
 
 
 def arms() -> dict[str, Arm]:
     """By name, in the order of the tables."""
     rows = {
-        DEFAULT: Arm("spectral", "own slices, gated by tokens, summed: the default", fused("direct_sum")),
+        "spectral": Arm("spectral", "own slices, gated by tokens, summed", fused("direct_sum")),
         "spectral, places found": Arm(
-            "spectral", "the same with regions='auto'", fused("direct_sum", lambda *_: "auto"), pairs_only=True
+            "spectral", "the same with regions='auto'", fused("direct_sum", lambda *_: "auto"), "spectral"
         ),
         "spectral, places given": Arm(
-            "spectral", "the same with a region each, drawn by hand", fused("direct_sum", halves), pairs_only=True
+            "spectral", "the same with a region each, drawn by hand", fused("direct_sum", halves), "spectral"
+        ),
+        "spectral-gated-quiet": Arm(
+            "spectral-gated-quiet", "taught with the quiet loss, too: pocket's default", fused("direct_sum")
+        ),
+        "spectral-gated-quiet, places found": Arm(
+            "spectral-gated-quiet",
+            "the same with regions='auto': the studio's default",
+            fused("direct_sum", lambda *_: "auto"),
+            "spectral-gated-quiet",
         ),
         "lora-gated": Arm("lora-gated", "LoRA gated by tokens, summed", fused("direct_sum")),
         "spectral-open": Arm("spectral-open", "own slices, ungated, summed", fused("direct_sum")),
@@ -97,10 +105,7 @@ def arms() -> dict[str, Arm]:
         "spectral-quiet": Arm("spectral-quiet", "own slices, ungated, quiet loss, summed", fused("direct_sum")),
         "lora-quiet": Arm("lora-quiet", "LoRA, ungated, quiet loss, summed", fused("direct_sum")),
         "spectral, exported": Arm(
-            "spectral", "the default as plain LoRAs, without gates, summed", fused("direct_sum", gating="none")
-        ),
-        "spectral-gated-quiet": Arm(
-            "spectral-gated-quiet", "the default, trained with the quiet loss", fused("direct_sum")
+            "spectral", "gated ones as plain LoRAs, without gates, summed", fused("direct_sum", gating="none")
         ),
         "spectral-gated-quiet, exported": Arm(
             "spectral-gated-quiet", "the same as plain LoRAs, without gates", fused("direct_sum", gating="none")

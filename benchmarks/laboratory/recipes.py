@@ -21,7 +21,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "spectral": Recipe("additive, own slices, gated by tokens: the default", {"gating": "tokens"}),
+    "spectral": Recipe("additive, own slices, gated by tokens", {"gating": "tokens"}),
     "lora": Recipe("plain LoRA", {"adapter_type": "lora", "gating": "none"}, lambda k: None),
     "spectral-open": Recipe("additive, own slices, not gated", {"gating": "none"}),
     "spectral-same": Recipe(
@@ -38,7 +38,7 @@ RECIPES: dict[str, Recipe] = {
         rate_of="spectral-open",
     ),
     "spectral-gated-quiet": Recipe(
-        "additive, own slices, gated by tokens, quiet loss",
+        "additive, own slices, gated by tokens, quiet loss: pocket's default",
         {"gating": "tokens", "quiet_loss_weight": 10.0},
         rate_of="spectral",
     ),

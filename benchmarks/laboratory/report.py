@@ -20,8 +20,9 @@ from fusion.evaluation.identity import RESAMPLES
 OUTPUT = ROOT / "docs" / "fusion-bench.md"
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
 SHOWN = (
-    *("spectral", "spectral, places found", "lora-gated", "spectral-open", "spectral-same", "orthogonal"),
-    *("spectral-quiet", "lora-quiet", "spectral, exported", "spectral-gated-quiet, exported"),
+    *("spectral", "spectral, places found", "spectral-gated-quiet", "spectral-gated-quiet, places found", "lora-gated"),
+    *("spectral-open", "spectral-same", "orthogonal", "spectral-quiet", "lora-quiet"),
+    *("spectral, exported", "spectral-gated-quiet, exported"),
     *("lora, direct_sum", "lora, average", "lora, ties", "lora, regression", "lora, switch", "lora, composite"),
 )
 
@@ -157,7 +158,7 @@ def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
 
 
 def described(full: Sequence[dict[str, Any]]) -> str:
-    return table(("arm", "what it is"), [(score["arm"], score["about"]) for score in full])
+    return table(("arm", "what it is"), [(score["arm"], arms()[score["arm"]].about) for score in full])
 
 
 def alike(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 import fusion
-from benchmarks.laboratory.arms import DEFAULT, Arm, Prepared, arms
+from benchmarks.laboratory.arms import Prepared, arms
 from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.drawing import Drawer, with_adapters
 from benchmarks.laboratory.recipes import RECIPES
@@ -93,12 +93,12 @@ class Laboratory:
         return self._prepared[key]
 
     def together(self, name: str, concepts: Sequence[Concept], files: Sequence[Path]) -> identity.Draw:
-        """An arm's pictures. One that differs in prompts of several concepts alone draws all else as the default."""
+        """An arm's pictures. One that differs in prompts of several concepts alone leaves the others to another arm."""
 
         def drawer(what: str) -> Drawer:
             return self.drawer(what, files, lambda: self.prepared(what, files)[0].draw)
 
-        own, plain = drawer(name), drawer(DEFAULT if arms()[name].pairs_only else name)
+        own, plain = drawer(name), drawer(arms()[name].otherwise or name)
 
         def draw(prompt: str, seed: int) -> Image.Image:
             several = sum(concept.token in prompt for concept in concepts) > 1
@@ -108,8 +108,7 @@ class Laboratory:
 
     def score(self, name: str, concepts: Sequence[Concept], *, pairs: bool = True) -> dict[str, Any]:
         """One arm on one set; without `pairs`, in pictures of one concept and of none alone."""
-        arm = arms()[name]
-        files = self.files(arm.recipe, concepts)
+        files = self.files(arms()[name].recipe, concepts)
         inputs = {
             "arm": name,
             "adapters": [file.parent.name for file in files],
@@ -120,11 +119,9 @@ class Laboratory:
             "prompts": vars(self.prompts),
             "version": SCORE,
         }
-        return self.store.numbers("score", inputs, lambda: self._measure(name, arm, concepts, files, pairs))
+        return self.store.numbers("score", inputs, lambda: self._measure(name, concepts, files, pairs))
 
-    def _measure(
-        self, name: str, arm: Arm, concepts: Sequence[Concept], files: Sequence[Path], pairs: bool
-    ) -> dict[str, Any]:
+    def _measure(self, name: str, concepts: Sequence[Concept], files: Sequence[Path], pairs: bool) -> dict[str, Any]:
         together = self.together(name, concepts, files)
         alone = {concept.token: self.alone(file) for concept, file in zip(concepts, files, strict=True)}
         nouns = {concept.token: concept.noun for concept in concepts}
@@ -137,7 +134,6 @@ class Laboratory:
         )
         return {
             "arm": name,
-            "about": arm.about,
             "concepts": [concept.name for concept in concepts],
             "identity": asdict(seen),
             "beside": self._beside(concepts, alone, together, seen.floor) if pairs else [],

@@ -70,7 +70,7 @@ class School:
                 output_name=concept.name,
                 checkpointing_steps=0,
                 use_masks=False,
-                **row.settings,
+                **{"quiet_loss_weight": 0.0, **row.settings},  # the base's own is for the rows about it alone
             )
             *_, last = fusion.train(self.pipe, config)
             fusion.save(last.adapter, folder / "adapter.safetensors")

@@ -291,15 +291,15 @@ def test_names_from_files_are_words_never_markup(session, taught):
 
 
 def test_what_is_picked_stays_as_long_as_it_is_there(session, taught):
-    *pickers, nothing = interface.look_at_library(session, {"gone": 1})
-    assert pickers[0] == {"choices": [], "picked": {}} and nothing.visible
+    *pickers, nothing = interface.look_at_library(session, {"picked": {"gone": 1}})
+    assert pickers[0] == {"choices": [], "picked": {}, "at": None} and nothing.visible
     taught("rex")
-    value, *_, nothing = interface.look_at_library(session, {"gone": 1, "rex": 0.5})
-    assert value["picked"] == {"rex": 0.5} == picked_of(value) and not nothing.visible
+    value, *_, nothing = interface.look_at_library(session, {"picked": {"gone": 1, "rex": 0.5}, "at": 7})
+    assert value["picked"] == {"rex": 0.5} == picked_of(value) and value["at"] == 7 and not nothing.visible
     assert [(c["key"], c["label"], c["tokens"]) for c in value["choices"]] == [("rex", "<rex>", ["<rex>"])]
     assert value["choices"][0]["picture"].startswith("data:image/png")
     assert interface.look_at_library(session)[0]["picked"] is None  # as the page has it
-    assert interface.taught(session)[0] == {"rex": 1.0}
+    assert interface.taught(session) == {"rex": 1.0}
 
 
 def test_another_base(session, base, tmp_path):

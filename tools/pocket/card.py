@@ -26,6 +26,7 @@ lr_scheduler = "linear"
 lr_warmup_steps = 0
 mixed_precision = "no"  # "bf16" is faster, but only on processors with bfloat16 instructions
 resolution = 128
+quiet_loss_weight = 10.0  # exports, which have no gates, then disturb little, and pairs are drawn better
 
 [generation]
 steps = {STEPS}
