@@ -42,17 +42,21 @@ class Quiet:
             words = [concept.token for concept in decoys.info.concepts]
             met = record_base(pipe, names, quiet_prompts(config, captions, words), steps=STEPS, seed=config.seed)
         self.weight = config.quiet_loss_weight
-        self.moments: dict[str, Tensor] = {}  # (I, I), so scaled that ‖W X₀‖² is 1
-        for name in met:
+        # C₀ (I, I), one tensor for all layers that hear the same, and ‖W X₀‖² of each layer.
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        shared: dict[int, Tensor] = {}
+        for name, moment in met.items():
             base = matrix(places[name])
-            free = met[name].free.to(base.device, torch.float32)
-            said = ((base.float() @ free) * base.float()).sum()
-            self.moments[name] = free / said.clamp(min=torch.finfo(torch.float32).tiny)
+            if id(moment) not in shared:
+                shared[id(moment)] = moment.free.to(base.device, torch.float32)
+            free = shared[id(moment)]
+            said = ((base.float() @ free) * base.float()).sum().clamp(min=torch.finfo(torch.float32).tiny)
+            self.moments[name] = free, said
 
     def loss(self, adapter: Adapter) -> Tensor:
         """The weighted quiet loss, differentiable in the adapter's layers."""
-        heard = [loudness(adapter, name, moment) for name, moment in self.moments.items()]
-        return self.weight * torch.stack(heard).mean()
+        ratios = [loudness(adapter, name, free) / said for name, (free, said) in self.moments.items()]
+        return self.weight * torch.stack(ratios).mean()
 
 
 def loudness(adapter: Adapter, layer: str, moment: Tensor) -> Tensor:
