@@ -78,14 +78,8 @@ def expected(pipe: Any, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
     shape = pipe.unet.config.in_channels, side, side
     noise: Tensor = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noise = noise.to(pipe.unet.device, pipe.unet.dtype)
-    pixels = side * pipe.vae_scale_factor
-    said = predict(
-        pipe,
-        noise,
-        torch.full((len(noise),), first, device=noise.device),
-        encode_prompts(pipe, [prompt] * len(noise)),
-        [(pixels, pixels, 0, 0, pixels, pixels)] * len(noise),
-    )
+    times = torch.full((len(noise),), first, device=noise.device)
+    said = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise)))
     clean = schedule.step(said, first, noise).pred_original_sample
     made = pipe.vae.decode(clean.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
     return pipe.image_processor.postprocess(made)

@@ -127,10 +127,8 @@ def _noised(pipe: Any, adapters: Sequence[Adapter], prompts: list[str], seed: in
 
 def _predictions(pipe: Any, prompts: list[str], noisy: Tensor, times: Tensor) -> Tensor:
     """The UNet's predictions for every prompt at every level, in float32."""
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    sizes = [(side, side, 0, 0, side, side)] * LEVELS
     made: list[Tensor] = []
     with torch.no_grad():
         for prompt, latents, steps in zip(prompts, noisy.split(LEVELS), times.split(LEVELS), strict=True):
-            made.append(predict(pipe, latents, steps, encode_prompts(pipe, [prompt] * LEVELS), sizes).float())
+            made.append(predict(pipe, latents, steps, encode_prompts(pipe, [prompt] * LEVELS)).float())
     return torch.cat(made)

@@ -32,12 +32,23 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
 
 
 def predict(
-    pipe: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Sequence[TimeIds]
+    pipe: Any,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    time_ids: Sequence[TimeIds] | None = None,
 ) -> Tensor:
-    """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,); `time_ids` matter to SDXL only."""
+    """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,).
+
+    `time_ids` matter to SDXL only; without them the pictures are whole ones, of the latents' own size.
+    """
     added = None
     if conditioning.pooled is not None:
-        sizes = torch.tensor(list(time_ids), device=noisy.device, dtype=conditioning.pooled.dtype)
+        height, width = (side * pipe.vae_scale_factor for side in noisy.shape[-2:])
+        whole = (height, width, 0, 0, height, width)
+        sizes = torch.tensor(
+            list(time_ids or [whole] * len(noisy)), device=noisy.device, dtype=conditioning.pooled.dtype
+        )
         added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
     return pipe.unet(
         noisy.to(pipe.unet.dtype),

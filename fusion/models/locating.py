@@ -63,13 +63,10 @@ def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) 
 def changes(pipe: Any, seen: Looked, prompt: str, nouns: Mapping[str, str]) -> Tensor:
     """(C, H, W): by how much each concept's token, in the place of its noun, changes the prediction; mean squares."""
     texts = [by_nouns(prompt, nouns), *(by_nouns(prompt, nouns, [token]) for token in nouns)]
-    height, width = (side * pipe.vae_scale_factor for side in seen.latents.shape[-2:])
     noisy = seen.latents.expand(len(texts), -1, -1, -1)
     times = torch.as_tensor(seen.timestep, device=noisy.device).expand(len(texts))
     with torch.no_grad():
-        told = predict(
-            pipe, noisy, times, encode_prompts(pipe, texts), [(height, width, 0, 0, height, width)] * len(texts)
-        )
+        told = predict(pipe, noisy, times, encode_prompts(pipe, texts))
     return (told[1:] - told[:1]).float().square().mean(dim=1)
 
 

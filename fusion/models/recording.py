@@ -88,7 +88,6 @@ def _imagine(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> None:
     """Encode prompts, and draw them by DDIM without guidance, for the sake of what the layers hear."""
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    pixels = side * pipe.vae_scale_factor
     generator = torch.Generator("cpu").manual_seed(seed)
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
@@ -98,8 +97,7 @@ def _imagine(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> None:
             schedule.set_timesteps(steps)
         for time in schedule.timesteps if steps else ():
             times = torch.full((len(part),), int(time), device=latents.device)
-            sizes = [(pixels, pixels, 0, 0, pixels, pixels)] * len(part)
-            latents = schedule.step(predict(pipe, latents, times, conditioning, sizes), time, latents).prev_sample
+            latents = schedule.step(predict(pipe, latents, times, conditioning), time, latents).prev_sample
 
 
 class _Sum:
