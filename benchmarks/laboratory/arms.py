@@ -110,8 +110,6 @@ def arms() -> dict[str, Arm]:
         "spectral-gated-quiet, exported": Arm(
             "spectral-gated-quiet", "the same as plain LoRAs, without gates", fused("direct_sum", gating="none")
         ),
-    }
-    rows |= {
         "spectral-shuffled": Arm("spectral-shuffled", "own slices in another order, ungated", fused("direct_sum")),
         "lora, twice": Arm(
             "lora", "each LoRA twice at half strength: must be as their sum", fused("direct_sum", parts=twice)
