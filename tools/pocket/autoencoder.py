@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tools.pocket import artwork, subjects
-from tools.pocket.scenes import Painter, Palette, compose
+from tools.pocket.scenes import Painter, Palette, Scene, compose
 from tools.pocket.training import Draws, Plan, copy_matching, train
 
-CHANNELS = (16, 32, 48, 96)  # 16 where there are 128² pixels: that level costs most
+CHANNELS = (16, 32, 96, 192)  # few where there are 128² pixels, which cost most; many where shapes are remembered
 NOISE = 0.03
 FOLLOWED = 500  # first steps in which half of what the decoder sees is the older code, which ours does not give yet
 # Crowded scenes, for background costs as much and teaches nothing; the rest so that nothing is strange.
@@ -89,6 +89,27 @@ def as_array(batch: Tensor) -> np.ndarray:
 
 def encode(model: AutoencoderKL, x: Tensor) -> Tensor:
     return model.encode(x).latent_dist.mode()
+
+
+class Retold(Painter):
+    """Draws some scenes as the autoencoder tells them again, from a code as noisy as a denoiser leaves it.
+
+    What judges are shown must look like what they will judge. Which scenes, and the noise, depend on the scene alone.
+    """
+
+    def __init__(self, sprites: np.ndarray, model: AutoencoderKL, share: float = 0.25, noise: float = 0.1):
+        super().__init__(sprites)
+        self.model, self.share, self.noise = model.eval(), share, noise
+
+    @torch.no_grad()
+    def draw(self, scene: Scene) -> Image.Image:
+        picture = super().draw(scene)
+        chance = random.Random(repr(scene))
+        if chance.random() >= self.share:
+            return picture
+        z = encode(self.model, as_tensor([np.asarray(picture)]))
+        z += self.noise * torch.randn(z.shape, generator=torch.Generator().manual_seed(chance.getrandbits(60)))
+        return Image.fromarray(as_array(self.model.decode(z).sample)[0])
 
 
 def run(
@@ -162,6 +183,11 @@ def reconstruct(model: AutoencoderKL, x: Tensor) -> Tensor:
 def psnr(y: Tensor, x: Tensor) -> float:
     """Of all pixels together; peak 2, for values lie in [-1, 1]."""
     return 10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)).item()
+
+
+def load(work: Path) -> AutoencoderKL:
+    """The trained one, in float32."""
+    return AutoencoderKL.from_pretrained(work / "autoencoder" / "final").eval()
 
 
 def finish(model: AutoencoderKL) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from tools.pocket import artwork, subjects
-from tools.pocket.autoencoder import SEEN_STYLES, as_tensor
+from tools.pocket.autoencoder import SEEN_STYLES, Retold, as_tensor
+from tools.pocket.autoencoder import load as load_autoencoder
 from tools.pocket.captions import article
-from tools.pocket.scenes import SIDE, Painter, Palette
+from tools.pocket.scenes import SIDE, Palette
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, train
 from tools.pocket.views import Claim, claim, foil, holds, view
@@ -64,7 +65,7 @@ def agree(logits: Tensor, truth: Tensor) -> Tensor:
 
 def run(work: Path, *, steps: int, rate: float, batch: int) -> None:
     sprites, index = artwork.load(work)
-    painter, tokenizer = Painter(sprites), load_tokenizer(work)
+    painter, tokenizer = Retold(sprites, load_autoencoder(work)), load_tokenizer(work)
     palette = Palette(index, [*subjects.TRAINED, *subjects.OTHERS], SEEN_STYLES, emphasis={})
     rows = [k for style in palette.styles for k in palette.by_style[style]]
     labels = sorted({index[k].label for k in rows})

@@ -8,11 +8,11 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from tools.pocket import artwork, subjects
 from tools.pocket.autoencoder import SEEN_STYLES, as_tensor, encode
+from tools.pocket.autoencoder import load as load_autoencoder
 from tools.pocket.captions import caption
 from tools.pocket.scenes import Painter, Palette, compose
 from tools.pocket.tokenizer import load as load_tokenizer
@@ -29,7 +29,7 @@ def run(work: Path, *, count: int) -> None:
     sprites, index = artwork.load(work)
     painter, tokenizer = Painter(sprites), load_tokenizer(work)
     palette = Palette(index, subjects.TRAINED, SEEN_STYLES, emphasis=EMPHASIS)
-    autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder" / "final").eval()
+    autoencoder = load_autoencoder(work)
     for number in range(-(-count // SHARD)):
         path = folder / f"{number:04}.pt"
         if path.exists():
