@@ -149,7 +149,7 @@ def run(
 
     def prepare(model: nn.Module) -> None:
         if freeze_encoder:  # as it is in `final`, where it is an average of what the checkpoint has
-            final = AutoencoderKL.from_pretrained(folder / "final").state_dict()
+            final = load(work).state_dict()
             copy_matching(model, {name: final[name] for name in final if name.startswith(("encoder.", "quant_conv."))})
             model.get_submodule("encoder").requires_grad_(False)
             model.get_submodule("quant_conv").requires_grad_(False)

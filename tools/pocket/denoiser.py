@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tools.pocket import latents
+from tools.pocket.autoencoder import load as load_autoencoder
 from tools.pocket.tokenizer import LENGTH
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, copy_matching, train
@@ -117,7 +118,7 @@ def schedule() -> DDIMScheduler:
 
 def build_pipeline(work: Path, model: Denoiser) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "autoencoder" / "final"),
+        vae=load_autoencoder(work),
         text_encoder=model.text.eval(),
         tokenizer=load_tokenizer(work),
         unet=model.unet.eval(),
