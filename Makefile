@@ -48,6 +48,10 @@ bench-fusion: install
 # Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork and the extra [pocket].
 # From nothing, or from an older pocket: make pocket START=assets/pocket
 FROM := $(if $(START),--start $(START))
+# glibc is told to keep what is freed: fresh pages for every large tensor cost a tenth of a step.
+pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+pocket: export MALLOC_TOP_PAD_ = 268435456
 pocket: install
 	$(BIN)/python -m tools.pocket artwork
 	$(BIN)/python -m tools.pocket tokenizer $(FROM)
