@@ -10,7 +10,7 @@ from tools.pocket import subjects
 from tools.pocket.artwork import Sprite
 from tools.pocket.captions import article, caption, plain_caption, plural
 from tools.pocket.scenes import ARRANGEMENTS, Painter, Palette, compose
-from tools.pocket.views import claim, cut, holds, view
+from tools.pocket.views import claim, cut, foils, holds, view
 
 NAMES = ["fox", "red-apple", "octopus", "stopwatch"]
 STYLES = ["noto", "flat", "outline"]
@@ -90,6 +90,9 @@ def test_claims_hold_of_what_they_were_made_of(painter, palette):
         seen = view(rng, painter, palette, palette.sprite(rng))
         assert seen.picture.shape == (128, 128, 3)
         assert holds(claim(rng, palette, seen), seen, palette)
+        wrong = foils(rng, palette, seen)
+        assert {c.style for c in wrong} >= set(palette.styles) - {INDEX[seen.sprite].style}
+        assert not any(holds(c, seen, palette) for c in wrong)
 
 
 def test_words():

@@ -1,7 +1,7 @@
 """Stage `judge`: pocket-clip, a stock `CLIPModel` trained from nothing to see what pocket's pictures show.
 
 Three objectives on one image embedding. Captions, contrastively: among the batch's captions and foils of them (the same
-subject in another style or on another colour); a caption may leave style or colour open, so all that are true of a
+subject in every other style, and on another colour); a caption may leave style or colour open, so all that are true of a
 picture count as its own. Names: every picture against the names of all subjects. Identity: every picture against one
 learned proxy per drawing (Movshovitz-Attias et al. 2017), so that two views of a drawing lie closer than drawings of
 the same subject by other hands; the proxies are not kept.
@@ -24,7 +24,7 @@ from tools.pocket.captions import article
 from tools.pocket.scenes import SIDE, Palette
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, train
-from tools.pocket.views import Claim, claim, foil, holds, view
+from tools.pocket.views import Claim, claim, foils, holds, view
 
 IDENTITY_TEMPERATURE = 0.07
 
@@ -96,9 +96,9 @@ def run(work: Path, *, steps: int, rate: float, batch: int) -> None:
 
 
 def claims_about(rng: random.Random, palette: Palette, views: Sequence) -> list[Claim]:
-    """For each view a true claim and two that are false of it."""
+    """For each view a true claim, and those that differ from it by one word and are false."""
     true = [claim(rng, palette, seen) for seen in views]
-    return [*true, *(foil(rng, palette, seen) for seen in views for _ in range(2))]
+    return [*true, *(false for seen in views for false in foils(rng, palette, seen))]
 
 
 def tokenized(tokenizer, texts: list[str]) -> Tensor:

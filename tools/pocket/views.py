@@ -82,14 +82,17 @@ def claim(rng: random.Random, palette: Palette, seen: View) -> Claim:
     return Claim(sprite.subject, sprite.label, style, seen.colour if rng.random() < 0.35 else None)
 
 
-def foil(rng: random.Random, palette: Palette, seen: View) -> Claim:
-    """What is false of a view by its style or its colour alone."""
+def foils(rng: random.Random, palette: Palette, seen: View) -> list[Claim]:
+    """What is false of a view by one word alone: on another colour, and by each of the other hands."""
     sprite = palette.index[seen.sprite]
-    if rng.random() < 0.5:
-        colour = rng.choice([name for name in subjects.COLOURS if name != seen.colour])
-        return Claim(sprite.subject, sprite.label, sprite.style if rng.random() < 0.5 else None, colour)
-    style = rng.choice([name for name in palette.styles if name != sprite.style])
-    return Claim(sprite.subject, sprite.label, style, seen.colour if rng.random() < 0.35 else None)
+    colour = rng.choice([name for name in subjects.COLOURS if name != seen.colour])
+    style = sprite.style if rng.random() < 0.5 else None
+    others = [name for name in palette.styles if name != sprite.style]
+    said = seen.colour if rng.random() < 0.35 else None
+    return [
+        Claim(sprite.subject, sprite.label, style, colour),
+        *(Claim(sprite.subject, sprite.label, other, said) for other in others),
+    ]
 
 
 def holds(claim: Claim, seen: View, palette: Palette) -> bool:
