@@ -1,7 +1,7 @@
 """Stage `judge`: pocket-clip, a stock `CLIPModel` trained from nothing to see what pocket's pictures show.
 
 Three objectives on one image embedding. Captions, contrastively: among the batch's captions and foils of them (the same
-subject in every other style, and on another colour); a caption may leave style or colour open, so all that are true of a
+subject in every other style, and on another colour); a caption may leave style or colour open, so all true of a
 picture count as its own. Names: every picture against the names of all subjects. Identity: every picture against one
 learned proxy per drawing (Movshovitz-Attias et al. 2017), so that two views of a drawing lie closer than drawings of
 the same subject by other hands; the proxies are not kept.
