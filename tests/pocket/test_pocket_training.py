@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from tools.pocket.half import save_half
 from tools.pocket.muon import Muon, optimizers, orthogonalise
 from tools.pocket.training import Plan, copy_matching, train
 
@@ -67,3 +70,15 @@ def test_a_start_gives_what_both_have():
     assert copy_matching(model, other.state_dict()) == ["weight", "bias"]
     assert torch.equal(model.weight[:2], other.weight)
     assert torch.equal(model.weight[2:], kept)
+
+
+def test_half_on_disk_is_float32_at_work(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=4, eos_token_id=39, pad_token_id=39))
+    save_half(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    again = CLIPTextModel.from_pretrained(tmp_path)
+    assert again.dtype == torch.float32
+    ids = torch.tensor([[3, 5, 39]])
+    assert torch.equal(again(ids)[0], model.float()(ids)[0])

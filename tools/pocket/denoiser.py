@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tools.pocket import latents
 from tools.pocket.autoencoder import load as load_autoencoder
+from tools.pocket.half import save_half
 from tools.pocket.tokenizer import LENGTH
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, copy_matching, train
@@ -132,15 +133,13 @@ def build_pipeline(work: Path, model: Denoiser) -> StableDiffusionPipeline:
 
 
 def save_pipeline(work: Path, model: Denoiser) -> None:
-    """float16, but for the text encoder: transformers loads a model in the dtype it was saved in, diffusers in
-    float32, and a folder all in float16 would fail at its first prompt."""
+    """The finished model, rounded to float16 in place."""
     folder = work / "denoiser" / "pipeline"
     pipe = build_pipeline(work, model)
-    unet = {name: value.clone() for name, value in model.unet.state_dict().items()}
     pipe.unet.half()
     pipe.vae.half()
     pipe.save_pretrained(folder)
-    model.unet.float().load_state_dict(unet)
+    save_half(model.text, folder / "text_encoder")
 
 
 def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, decay: float, name: str) -> None:

@@ -7,7 +7,6 @@ learned proxy per drawing (Movshovitz-Attias et al. 2017), so that two views of 
 the same subject by other hands; the proxies are not kept.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tools.pocket import artwork, subjects
 from tools.pocket.autoencoder import SEEN_STYLES, Retold, as_tensor
 from tools.pocket.autoencoder import load as load_autoencoder
 from tools.pocket.captions import article
+from tools.pocket.half import save_half
 from tools.pocket.scenes import SIDE, Palette
 from tools.pocket.tokenizer import load as load_tokenizer
 from tools.pocket.training import Draws, Plan, train
@@ -106,13 +106,7 @@ def tokenized(tokenizer, texts: list[str]) -> Tensor:
 
 
 def save(model: CLIPModel, tokenizer, folder: Path) -> None:
-    """Weights in float16, to be loaded in float32: processors make float32 pixels."""
-    model.half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"
-    for part in ("text_config", "vision_config"):
-        config[part]["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_half(model, folder)
     # As CLIP's own: the middle square of a picture that is not square.
     images = CLIPImageProcessor(
         size={"shortest_edge": SIDE},
