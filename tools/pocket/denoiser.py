@@ -138,6 +138,7 @@ def save_pipeline(work: Path, model: Denoiser) -> None:
     pipe = build_pipeline(work, model)
     pipe.unet.half()
     pipe.vae.half()
+    pipe.vae.register_to_config(_name_or_path="")  # else the file would say where on this machine it came from
     pipe.save_pretrained(folder)
     save_half(model.text, folder / "text_encoder")
 
