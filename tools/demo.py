@@ -5,7 +5,9 @@ Everything is done through the public API on the embedded base; nothing is picke
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +26,9 @@ CONCEPTS = ("octopus", "robot", "owl")
 PLAIN = "a dog face on a blue background"
 SCENES = ("a {} on a yellow background", "a {} on the left and a ghost on the right on a red background")
 PAIR = "a {} on the left and a {} on the right on a green background"
-LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+HALVES = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+TRIO = "a {} on the top left, a {} on the top right and a {} on the bottom left on a pink background"
+QUARTERS = ((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1))
 
 clock: dict[str, float] = {}
 
@@ -61,7 +65,7 @@ def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Pat
     """References, each adapter alone, and all of them fused."""
     columns = 7
     figure, grid = plt.subplots(
-        len(adapters) + 2, columns, figsize=(1.5 * columns, 1.72 * (len(adapters) + 2)), layout="constrained"
+        len(adapters) + 3, columns, figsize=(1.5 * columns, 1.72 * (len(adapters) + 3)), layout="constrained"
     )
     for row, adapter in enumerate(adapters):
         token, name = adapter.info.concepts[0].token, adapter.info.name
@@ -73,16 +77,29 @@ def sheet(pipe, adapters: list[fusion.Adapter], fused: fusion.Adapter, path: Pat
         for axis, scene in zip(grid[row, 5:], SCENES, strict=False):
             show(axis, draw(pipe, scene.format(token), [fused]), f"{token}, fused")
     tokens = [adapter.info.concepts[0].token for adapter in adapters]
-    pairs = [(one, two) for one in tokens for two in tokens if one != two]
-    for column, (left, right) in enumerate(pairs):
-        prompt, halves = PAIR.format(left, right), [fusion.Region(left, LEFT), fusion.Region(right, RIGHT)]
-        show(grid[-2, column], draw(pipe, prompt, [fused]), f"{left} {right}")
-        show(grid[-1, column], draw(pipe, prompt, [fused], halves), "the same, in regions")
-    show(grid[-2, -1], draw(pipe, PLAIN, []), "no concept, base")
-    show(grid[-1, -1], draw(pipe, PLAIN, [fused]), "no concept, fused")
+    for column, pair in enumerate(permutations(tokens, 2)):
+        prompt = PAIR.format(*pair)
+        show(grid[-3, column], draw(pipe, prompt, [fused]), " ".join(pair))
+        show(grid[-2, column], draw(pipe, prompt, [fused], regions(pair, HALVES)), "the same, in regions")
+    for turn in range(len(tokens)):
+        trio = tokens[turn:] + tokens[:turn]
+        prompt = TRIO.format(*trio)
+        show(grid[-1, 2 * turn], draw(pipe, prompt, [fused]), " ".join(trio))
+        show(grid[-1, 2 * turn + 1], draw(pipe, prompt, [fused], regions(trio, QUARTERS)), "the same, in regions")
+    show(grid[-3, -1], draw(pipe, PLAIN, []), "no concept, base")
+    show(grid[-2, -1], draw(pipe, PLAIN, [fused]), "no concept, fused")
+    show(
+        grid[-1, -1],
+        draw(pipe, "a {}, a {} and a {} on a white background".format(*tokens), [fused]),
+        "no places named",
+    )
     figure.suptitle(f"One adapter fused from {', '.join(tokens)}: nothing picked, seed 0", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def regions(tokens: Sequence[str], boxes: Sequence[tuple[float, float, float, float]]) -> list[fusion.Region]:
+    return [fusion.Region(token, box) for token, box in zip(tokens, boxes, strict=True)]
 
 
 def show(axis: Axes, image: Image.Image, title: str) -> None:
