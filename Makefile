@@ -46,8 +46,8 @@ bench-fusion: install
 	$(BIN)/python -m benchmarks.laboratory $(if $(QUICK),--quick)
 
 # Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork and the extra [pocket].
-# From nothing, or from an older pocket: make pocket START=assets/pocket
-FROM := $(if $(START),--start $(START))
+# From nothing, or from what is shipped: make pocket START=assets
+FROM := $(if $(START),--start $(START)/pocket)
 # glibc is told to keep what is freed: fresh pages for every large tensor cost a tenth of a step.
 pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
@@ -58,7 +58,7 @@ pocket: install
 	$(BIN)/python -m tools.pocket autoencoder $(FROM)
 	$(BIN)/python -m tools.pocket latents
 	$(BIN)/python -m tools.pocket denoiser $(FROM)
-	$(BIN)/python -m tools.pocket judge
+	$(BIN)/python -m tools.pocket judge $(FROM:/pocket=/pocket-clip)
 	$(BIN)/python -m tools.pocket classifier
 	$(BIN)/python -m tools.pocket evaluate
 	$(BIN)/python -m tools.pocket card

@@ -18,7 +18,7 @@ from tools.pocket.autoencoder import load as load_autoencoder
 from tools.pocket.half import save_half
 from tools.pocket.tokenizer import LENGTH
 from tools.pocket.tokenizer import load as load_tokenizer
-from tools.pocket.training import Draws, Plan, copy_matching, train
+from tools.pocket.training import BFLOAT16, Draws, Plan, copy_matching, train
 
 CHANNELS = (64, 128, 256)
 TEXT_WIDTH = 192
@@ -161,7 +161,9 @@ def run(work: Path, *, start: Path | None, steps: int, rate: float, batch: int, 
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) * TIMES / batch).long()
         noise = torch.randn(z.shape, generator=rng)
         x, v = noising.add_noise(z, noise, t), noising.get_velocity(z, noise, t)
-        return F.mse_loss(model(x, t, words), v), {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+            guess = model(x, t, words)
+        return F.mse_loss(guess.float(), v), {}
 
     def sheet(model: nn.Module, step: int) -> None:
         pipe = build_pipeline(work, model)
