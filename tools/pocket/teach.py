@@ -1,6 +1,6 @@
 """Is pocket teachable? A plain LoRA of rank 8 on six pictures of a concept it was never shown, by diffusers and peft.
 
-Half of each batch are pictures that the base has drawn of its own subjects, so that it keeps them (prior preservation,
+Most of each batch are pictures that the base has drawn of its own subjects, so that it keeps them (prior preservation,
 Ruiz et al. 2023, arXiv 2208.12242); drawing those counts as time. Measured: identity, the mean cosine in pocket-clip
 between what is drawn and the references, as a share of that among the references themselves; and how many of the
 base's own subjects, all others than those, it still draws with the LoRA on.
@@ -29,9 +29,9 @@ CONCEPTS = (("octopus", "glossy"), ("robot", "noto"), ("jack-o-lantern", "outlin
 TOKEN = "<it>"
 RANK, STEPS = 8, 300
 RATE, WORD_RATE = 2e-3, 1e-2
-OWN, KEPT = 4, 4  # pictures in a batch: of the concept, and of what the base has drawn
+OWN, KEPT = 4, 6  # pictures in a batch: of the concept, and of what the base has drawn
 KNOWN = 40  # of the base's own subjects, evenly chosen
-PRIOR = 32  # of the others
+PRIOR = 48  # of the others
 Draw = Callable[[StableDiffusionPipeline, Sequence[str], int], list[Image.Image]]
 
 
