@@ -45,7 +45,7 @@ bench: install
 bench-fusion: install
 	$(BIN)/python -m benchmarks.laboratory $(if $(QUICK),--quick)
 
-# Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork and the extra [pocket].
+# Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork.
 # From nothing, or from what is shipped: make pocket START=assets
 FROM := $(if $(START),--start $(START)/pocket)
 # glibc is told to keep what is freed: fresh pages for every large tensor cost a tenth of a step.
@@ -53,6 +53,7 @@ pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 pocket: export MALLOC_TOP_PAD_ = 268435456
 pocket: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[pocket]'
 	$(BIN)/python -m tools.pocket artwork
 	$(BIN)/python -m tools.pocket tokenizer $(FROM)
 	$(BIN)/python -m tools.pocket autoencoder $(FROM)
