@@ -68,6 +68,19 @@ def test_every_arm_is_scored_and_the_sets_are_there():
         assert len(concept.references()) == ALONE and concept.token == f"<{concept.name}>"
 
 
+def test_some_rows_alone_are_the_same_cells_as_in_the_full_plan():
+    rows = plan.narrowed(["spectral", "lora, ties"], 8)
+    assert set(rows.rows) <= set(plan.FULL.rows) and (rows.size, rows.seeds) == (plan.FULL.size, plan.FULL.seeds)
+
+
+@pytest.mark.parametrize("wrong", (["--arms", "nothing"], ["--arms", "spectral", "--concepts", "17"]))
+def test_rows_that_do_not_exist_are_refused(wrong, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["laboratory", *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert f"error: {'argument --arms' if len(wrong) == 2 else '--concepts 17'}" in capsys.readouterr().err
+
+
 def test_a_cell_is_made_once_and_never_half(tmp_path):
     store, calls = Store(tmp_path), []
 

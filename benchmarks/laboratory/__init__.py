@@ -11,6 +11,6 @@
     prediction.py what could be known before anything was drawn
     figures.py, report.py   numbers become docs/fusion-bench.md
 
-`make bench-fusion` runs it all, for hours, on the embedded base; `--quick` in minutes. Several processes may run at
-once and share the work.
+`make bench-fusion` runs it all, for hours, on the embedded base; `--quick` in minutes, `--arms` some rows of it.
+Several processes may run at once and share the work.
 """

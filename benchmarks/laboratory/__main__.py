@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.laboratory import prediction, rates, report
 from benchmarks.laboratory.arms import arms
-from benchmarks.laboratory.concepts import concepts
-from benchmarks.laboratory.plan import FULL, QUICK, Plan
+from benchmarks.laboratory.concepts import NAMES, concepts
+from benchmarks.laboratory.plan import FULL, QUICK, Plan, narrowed
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import HOME, Busy, Missing, Store
 from benchmarks.laboratory.teaching import School
@@ -25,6 +25,14 @@ from fusion.models.bases import embedded
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.laboratory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two concepts, few steps: minutes; printed, not written")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        choices=arms(),
+        help="these rows alone, printed, not written; names as there",
+    )
+    parser.add_argument("--concepts", type=int, default=8, help="with --arms: how many (default: %(default)s)")
     parser.add_argument("--base", help="folder or hub id (default: the embedded pocket)")
     parser.add_argument("--judge", type=Path, help="folder of a CLIP model (default: the embedded pocket-clip)")
     parser.add_argument("--device", help="default: the best there is")
@@ -34,7 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=report.OUTPUT, help="default: %(default)s")
     options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
+    if options.arms and not 2 <= options.concepts <= len(NAMES):
+        parser.error(f"--concepts {options.concepts}: pairs need two, and there are {len(NAMES)}.")
+    plan = narrowed(options.arms, options.concepts) if options.arms else QUICK if options.quick else FULL
     store = Store(options.store, wait=False, make=options.only != "write")
     school = School(store, plan.size, options.base, options.device)
     laboratory = Laboratory(store, school, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
@@ -46,8 +56,8 @@ def main() -> None:
     if options.only != "write":
         work(tasks(laboratory, plan, options.only))
     if options.only in (None, "write"):
-        text = report.write(laboratory, plan, None if options.quick else options.output)
-        print(text if options.quick else f"wrote {options.output}")
+        text = report.write(laboratory, plan, options.output if plan is FULL else None)
+        print(f"wrote {options.output}" if plan is FULL else text)
 
 
 def tasks(laboratory: Laboratory, plan: Plan, only: str | None) -> list[Callable[[], Any]]:

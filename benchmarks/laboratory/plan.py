@@ -61,3 +61,9 @@ QUICK = Plan(
     recipes=("lora",),
     searched=(),
 )
+
+
+def narrowed(names: Sequence[str], count: int) -> Plan:
+    """Some arms on the first concepts, at the full size and the base's own rate: a look, or a check of another base."""
+    rows = [Row(arm, NAMES[:count]) for arm in names]
+    return Plan(Size(), seeds=4, rows=rows, predicted=NAMES[:count], recipes=(), searched=())

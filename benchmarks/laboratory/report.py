@@ -14,6 +14,7 @@ from benchmarks.laboratory.concepts import NAMES, ROOT, concepts
 from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
+from benchmarks.laboratory.teaching import RATE
 from fusion.evaluation import plots
 from fusion.evaluation.identity import RESAMPLES
 
@@ -144,12 +145,13 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
 
 def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
     size, prompts = plan.size, laboratory.prompts
+    rate = "learning rates searched" if plan.searched else f"learning rate {RATE:g}"
     return "\n".join(
         [
             "## Setting\n",
             f"Base: pocket, 128 px. Concepts, all new to the base: {', '.join(names)}; eight pictures each.",
             f"Every adapter: rank {size.rank} on the text encoder and on keys and values of cross-attention, three",
-            f"token vectors, {size.steps} steps of {size.batch} pictures, learning rates searched; {plan.seeds} seeds.",
+            f"token vectors, {size.steps} steps of {size.batch} pictures, {rate}; {plan.seeds} seeds.",
             f"Prompts: `{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
             f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on",
             "the half of the picture where a concept was asked for. `make bench-fusion` redoes only what changed.",
