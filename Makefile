@@ -4,6 +4,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := install
@@ -15,8 +16,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make install PYTHON=..."; exit 1; }
 	@echo "Installing into .venv (some minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(PIP) --requirement requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: install
@@ -53,7 +54,7 @@ pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 pocket: export MALLOC_TOP_PAD_ = 268435456
 pocket: install
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[pocket]'
+	@$(PIP) --no-build-isolation --editable '.[pocket]'
 	$(BIN)/python -m tools.pocket artwork
 	$(BIN)/python -m tools.pocket tokenizer $(FROM)
 	$(BIN)/python -m tools.pocket autoencoder $(FROM)

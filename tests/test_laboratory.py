@@ -68,7 +68,7 @@ def test_every_arm_is_scored_and_the_sets_are_there():
         assert len(concept.references()) == ALONE and concept.token == f"<{concept.name}>"
 
 
-def test_some_rows_alone_are_the_same_cells_as_in_the_full_plan():
+def test_some_rows_alone_are_rows_of_the_full_plan():
     rows = plan.narrowed(["spectral", "lora, ties"], 8)
     assert set(rows.rows) <= set(plan.FULL.rows) and (rows.size, rows.seeds) == (plan.FULL.size, plan.FULL.seeds)
 

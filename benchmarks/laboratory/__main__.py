@@ -24,8 +24,9 @@ from fusion.models.bases import embedded
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.laboratory", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two concepts, few steps: minutes; printed, not written")
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="two concepts, few steps: minutes; printed, not written")
+    part.add_argument(
         "--arms",
         nargs="+",
         metavar="ARM",

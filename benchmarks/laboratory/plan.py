@@ -1,7 +1,7 @@
 """Which arms are scored on which sets of concepts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.laboratory import prediction
 from benchmarks.laboratory.arms import CONTROLS, arms
@@ -66,4 +66,4 @@ QUICK = Plan(
 def narrowed(names: Sequence[str], count: int) -> Plan:
     """Some arms on the first concepts, at the full size and the base's own rate: a look, or a check of another base."""
     rows = [Row(arm, NAMES[:count]) for arm in names]
-    return Plan(Size(), seeds=4, rows=rows, predicted=NAMES[:count], recipes=(), searched=())
+    return replace(FULL, rows=rows, predicted=NAMES[:count], recipes=(), searched=())
