@@ -37,7 +37,7 @@ format: install
 	$(BIN)/python -m ruff check --fix .
 
 app: install
-	$(BIN)/python -m app
+	$(BIN)/python -m fusion_studio
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -13,9 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
-from fusion.models.families import base_info
-from fusion.models.injection import matrix
-from fusion.models.names import sites
+from fusion.models.layer_sites import matrix, sites
+from fusion.models.pipelines import base_info
 from fusion.models.targets import GATED_TARGETS, UNGATED_TARGETS, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice

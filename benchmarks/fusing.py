@@ -9,8 +9,8 @@ from benchmarks.bases import Base
 from benchmarks.clock import Timing, repeated, timed
 from benchmarks.report import Section, bar, table
 from fusion.adapters.adapter import Adapter
-from fusion.formats.spectrum_cache import cached_spectrum
-from fusion.models.injection import Attachment
+from fusion.library.spectrum_cache import cached_spectrum
+from fusion.models.attachment import Attachment
 
 ROUNDS = 5
 Log = Callable[[str], None]

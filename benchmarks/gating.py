@@ -9,7 +9,7 @@ from benchmarks.bases import Base
 from benchmarks.clock import interleaved, paired, timed
 from benchmarks.report import Section, table
 from fusion.adapters.adapter import Adapter
-from fusion.models.injection import attach
+from fusion.models.attachment import attach
 
 ROUNDS = 7
 PLAIN = "a photo of a dog"

@@ -14,8 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.bases import Base
-from fusion.models.injection import attach
-from fusion.models.names import Site, sites
+from fusion.models.attachment import attach
+from fusion.models.layer_sites import Site, sites
 from fusion.spectral.spectrum import Spectrum
 
 

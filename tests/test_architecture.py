@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line are siblings: they may not import each other.
 LAYERS = [
     ["errors"],
-    ["config", "spectral"],
+    ["config", "layer_names", "spectral"],
     ["adapters", "methods"],
     ["formats", "models"],
     ["composition", "generation", "library"],
@@ -29,10 +29,12 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ALLOWED = {
     "errors": set(),
     "config": {"pydantic"},
+    "layer_names": set(),
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},
-    "formats": {"torch", "safetensors", "filelock", "pydantic"},
+    "formats": {"torch", "safetensors", "pydantic"},
+    "library": {"torch", "filelock"},
 }
 DEPENDENCIES = {
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub"),
@@ -69,7 +71,7 @@ def imports(path: Path) -> set[str]:
 
 
 def third_party(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"fusion", "app"}
+    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"fusion", "fusion_studio"}
 
 
 def public_definitions(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ from benchmarks.memory import held_bytes, peak_bytes
 from benchmarks.report import Section, bar, table, write
 from benchmarks.training import Steps
 from benchmarks.variants import VARIANTS
-from fusion.models.names import sites
+from fusion.models.layer_sites import sites
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from torch import Tensor
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, content
 from fusion.adapters.layer import AdapterLayer, LayerOptions
-from fusion.models.families import base_info
-from fusion.models.injection import attach, matrix
-from fusion.models.names import components, sites
+from fusion.models.attachment import attach
+from fusion.models.layer_sites import components, matrix, sites
+from fusion.models.pipelines import base_info
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice

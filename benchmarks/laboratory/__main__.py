@@ -19,7 +19,7 @@ from benchmarks.laboratory.plan import FULL, QUICK, Plan, narrowed
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import HOME, Busy, Missing, Store
 from benchmarks.laboratory.teaching import School
-from fusion.models.bases import embedded
+from fusion.models.pipelines import embedded
 
 
 def main() -> None:

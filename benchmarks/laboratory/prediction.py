@@ -14,7 +14,7 @@ import fusion
 from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.drawing import with_adapters
 from benchmarks.laboratory.scoring import Laboratory
-from fusion.evaluation.judge import likeness
+from fusion.evaluation.clip_judge import likeness
 
 VERSION = 2
 RECIPES = ("lora", "spectral-open")

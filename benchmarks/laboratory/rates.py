@@ -11,7 +11,7 @@ from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.scoring import VERSION, Laboratory
 from benchmarks.laboratory.store import digest
 from benchmarks.laboratory.teaching import RATE
-from fusion.evaluation.judge import likeness
+from fusion.evaluation.clip_judge import likeness
 
 RATES = (1e-3, RATE, 1e-2)
 CLEARLY = 0.02  # likeness; what another set of seeds may change

@@ -4,7 +4,7 @@ retention, leakage, omission, redundancy   fusion.evaluate's own, over pictures 
 beside     likeness of a concept beside an ordinary thing, as drawn by all and by its adapter alone, above its noun's
 drift      1 − cosine, in the judge's eyes, between what is drawn and what the base draws: prompts without concepts
 nouns      the same for the concepts' own nouns
-error, said_drift   the same two questions asked of the UNet (fusion.evaluation.survival); for what is an adapter
+error, said_drift   the same two questions asked of the UNet (fusion.evaluation.output_error); for what is an adapter
 """
 
 import tempfile
@@ -25,8 +25,8 @@ from benchmarks.laboratory.drawing import Drawer, with_adapters
 from benchmarks.laboratory.recipes import RECIPES
 from benchmarks.laboratory.store import Store, digest
 from benchmarks.laboratory.teaching import RATE, School
-from fusion.evaluation import identity, survival
-from fusion.evaluation.judge import Judge, likeness, open_judge
+from fusion.evaluation import identity, output_error
+from fusion.evaluation.clip_judge import Judge, likeness, open_judge
 
 VERSION = 1
 SCORE = 2  # of the scores alone; a larger number judges anew what is drawn already
@@ -60,7 +60,7 @@ class Laboratory:
     prompts: Prompts = Prompts()
     rates: dict[str, float] = field(default_factory=dict[str, float])  # recipe -> learning rate, where a search chose
     _prepared: dict[tuple[str, tuple[str, ...]], tuple[Prepared, float]] = field(default_factory=dict)
-    _questions: dict[tuple[str, str], survival.Question] = field(default_factory=dict)
+    _questions: dict[tuple[str, str], output_error.Question] = field(default_factory=dict)
 
     @cached_property
     def judge(self) -> Judge:
@@ -186,14 +186,14 @@ class Laboratory:
             size = file.stat().st_size
         return {**costs, "error": errors, "said_drift": drift, "bytes": size}
 
-    def _question(self, file: Path, concept: Concept) -> survival.Question:
+    def _question(self, file: Path, concept: Concept) -> output_error.Question:
         key = file.parent.name, concept.name
         if key not in self._questions:
             prompt = self.prompts.single.format(first=concept.token)
-            self._questions[key] = survival.concept_question(self.school.pipe, fusion.load(file), [prompt], 0)
+            self._questions[key] = output_error.concept_question(self.school.pipe, fusion.load(file), [prompt], 0)
         return self._questions[key]
 
-    def _free(self) -> survival.Question:
+    def _free(self) -> output_error.Question:
         if ("", "") not in self._questions:
-            self._questions["", ""] = survival.free_question(self.school.pipe, list(self.prompts.free[:3]), 0)
+            self._questions["", ""] = output_error.free_question(self.school.pipe, list(self.prompts.free[:3]), 0)
         return self._questions["", ""]

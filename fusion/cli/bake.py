@@ -28,8 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from fusion.formats.reading import load
-    from fusion.models.injection import bake
+    from fusion.formats.adapter_file import load
+    from fusion.models.baking import bake
 
     if args.output.exists():
         raise UsageError(f"'{args.output}' is there already; name a new folder.")

@@ -17,10 +17,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from fusion.config import read_base_defaults
-    from fusion.evaluation.contact import contact_sheet
-    from fusion.models.bases import pocket
-    from fusion.training.examination import examine
-    from fusion.training.folders import is_picture, visible
+    from fusion.evaluation.sheets import contact_sheet
+    from fusion.models.pipelines import pocket
+    from fusion.training.dataset_files import is_picture, visible
+    from fusion.training.picture_checks import examine
 
     resolution = args.resolution or read_base_defaults(pocket(), "training").get("resolution", 512)
     found = examine([path for path in visible(args.folder) if is_picture(path)], resolution)

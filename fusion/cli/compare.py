@@ -28,8 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     from fusion.evaluation.comparison import Cell, compare
-    from fusion.evaluation.contact import contact_sheet
-    from fusion.formats.reading import load
+    from fusion.evaluation.sheets import contact_sheet
+    from fusion.formats.adapter_file import load
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)

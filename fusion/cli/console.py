@@ -102,7 +102,7 @@ def open_base(
     import diffusers
     import transformers
 
-    from fusion.models.bases import open_pipeline
+    from fusion.models.pipelines import open_pipeline
 
     if not args.verbose:
         diffusers.utils.logging.disable_progress_bar()

@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     from fusion.evaluation.report import evaluate
-    from fusion.formats.reading import load
+    from fusion.formats.adapter_file import load
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
@@ -59,7 +59,7 @@ def run(args: Namespace) -> None:
 
 def references(pairs: list[str]) -> dict[str, list[Any]]:
     """`<token>=folder` as the pictures in the folder."""
-    from fusion.training.folders import is_picture, visible
+    from fusion.training.dataset_files import is_picture, visible
     from fusion.training.pictures import load_picture
 
     found: dict[str, list[Any]] = {}
@@ -72,6 +72,6 @@ def references(pairs: list[str]) -> dict[str, list[Any]]:
 
 
 def judge(args: Namespace) -> Any:
-    from fusion.evaluation.judge import open_judge
+    from fusion.evaluation.clip_judge import open_judge
 
     return open_judge(args.judge, device=args.device) if args.references else None

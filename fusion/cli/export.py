@@ -16,8 +16,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from fusion.formats.exporting import export
-    from fusion.formats.reading import load
+    from fusion.formats.adapter_file import load
+    from fusion.formats.lora_export import export
 
     adapter = load(args.adapter)
     report = export(adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype)

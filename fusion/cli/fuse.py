@@ -43,10 +43,9 @@ def methods() -> str:
 
 
 def run(args: Namespace) -> None:
+    from fusion.composition.compatibility_report import compatibility
     from fusion.composition.fusing import fuse
-    from fusion.composition.verdict import compatibility
-    from fusion.formats.native import save
-    from fusion.formats.reading import load
+    from fusion.formats.adapter_file import load, save
 
     adapters = renamed([load(path) for path in args.adapters], args.rename)
     if args.method not in METHODS:

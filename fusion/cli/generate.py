@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from fusion.generation import generate, recipe_of
+    from fusion.generation.drawing import generate, recipe_of
 
     recipe = recipe_of(args.source) if args.source else None
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
 
 def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
     """The adapters given, else the recipe's own, unchanged since."""
-    from fusion.formats.reading import load
+    from fusion.formats.adapter_file import load
 
     before = [used.strength for used in recipe.adapters] if recipe else []
     if args.adapters or recipe is None:
@@ -89,7 +89,7 @@ def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path]
 
 def again(used: Any, picture: Path) -> tuple[Any, Path]:
     """An adapter of a recipe and its file, where it was or beside the picture."""
-    from fusion.formats.reading import load
+    from fusion.formats.adapter_file import load
 
     file = Path(used.file or "")
     path = next((place for place in (file, picture.parent / file.name) if place.is_file()), None)
@@ -119,7 +119,7 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
 def region(text: str) -> Any:
     """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
     from fusion.errors import DatasetError
-    from fusion.models.regions import Region
+    from fusion.generation.regions import Region
     from fusion.training.pictures import load_mask
 
     prompt, colon, place = text.rpartition(":")

@@ -24,8 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from fusion.composition.verdict import compatibility
-    from fusion.formats.reading import load
+    from fusion.composition.compatibility_report import compatibility
+    from fusion.formats.adapter_file import load
 
     files = list(expand(args.paths))
     adapters = [load(path) for path in files]
@@ -61,7 +61,7 @@ def run(args: Namespace) -> None:
 def expand(paths: list[Path]) -> Iterator[Path]:
     """Files as they are, folders as the adapters in them."""
     from fusion.errors import FormatError
-    from fusion.formats.library import Library
+    from fusion.library.library_folder import Library
 
     for path in paths:
         if not path.is_dir():

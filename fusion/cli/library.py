@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from fusion.formats.library import Library
+    from fusion.library.library_folder import Library
 
     library = Library(args.folder)
     if args.tokens and not args.rename:
@@ -64,7 +64,7 @@ def row(entry: Any) -> tuple[str, ...]:
 
 
 def print_slices(pipe: Any, library: Any) -> None:
-    from fusion.composition.ownership import slice_map
+    from fusion.library.slice_maps import slice_map
 
     found = slice_map(pipe, library)
     print(f"{found.base.name}: {found.free} of {found.capacity} directions are free")

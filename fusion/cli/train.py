@@ -74,7 +74,7 @@ def configure(args: argparse.Namespace) -> TrainingConfig:
 
 
 def pocket_folder() -> Path:
-    from fusion.models.bases import pocket
+    from fusion.models.pipelines import pocket
 
     return pocket()
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Path]:
     """Train with a progress bar; returns the last step and the adapter's file."""
-    from fusion.formats.native import save
+    from fusion.formats.adapter_file import save
     from fusion.training.loop import train
 
     print(f"teaching {config.token} from {short(config.instance_data_dir)}", flush=True)

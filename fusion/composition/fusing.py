@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance
 from fusion.adapters.lora import LoraLayer
-from fusion.composition.conflicts import check_bases, check_tokens, quoted, slice_clashes
+from fusion.composition.checks import check_bases, check_tokens, quoted, slice_clashes
 from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
 from fusion.methods import METHODS
 from fusion.methods.method import MethodOptions, WeightedSum
-from fusion.models.injection import effective_gates
-from fusion.models.recording import record_moments
+from fusion.models.attachment import effective_gates
+from fusion.models.input_moments import record_moments
 from fusion.spectral.delta import Delta
 from fusion.spectral.interference import gram
 from fusion.spectral.moments import Moments

@@ -15,9 +15,9 @@ from PIL import Image
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
-from fusion.evaluation.survival import CONCEPT_FREE, concept_question, concepts_of, free_question
-from fusion.generation import Picture, generate
-from fusion.models.injection import attach
+from fusion.evaluation.output_error import CONCEPT_FREE, concept_question, concepts_of, free_question
+from fusion.generation.drawing import Picture, generate
+from fusion.models.attachment import attach
 
 ALONE = "alone"
 MOST = 64  # pictures

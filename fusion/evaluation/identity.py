@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fusion.evaluation.judge import Judge, likeness, reliability
+from fusion.evaluation.clip_judge import Judge, likeness, reliability
 
 SINGLE = "a {first} on a blue background"
 PAIR = "a {first} on the left and a {second} on the right"

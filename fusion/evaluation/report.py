@@ -8,14 +8,14 @@ from typing import Any
 from PIL import Image
 
 from fusion.adapters.adapter import Adapter, nouns
-from fusion.composition.verdict import Compatibility, compatibility
+from fusion.composition.compatibility_report import Compatibility, compatibility
 from fusion.errors import ConfigError
-from fusion.evaluation.foresight import foresee
+from fusion.evaluation.clip_judge import Judge
+from fusion.evaluation.first_step_forecast import foresee
 from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
-from fusion.evaluation.judge import Judge
-from fusion.evaluation.survival import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
-from fusion.generation import generate
-from fusion.models.recording import record_moments
+from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
+from fusion.generation.drawing import generate
+from fusion.models.input_moments import record_moments
 
 LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
 SEEN = "Retention: likeness to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."

@@ -7,7 +7,7 @@ from fusion.formats.diffusers_lora import DIFFUSERS
 from fusion.formats.kohya_lora import KOHYA
 from fusion.formats.lora_file import LoraForm
 
-EXPORTS: dict[str, LoraForm] = {
+LORA_FORMS: dict[str, LoraForm] = {
     "diffusers": DIFFUSERS,  # diffusers, PEFT, InvokeAI, ComfyUI
     "kohya": KOHYA,  # A1111, Forge, ComfyUI, InvokeAI, kohya's tools
 }

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from fusion.methods.dense import whole_delta
-from fusion.methods.method import Given
+from fusion.methods.method import MergeContext
 from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
     """Where nothing takes part, no change."""
     parts = [_dropped(delta, given) * s for delta, s in zip(deltas, strengths, strict=True) if s]
     return whole_delta(torch.stack(parts).sum(dim=0)) if parts else Delta.zero(*deltas[0].shape)
 
 
-def _dropped(delta: Delta, given: Given) -> Tensor:
+def _dropped(delta: Delta, given: MergeContext) -> Tensor:
     """ΔW (O, I) with each number kept with probability `density`, and then divided by it."""
     from peft.utils.merge_utils import prune
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion.methods.dense import whole_delta
-from fusion.methods.method import Given
+from fusion.methods.method import MergeContext
 from fusion.methods.regression import merge as solve
 from fusion.methods.regression import normal_matrix
 from fusion.spectral.delta import Delta
@@ -21,7 +21,7 @@ from fusion.spectral.delta import Delta
 HISTORY = 25
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
     """Where no adapter has met an input there is nothing to descend on, and this is regression's answer."""
     normal = normal_matrix(given)
     if normal is None:

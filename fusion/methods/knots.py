@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from fusion.methods.dense import elected_mean, taking_part, trimmed
-from fusion.methods.method import Given
+from fusion.methods.method import MergeContext
 from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
     """Where nothing takes part, no change."""
     parts = [delta.to(dtype=torch.float64) for delta in taking_part(deltas, strengths)]
     if not any(delta.rank for delta in parts):

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from fusion.methods.dense import taking_part, trimmed, whole_delta
-from fusion.methods.method import Given
+from fusion.methods.method import MergeContext
 from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
     """Where nothing takes part, no change."""
     parts = [trimmed(delta.dense().float(), given.options.density) for delta in taking_part(deltas, strengths)]
     return whole_delta(torch.stack(parts).sum(dim=0)) if parts else Delta.zero(*deltas[0].shape)

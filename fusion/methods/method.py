@@ -44,7 +44,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class Given:
+class MergeContext:
     """What a merge knows beyond the changes and their strengths."""
 
     layer: str
@@ -95,7 +95,7 @@ class LayerMerge(Method):
         moments: "Sequence[Moment | None]" = (),
         options: MethodOptions = MethodOptions(),
     ) -> "Delta":
-        return self.function()(deltas, strengths, Given(layer, moments, options))
+        return self.function()(deltas, strengths, MergeContext(layer, moments, options))
 
 
 class WeightedSum(Method):

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion.methods.method import Given
+from fusion.methods.method import MergeContext
 from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> Delta:
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
     """Solved in float64 by Cholesky. Where no adapter has met an input, the sum."""
     normal = normal_matrix(given)
     parts = list(zip(deltas, strengths, given.moments, strict=True))
@@ -35,7 +35,7 @@ def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: Given) -> 
     return Delta(up, solved.to(up.dtype))
 
 
-def normal_matrix(given: Given) -> Tensor | None:
+def normal_matrix(given: MergeContext) -> Tensor | None:
     """M (I, I), or None where no adapter has met an input that counts."""
     known = [moment for moment in given.moments if moment is not None]
     total = sum(moment.normal(given.options.neutral, given.options.ridge) for moment in known)

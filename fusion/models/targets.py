@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fusion.errors import UnknownName, closest
-from fusion.models.names import component_of
+from fusion.layer_names import component_of
 
 # Layers fed by the prompt's tokens: here a gate can act position by position. (CLIP's projection sees pooled rows.)
 _TOKEN_FED = re.compile(r"text_encoder(_2)?\.(?!text_projection).*|unet\..*\.attn2\.to_[kv]")

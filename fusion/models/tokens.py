@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fusion.adapters.adapter import Concept
 from fusion.errors import BaseMismatch, TokenConflict
-from fusion.models.names import components
-from fusion.models.prompts import Positions, PromptReader
+from fusion.models.gates import Positions, PromptTracker
+from fusion.models.layer_sites import components
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -61,7 +61,7 @@ def initial_rows(pipe: Any, concept: Concept) -> dict[str, Tensor]:
 class ConceptTokens:
     """All concepts attached to pipelines of the same components; `close()` leaves these as found."""
 
-    def __init__(self, pipe: Any, reader: PromptReader) -> None:
+    def __init__(self, pipe: Any, reader: PromptTracker) -> None:
         self.reader = reader
         self._encoders = text_encoders(pipe)
         self._originals = {name: getattr(pipe, TOKENIZERS[name]) for name in self._encoders}

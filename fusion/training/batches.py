@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion.generation import generate
-from fusion.models.conditioning import TimeIds
+from fusion.generation.drawing import generate
+from fusion.models.denoising import TimeIds
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Dataset, Example, class_dataset, instance_dataset, prepare
 

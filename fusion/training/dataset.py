@@ -21,9 +21,17 @@ import torch
 
 from fusion.config import listing
 from fusion.errors import DatasetError
-from fusion.training.captions import caption_for, read_metadata, read_text
 from fusion.training.config import TrainingConfig
-from fusion.training.folders import MASKS, METADATA, some, sort_files, visible
+from fusion.training.dataset_files import (
+    MASKS,
+    METADATA,
+    caption_for,
+    read_metadata,
+    read_text,
+    some,
+    sort_files,
+    visible,
+)
 from fusion.training.pictures import SUFFIXES, Cut, cut, decoded, is_transparent, load_mask, load_picture
 
 logger = logging.getLogger(__name__)

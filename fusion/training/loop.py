@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
-from fusion.generation import generate
-from fusion.models.bases import base_defaults
-from fusion.models.conditioning import Conditioning, encode_prompts, predict
-from fusion.models.injection import attach
-from fusion.models.names import component_of
+from fusion.generation.drawing import generate
+from fusion.layer_names import component_of
+from fusion.models.attachment import attach
+from fusion.models.denoising import Conditioning, encode_prompts, predict
+from fusion.models.pipelines import base_defaults
 from fusion.models.targets import sees_tokens
+from fusion.training.accelerator import accelerated, frozen
 from fusion.training.batches import Batches
 from fusion.training.checkpoint import (
     checkpoints,
@@ -39,9 +40,8 @@ from fusion.training.checkpoint import (
 )
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
-from fusion.training.preparation import fresh_adapter, parameter_groups
-from fusion.training.quiet import Quiet
-from fusion.training.surroundings import accelerated, frozen
+from fusion.training.quiet_loss import Quiet
+from fusion.training.setup import fresh_adapter, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ def train(pipe: Any, config: TrainingConfig) -> Generator[TrainStep]:
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     with ExitStack() as held:
-        run = _Run(pipe, config, held)
+        run = _Training(pipe, config, held)
         yield from run.steps()
 
 
-class _Run:
+class _Training:
     """The state of one training; everything it touches is put back when `held` closes."""
 
     def __init__(self, pipe: Any, config: TrainingConfig, held: ExitStack) -> None:

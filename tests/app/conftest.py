@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 import tiny
-from app.session import Session
-from app.tabs import teach
+from fusion_studio.session import Session
+from fusion_studio.tabs import teach
 
 SETTINGS = """
 [training]

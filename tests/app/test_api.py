@@ -15,8 +15,8 @@ from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from app.interface import build
-from app.looks import launch_options
+from fusion_studio.interface import build
+from fusion_studio.theme import launch_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyword is deprecated")]  # gradio's pandas
 

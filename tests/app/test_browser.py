@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from app.interface import build
-from app.looks import launch_options
-from app.session import Session
-from app.tabs.teach import example_concepts
+from fusion_studio.interface import build
+from fusion_studio.session import Session
+from fusion_studio.tabs.teach import example_concepts
+from fusion_studio.theme import launch_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyword is deprecated")]  # gradio's pandas
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import fusion
-from app import interface, looks, markup, regions
-from app.drawing import Frame
-from app.notices import told
-from app.session import Session, safe_name
-from app.tabs import combine, compare, draw, history, library, picked_of, progress
-from app.turns import Line
+from fusion_studio import interface, markup, regions, theme
+from fusion_studio.errors import told
+from fusion_studio.pipeline_queue import PipelineQueue
+from fusion_studio.session import Session, safe_name
+from fusion_studio.streaming import Frame
+from fusion_studio.tabs import combine, compare, draw, history, library, picked_of, progress
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -40,8 +40,8 @@ def drawn(session, *args, **named):
 
 def test_the_page_builds_without_torch():
     code = (
-        "import sys; from app.interface import build; from app.looks import launch_options;"
-        "from app.session import Session; build(Session()); launch_options();"
+        "import sys; from fusion_studio.interface import build; from fusion_studio.theme import launch_options;"
+        "from fusion_studio.session import Session; build(Session()); launch_options();"
         "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -49,7 +49,7 @@ def test_the_page_builds_without_torch():
 
 
 def test_the_app_says_that_it_starts_before_it_loads_anything(tmp_path):
-    words = [sys.executable, "-m", "app"]
+    words = [sys.executable, "-m", "fusion_studio"]
     done = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(flag in done.stdout for flag in ("--base", "--library", "--host", "--port", "--auth"))
     (tmp_path / "who").write_text("anna\n")
@@ -59,14 +59,14 @@ def test_the_app_says_that_it_starts_before_it_loads_anything(tmp_path):
 
 
 def test_private_by_default(session):
-    options, page = looks.launch_options(), interface.build(session)
+    options, page = theme.launch_options(), interface.build(session)
     assert options["run_history"] is False and "share" not in options and not options.get("allowed_paths")
     assert not page.analytics_enabled and page.delete_cache and options["max_file_size"]
     assert options["theme"]._stylesheets == []  # no fonts from elsewhere
 
 
 def test_the_line_is_first_come_first_served_and_says_how_long_it_is():
-    line, order = Line(), []
+    line, order = PipelineQueue(), []
     with line.turn("A picture is being drawn"):
         with line.place("second", every=0.01) as second, line.place("third", every=0.01) as third:
             told_second, told_third = next(second), next(third)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import fusion
-from app import settings, teaching
-from app.markup import loss_svg
-from app.session import Session
-from app.tabs import draw, library, progress, teach
+from fusion_studio import settings, training_jobs
+from fusion_studio.markup import loss_svg
+from fusion_studio.session import Session
+from fusion_studio.tabs import draw, library, progress, teach
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_captions_are_taken_and_name_the_concept(session, files):
     _, pictures, _ = teach.add_pictures(session, files)
     for picture, caption in zip(pictures, ("a <rex> asleep", "on a sofa", ""), strict=True):
         picture["caption"] = caption
-    own = teaching.lesson(session, pictures, "rex", "dog", "quick", {"rank": "2", "learning_rate": "0.5"})
+    own = training_jobs.lesson(session, pictures, "rex", "dog", "quick", {"rank": "2", "learning_rate": "0.5"})
     texts = {p.name: p.read_text() for p in own.config.instance_data_dir.glob("*.txt")}
     assert texts == {"01.txt": "a <rex> asleep", "02.txt": "{token}, on a sofa"}
     assert own.config.rank == 2 and own.config.learning_rate == 0.5 and own.config.max_train_steps == 2
@@ -97,7 +97,7 @@ def test_captions_are_taken_and_name_the_concept(session, files):
 def test_every_setting_is_reachable_and_checked(session, files):
     form = settings.form_html()
     for name in fusion.TrainingConfig.model_fields:
-        assert (f'name="{name}"' in form) == (name not in teaching.OURS), name
+        assert (f'name="{name}"' in form) == (name not in training_jobs.OURS), name
     texts = {"random_flip": "true", "snr_gamma": "5", "targets": "unet.attn2.to_k\nunet.attn2.to_v", "slice": "3"}
     assert {name: fusion.TrainingConfig.typed(name, text) for name, text in texts.items()} == {
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
@@ -166,7 +166,7 @@ def test_several_concepts_wait_in_a_queue_and_an_ungated_one_has_the_pipeline_al
     views = list(teach.watch(session))
     assert any("&lt;cat&gt;" in view[6] and "Everyone who has this page" in view[6] for view in views)
     assert "&lt;cat&gt;" in views[-1][0] and session.entries().keys() == {"rex", "cat"}
-    assert [own.state for own in session.teaching.lessons] == ["learned", "learned"]
+    assert [own.state for own in session.training_jobs.lessons] == ["learned", "learned"]
 
 
 def test_watching_nothing_changes_nothing(session):
@@ -215,7 +215,7 @@ def test_examples_come_with_captions(session):
 
 def test_advice_fits_what_happened(session, files):
     _, pictures, _ = teach.add_pictures(session, files)
-    own = teaching.lesson(session, pictures, "rex", "dog", "quick")
+    own = training_jobs.lesson(session, pictures, "rex", "dog", "quick")
     own.state, own.step, own.total = "stopped", 1, 10
     assert "stopped early" in progress.advice(own)
     own.state, own.step = "learned", 10
@@ -282,14 +282,14 @@ INTERRUPTED = """
 import os, sys, time
 import torch
 torch.set_num_threads(1)
-from app.session import Session
-from app.tabs import teach
+from fusion_studio.session import Session
+from fusion_studio.tabs import teach
 base, library, *files = sys.argv[1:]
 session = Session(base, library)
 _, pictures, _ = teach.add_pictures(session, files)
 filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
 teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
-own = session.teaching.now or session.teaching.lessons[0]
+own = session.teaching.now or session.training_jobs.lessons[0]
 while own.step < 9:
     time.sleep(0.01)
 os._exit(1)  # as a power cut would
@@ -357,7 +357,7 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     learning(session, "<rex>")
     teach.stop_teaching(session)
     list(teach.watch(session))
-    (name,) = teaching.left_over(session)
+    (name,) = training_jobs.left_over(session)
     session.base = None
     with pytest.raises(fusion.FusionError, match="choose that base first"):
         teach.resume_teaching(session, name)
@@ -367,4 +367,4 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     with pytest.raises(fusion.FusionError, match="can only be discarded"):
         teach.resume_teaching(session, name)
     teach.discard_teaching(session, name)
-    assert teaching.left_over(session) == {}
+    assert training_jobs.left_over(session) == {}

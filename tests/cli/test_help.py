@@ -46,7 +46,7 @@ def test_fuse_help_names_every_method(capsys):
 
 
 def test_generate_help_names_schedulers_that_exist(capsys):
-    from fusion.models.schedulers import SCHEDULERS
+    from fusion.generation.schedulers import SCHEDULERS
 
     assert main(["generate", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, TokenConflict, UnknownName
-from fusion.models.injection import attach
-from fusion.models.names import components, sites
+from fusion.models.attachment import attach
+from fusion.models.layer_sites import components, sites
 from fusion.models.tokens import TOKENIZERS
 from trained import attached, draw, everywhere, fresh_adapter, trained_adapter
 

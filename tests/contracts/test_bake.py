@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import BaseMismatch, FusionError, GatingError, TokenConflict
-from fusion.models.injection import attach, bake
-from fusion.models.names import components, sites
+from fusion.models.attachment import attach
+from fusion.models.baking import bake
+from fusion.models.layer_sites import components, sites
 from fusion.models.tokens import TOKENIZERS, embedding_of
 from trained import attached, draw, everywhere, trained_adapter
 

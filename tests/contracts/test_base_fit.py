@@ -10,8 +10,10 @@ import tiny
 from fusion.adapters import ADAPTERS
 from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch
-from fusion.models.injection import attach, bake, check_base
-from fusion.models.names import sites
+from fusion.models.attachment import attach
+from fusion.models.baking import bake
+from fusion.models.base_check import check_base
+from fusion.models.layer_sites import sites
 from trained import everywhere, trained_adapter
 
 spectral = pytest.mark.parametrize("kind", [k for k, c in ADAPTERS.items() if issubclass(c, SpectralLayer)])

@@ -13,8 +13,8 @@ from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import fuse
 from fusion.errors import GatingError
-from fusion.models.injection import attach
-from fusion.models.names import components, sites
+from fusion.models.attachment import attach
+from fusion.models.layer_sites import components, sites
 from trained import attached, draw, everywhere, trained_adapter
 
 LONG = "a photo of " + "the snow and " * 20

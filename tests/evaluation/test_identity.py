@@ -11,8 +11,8 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import BaseMismatch, ConfigError
+from fusion.evaluation.clip_judge import likeness, open_judge, reliability
 from fusion.evaluation.identity import Scene, crop, measure_identity, share
-from fusion.evaluation.judge import likeness, open_judge, reliability
 from trained import trained_adapter
 
 COLOURS = {"<red>": (220, 30, 30), "<blue>": (30, 60, 220), "<green>": (30, 200, 60)}

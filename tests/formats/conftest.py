@@ -6,9 +6,8 @@ import torch
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, Provenance
 from fusion.adapters.layer import LayerOptions
-from fusion.models.families import base_info
-from fusion.models.injection import matrix
-from fusion.models.names import components, sites
+from fusion.models.layer_sites import components, matrix, sites
+from fusion.models.pipelines import base_info
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice

@@ -13,8 +13,8 @@ from safetensors.torch import save
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import FormatError, FusionError, UnknownName
-from fusion.formats import native, safetensors_file
-from fusion.formats.reading import load
+from fusion.formats import adapter_file, safetensors_file
+from fusion.formats.adapter_file import load
 
 TARGETS = ("unet.mid_block.*.attn2.to_k", "unet.mid_block.*.attn2.to_v")
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -24,7 +24,7 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 def small(trained, tmp_path):
     """A file of two layers."""
     path = tmp_path / "rex.safetensors"
-    native.save(trained(tiny.pipeline("sd1"), targets=TARGETS), path, "float32")
+    adapter_file.save(trained(tiny.pipeline("sd1"), targets=TARGETS), path, "float32")
     return path
 
 
@@ -65,7 +65,7 @@ def rewrite(path, change):
 
 
 def both_refuse(path, reason, kind=FormatError):
-    for read in (load, native.read_info):
+    for read in (load, adapter_file.read_info):
         with pytest.raises(kind, match=reason):
             read(path)
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fusion.adapters.adapter import BaseInfo
 from fusion.errors import FormatError
-from fusion.formats.reading import load
+from fusion.formats.adapter_file import load
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

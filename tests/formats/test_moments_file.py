@@ -5,10 +5,10 @@ import torch
 
 import tiny
 from fusion.errors import FormatError
+from fusion.formats.adapter_file import save
 from fusion.formats.moments_file import load_moments, save_moments
-from fusion.formats.native import save
 from fusion.formats.safetensors_file import opened, write_file
-from fusion.models.recording import record_moments
+from fusion.models.input_moments import record_moments
 from trained import everywhere, trained_adapter
 
 

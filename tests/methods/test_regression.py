@@ -5,10 +5,10 @@ import torch
 
 import fusion
 import tiny
-from fusion.composition.activations import merge_error
+from fusion.composition.input_interference import merge_error
 from fusion.errors import ConfigError
 from fusion.methods import METHODS, MethodOptions
-from fusion.models.recording import record_moments
+from fusion.models.input_moments import record_moments
 from fusion.spectral.moments import Moment, Moments, response, settled
 from trained import trained_adapter, trained_layer
 

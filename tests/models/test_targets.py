@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from fusion.errors import UnknownName
-from fusion.models.names import component_of, components, sites
+from fusion.layer_names import component_of
+from fusion.models.layer_sites import components, sites
 from fusion.models.targets import default_targets, resolve, sees_tokens
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fusion.errors import DatasetError
-from fusion.training.captions import caption_for
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import class_dataset, instance_dataset, prepare
+from fusion.training.dataset_files import caption_for
 
 CONCEPTS = sorted((Path(__file__).parent.parent.parent / "assets/concepts").iterdir())
 

@@ -1,0 +1,54 @@
+"""What a click would be on the command line: every action of the page can be repeated in a terminal, or in a script."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_studio.session import Session
+
+PICTURES = "FOLDER_OF_PICTURES"
+
+
+def command(*words: object) -> str:
+    return shlex.join(["fusion", *(f"{word:g}" if isinstance(word, float) else str(word) for word in words)])
+
+
+def file_of(session: Session, key: str) -> Path:
+    return near(session.library / f"{key}.safetensors")
+
+
+def near(path: Path) -> Path:
+    """From where the app was started, as whoever copies the line is likely to be there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def used(session: Session, picked: Mapping[str, float]) -> list[object]:
+    """The picked files, and their strengths if they are not all 1."""
+    strengths = ["--strength", *picked.values()] if any(value != 1 for value in picked.values()) else []
+    return [*(file_of(session, key) for key in picked), *strengths]
+
+
+def generate(
+    session: Session, picked: Mapping[str, float], settings: Mapping[str, Any],
+    regions: Sequence[Mapping[str, Any]] = (), found: bool = False,
+) -> str:  # fmt: skip
+    """`settings` by the names of the flags; what is None or empty is left out. `found`: regions found by the base."""
+    flags = [word for name, value in settings.items() if value not in (None, "") for word in (f"--{name}", value)]
+    for number, region in enumerate(regions, start=1):
+        box = region.get("box")
+        where = " ".join(f"{share:g}" for share in box) if box else f"MASK_{number}.png"
+        flags += ["--region", f"{region['prompt']}: {where}"]
+    flags += ["--region", "auto"] if found else []
+    return command("generate", *used(session, picked), *flags, *session.base_words)
+
+
+def train(session: Session, token: str, noun: str, preset: str, settings: Mapping[str, str], folder: object) -> str:
+    base = ["--pretrained_model_name_or_path", session.base] if session.base else []
+    further = [word for name, text in settings.items() for word in (f"--{name}", *text.splitlines())]
+    named = ["--token", token, "--noun", noun, "--preset", preset, "--library", session.library]
+    return command("train", *base, "--instance_data_dir", folder or PICTURES, *named, *further)
+
+
+def resume(folder: Path) -> str:
+    return command("train", "--config", near(folder) / "training.toml", "--resume_from_checkpoint", "latest")

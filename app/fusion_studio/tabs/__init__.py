@@ -1,0 +1,70 @@
+"""One file per tab: what it shows, and its handlers as plain functions of the session and values."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from fusion_studio.session import Session
+
+# Events that only move things on the page: no spinner, no place in the published API.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+LATEST: dict[str, Any] = QUIET | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
+# Any number of pages at once: who may use the pipeline, the session's own line decides, and says so.
+# "multiple": the page would swallow a click right after a cancel.
+LONG: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+WIDGETS = Path(__file__).parent.parent / "widgets"
+
+Picks = Mapping[str, Any]  # the value of widgets/concepts.js
+
+
+class Controls(NamedTuple):
+    """What a picture was drawn with: the values of the Draw tab's controls, in their order on the page."""
+
+    picked: Mapping[str, float]
+    prompt: str
+    negative: str = ""
+    seed: float = 0
+    new_seed: bool = False
+    steps: float | None = None
+    guidance: float | None = None
+    count: float = 1
+    scheduler: str | None = ""
+    regions: Mapping[str, Any] | None = None
+    found: bool = True
+    start: str = ""
+    leave: float = 0.6
+
+
+def widget(name: str, value: Any, **about: Any) -> gr.HTML:
+    """One of our own components: a value that both sides see, and a script that shows it."""
+    script = (WIDGETS / f"{name}.js").read_text(encoding="utf-8")
+    place = f'<div class="{name}"></div>'
+    return gr.HTML(value, html_template=place, js_on_load=script, apply_default_css=False, **about)
+
+
+def received(session: Session, file: str) -> Path:
+    """An upload under a name of our own; gradio's copy of it is deleted at once."""
+    kept = session.take_upload(file)
+    if Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        Path(file).unlink(missing_ok=True)
+    return kept
+
+
+def picked_of(picks: Picks | None) -> dict[str, float]:
+    """Which concepts are picked, and how strong."""
+    return {str(key): float(value) for key, value in ((picks or {}).get("picked") or {}).items()}
+
+
+def cli_box(name: str) -> gr.Textbox:
+    """Where an action shows its command line."""
+    looks: dict[str, Any] = {"lines": 1, "max_lines": 6, "interactive": False, "buttons": ["copy"]}
+    label = "The same on the command line"
+    return gr.Textbox(label=label, visible=False, elem_id=f"{name}-cli", elem_classes="cli", **looks)
+
+
+def shown(text: str) -> Any:
+    """A command line in its box."""
+    return gr.Textbox(text, visible=True)

@@ -1,0 +1,138 @@
+"""Combine: concepts and strengths, whether they go together, and the result as one adapter, an export or a model."""
+
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+import fusion
+from fusion_studio import commands, markup
+from fusion_studio.errors import told
+from fusion_studio.session import Session, safe_name
+from fusion_studio.tabs import LATEST, Picks, cli_box, picked_of, shown, widget
+
+ASK = markup.nothing("Pick concepts to combine", "Whether they go together is said here before anything is drawn.")
+METHOD = "Sums keep every concept at its own words. Methods that merge cannot: they act on every word."
+BUSY: dict[str, Any] = {"show_progress": "minimal"}
+FORMS = {"ours": "native", "diffusers": "diffusers", "kohya (A1111, ComfyUI)": "kohya"}
+BAKE = (
+    "A copy of the base with the concepts in its own weights, as a diffusers folder that any program draws with. "
+    "Baked weights cannot tell words apart: every concept acts on every word."
+)
+
+
+def build(session: Session) -> SimpleNamespace:
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=5, min_width=300):
+            picks = widget("concepts", {}, inserts=False, elem_id="combine-picks")
+            about = [(f"{name}: {row.about}", name) for name, row in fusion.METHODS.items()]
+            method = gr.Dropdown(about, value="direct_sum", label="Fusion method", info=METHOD, elem_id="method")
+            name = gr.Textbox("", label="Name of the result", placeholder="made of the concepts' names", elem_id="name")
+            with gr.Row():
+                draw = gr.Button("Draw with these", variant="primary", elem_id="combine-draw", min_width=120)
+                save = gr.Button("Save as one adapter", elem_id="save", min_width=120)
+            with gr.Accordion("Export for other programs", open=False, elem_id="export-part"):
+                form = gr.Radio(list(FORMS.items()), value="native", label="Form", elem_classes="radio-chips")
+                rank = gr.Number(0, label="Compress to rank", precision=0, minimum=0, info="0: exact")
+                export = gr.Button("Export", size="sm", elem_id="export")
+                files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files")
+            with gr.Accordion("Bake into a model", open=False, elem_id="bake-part"):
+                gr.HTML(markup.hint(BAKE))
+                accept = gr.Checkbox(False, label="I accept that", container=False, elem_id="accept")
+                bake = gr.Button("Bake", size="sm", elem_id="bake")
+        with gr.Column(scale=6, min_width=300):
+            verdict, notes, cli = gr.HTML(ASK, elem_id="combined"), gr.HTML(elem_id="combine-notes"), cli_box("combine")
+    gr.on([picks.input, method.input], told(judged, session), [picks, method], verdict, **LATEST)
+    inputs = [picks, method, name]
+    saved = save.click(told(save_as_one, session), inputs, [notes, cli], api_name="fuse", **BUSY)
+    export.click(told(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **BUSY)
+    bake.click(told(baked, session), [*inputs, accept], [notes, cli], api_name="bake", **BUSY)
+    return SimpleNamespace(picks=picks, method=method, draw=draw, verdict=verdict, saved=saved)
+
+
+def judged(session: Session, picks: Picks, method: str) -> str:
+    """The verdict in one sentence, and the heat map of interference under it."""
+    picked = picked_of(picks)
+    if not picked:
+        return ASK
+    adapters = session.adapters(list(picked))
+    found = fusion.compatibility(adapters, session.pipe)
+    heat = markup.heat_map(found) if len(found.names) > 1 else ""
+    about = markup.hint(f"{method}: {fusion.METHODS[method].about}. {METHOD}") if method != "direct_sum" else ""
+    return markup.verdict(found) + about + heat
+
+
+def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
+    """The picked concepts as one adapter in the library, which can be drawn with, exported and combined like any."""
+    picked = picked_of(picks)
+    target = fusion.Library(session.library).place(called(picked, name))
+    fusion.save(session.fused(picked, method, target.stem), target)
+    said = markup.hint(f"'{target.stem}' is in the library now.")
+    return said, shown(_fuse_line(session, picked, method, commands.file_of(session, target.stem)))
+
+
+def exported(
+    session: Session, picks: Picks, method: str = "direct_sum", name: str = "", form: str = "native",
+    rank: float | None = None,
+) -> tuple[Any, str, Any]:  # fmt: skip
+    """The picked concepts as files for this or other programs."""
+    picked, title = picked_of(picks), called(picked_of(picks), name)
+    files, notes, line = export_adapter(session, session.fused(picked, method, title), title, form, rank)
+    first = _fuse_line(session, picked, method, f"{title}.safetensors")
+    return files, notes, shown(f"{first} && {line}" if form != "native" else first)
+
+
+def export_adapter(
+    session: Session, adapter: fusion.Adapter, title: str, form: str, rank: float | None = None
+) -> tuple[Any, str, str]:
+    """Files of an adapter for download, what there is to know about them, and the command line."""
+    folder = session.folder / "exports"
+    target, source = folder / f"{title}.safetensors", f"{title}.safetensors"
+    if form == "native":
+        folder.mkdir(exist_ok=True)
+        fusion.save(adapter, target)
+        return _files([target]), "", commands.command("library", session.library, "--add", source)
+    target = folder / f"{title}_{form}.safetensors"
+    report = fusion.export(adapter, target, form, rank=int(rank) if rank else None)
+    notes = "".join(f"<li>{markup.escape(note.replace(f'{folder}/', ''))}</li>" for note in report.notes)
+    further = ["--rank", int(rank)] if rank else []
+    line = commands.command("export", source, "--to", form, "-o", target.name, *further)
+    return _files(report.files), f'<ul class="notes">{notes}</ul>', line
+
+
+def baked(
+    session: Session, picks: Picks, method: str = "direct_sum", name: str = "", accept: bool = False
+) -> tuple[str, Any]:
+    """A base of its own with the concepts in its weights, as a folder beside the library's files."""
+    if not accept:
+        raise fusion.FusionError("Baked weights act on every word; accept that first.")
+    picked = picked_of(picks)
+    folder = session.library / "models" / called(picked, name)
+    if folder.exists():
+        raise fusion.FusionError(f"'{folder}' is there already; give the result another name.")
+    fused = session.fused(picked, method, folder.name)
+    copy = fusion.open_pipeline(session.base)
+    fusion.bake(copy, fused, "none")
+    copy.save_pretrained(folder)
+    said = f"'{folder}' is a base of its own now: choose it above, or open it anywhere diffusers folders are read."
+    one = f"{folder.name}.safetensors"
+    line = commands.command("bake", one, "-o", folder, "--gating", "none", *session.base_words)
+    return markup.hint(said), shown(f"{_fuse_line(session, picked, method, one)} && {line}")
+
+
+def called(picked: Mapping[str, float], name: str) -> str:
+    return safe_name(name or "+".join(picked))
+
+
+def _fuse_line(session: Session, picked: Mapping[str, float], method: str, target: Path | str) -> str:
+    how = ["--method", method] if method != "direct_sum" else []
+    how += session.base_words if fusion.METHODS[method].moments else []
+    return commands.command("fuse", *commands.used(session, picked), *how, "-o", target)
+
+
+def _files(paths: list[Path]) -> Any:
+    return gr.File([str(path) for path in paths], visible=True)

@@ -1,0 +1,127 @@
+"""Compare: one prompt and seed over strengths, methods and adapters, with measured numbers under every picture."""
+
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
+import secrets
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+import fusion
+from fusion_studio import commands, markup
+from fusion_studio.errors import told
+from fusion_studio.session import Session, tokens_of
+from fusion_studio.streaming import Done, Frame, ProgressStream, streamed
+from fusion_studio.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, shown, widget
+from fusion_studio.tabs.draw import STOPPED, example_prompt, working
+
+EMPTY = markup.nothing("A grid of pictures", "One prompt, one seed; rows are strengths, columns methods and adapters.")
+LEGEND = (
+    "Kept: how much of a concept survives, 100% as its file alone draws it. "
+    "Leakage: how far prompts without any concept move, 0 not at all."
+)
+
+
+def build(session: Session) -> SimpleNamespace:
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=4, min_width=300):
+            picks = widget("concepts", {}, inserts=False, elem_id="compare-picks")
+            prompt = gr.Textbox("", label="Prompt", lines=2, elem_id="compare-prompt")
+            strengths = gr.Textbox("0.5 1", label="Strengths", info="Rows of the grid", elem_id="strengths")
+            methods = gr.CheckboxGroup(
+                [*fusion.METHODS], value=["direct_sum"], label="Methods", elem_classes="radio-chips"
+            )
+            alone = gr.Checkbox(True, label="Also each concept alone", container=False)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            with gr.Row():
+                start = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-comparing", min_width=90)
+        with gr.Column(scale=7, min_width=300):
+            grid = gr.HTML(EMPTY, elem_id="grid")
+            progress = gr.HTML(elem_id="compare-progress")
+            sheet = gr.DownloadButton("Download the sheet", visible=False, size="sm", elem_id="sheet")
+            cli = cli_box("compare")
+    picks.input(told(prompted, session), [picks, prompt], prompt, **LATEST)
+    inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
+    begun = start.click(lambda: working(True), None, [start, stop], **QUIET)
+    comparing = begun.then(told(draw_grid, session), inputs, outputs, api_name="compare", **LONG)
+    comparing.then(lambda: working(False), None, [start, stop], **QUIET)
+    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **QUIET)
+    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **QUIET)
+    return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
+
+
+def prompted(session: Session, picks: Picks, prompt: str) -> Any:
+    """An example for what is picked, as long as nobody has written a prompt of their own."""
+    known = [tokens_of(entry.info) for entry in session.entries().values()]
+    made = prompt.endswith(" background") and any(token in prompt for tokens in known for token in tokens)
+    if prompt.strip() and not made:
+        return gr.skip()
+    adapters = session.adapters(list(picked_of(picks)))
+    return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
+
+
+def draw_grid(
+    session: Session, picks: Picks, prompt: str, strengths: str = "0.5 1", methods: Sequence[str] = ("direct_sum",),
+    alone: bool = True, seed: float = 0,
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+    """Draw the grid, picture by picture; at the end the sheet to keep."""
+    picked = picked_of(picks)
+    if not picked or not prompt.strip():
+        raise fusion.FusionError("Pick concepts and write a prompt first.")
+    try:
+        rows = [float(word) for word in strengths.replace(",", " ").split()]
+    except ValueError:
+        raise fusion.FusionError(f"'{strengths}' are no strengths; write numbers, like 0.5 1.") from None
+    adapters, cells = session.adapters(list(picked)), list[fusion.Cell]()
+
+    def work(screen: ProgressStream) -> str:
+        grid = fusion.compare(
+            session.pipe, adapters, prompt, own_strengths=list(picked.values()), strengths=rows, methods=list(methods),
+            alone=(alone and len(picked) > 1) or not methods, seed=int(seed), on_step=screen.on_step,
+        )  # fmt: skip
+        for cell in grid:
+            cells.append(cell)
+            screen.show(cell)
+        path = session.folder / f"comparison-{secrets.token_hex(4)}.png"
+        fusion.contact_sheet([[(c.picture.image, c.to_text()) for c in row] for row in by_row(cells)]).save(path)
+        return str(path)
+
+    words = commands.used(session, picked)
+    files, own = words[: len(picked)], [("--own_strengths", *picked.values())] if len(words) > len(picked) else []
+    line = commands.command(
+        "compare", *files, "--prompt", prompt, "--strengths", *rows, "--methods", *methods,
+        *(["--alone"] if alone else []), *(word for group in own for word in group), "--seed", int(seed),
+        "-o", "sheet.png", *session.base_words,
+    )  # fmt: skip
+    yield EMPTY, markup.bar(0, 1, "Measuring …"), gr.DownloadButton(visible=False), shown(line)
+    for frame in streamed(session, "A comparison is being drawn", work):
+        if isinstance(frame, Done):
+            yield grid_html(cells), markup.hint(LEGEND), gr.DownloadButton(value=frame.value, visible=True), gr.skip()
+        elif isinstance(frame, fusion.Cell):
+            yield grid_html(cells), markup.bar(frame.number, frame.total), gr.skip(), gr.skip()
+        elif not isinstance(frame, Frame):
+            yield gr.skip(), markup.hint(frame), gr.skip(), gr.skip()
+
+
+def by_row(cells: Sequence[Any]) -> list[list[Any]]:
+    return [list(row) for _, row in groupby(cells, lambda cell: cell.strength)]
+
+
+def grid_html(cells: Sequence[Any]) -> str:
+    """The pictures so far as a table."""
+    rows = by_row(cells)
+    head = "".join(f"<th scope=col>{markup.escape(cell.column)}</th>" for cell in rows[0]) if rows else ""
+    body = "".join(
+        f"<tr><th scope=row>{row[0].strength:g}</th>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows
+    )
+    return f'<div class="grid"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(cell: Any) -> str:
+    numbers = "".join(f"<li>{markup.escape(token)} kept <b>{share:.0%}</b></li>" for token, share in cell.kept.items())
+    image = f'<img alt="{markup.escape(cell.to_text())}" src="{markup.data_url(cell.picture.image, 384)}">'
+    return f"<td>{image}<ul>{numbers}<li>leakage <b>{cell.leakage:.3f}</b></li></ul></td>"

@@ -1,0 +1,212 @@
+"""Draw: pick concepts, see whether they go together, write a prompt, watch the picture appear."""
+
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+import fusion
+from fusion_studio import commands, markup
+from fusion_studio.errors import told, warn
+from fusion_studio.regions import as_regions, regions_of
+from fusion_studio.session import FIRST_PROMPT, Session, tokens_of
+from fusion_studio.streaming import Done, Frame, ProgressStream, streamed
+from fusion_studio.tabs import LATEST, LONG, QUIET, Controls, Picks, cli_box, picked_of, received, shown, widget
+from fusion_studio.training_jobs import ENDINGS
+
+HISTORY = 24  # pictures kept on the page
+TRY = "Try: "
+NOTHING_PICKED = markup.hint("Nothing picked: the base draws alone, with the words it knows already.")
+NO_CONCEPTS = (
+    "<h3>Teach it something of yours</h3><ol><li><b>Teach</b>: drop four to eight pictures of one thing, and "
+    "name it.</li><li>Wait a minute or two and watch it being learned.</li>"
+    "<li><b>Draw</b> it, with anything else.</li></ol>"
+)
+STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will appear here.")
+REGIONS = (
+    "Give parts of the picture prompts of their own, or just a concept's word. The prompt above is for all the rest."
+)
+FOUND = "Where none are drawn, let the base find a place for each of several concepts (takes a third longer)"
+
+
+def build(session: Session) -> SimpleNamespace:
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=5, min_width=300):
+            with gr.Column(visible=False, elem_classes="nothing") as no_concepts:
+                gr.HTML(NO_CONCEPTS)
+                teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
+            picks = widget("concepts", {}, inserts=True, elem_id="picks")
+            verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
+            first = example_prompt([])
+            prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
+            example = gr.Button(f"{TRY}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet")
+            with gr.Row(elem_id="draw-row"):
+                draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
+                stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", visible=False, scale=1, min_width=90)
+            with gr.Accordion("Regions", open=False, elem_id="regions-part"):
+                gr.HTML(markup.hint(REGIONS))
+                regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
+                found = gr.Checkbox(True, label=FOUND, container=False, elem_id="found")
+            with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
+                upload = gr.UploadButton("Choose a picture", file_types=[*ENDINGS], size="sm", elem_id="start-upload")
+                start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
+                leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
+                forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
+            with gr.Accordion("Settings", open=False, elem_id="settings"):
+                negative = gr.Textbox("", label="Negative prompt", placeholder="What should not be in it?")
+                with gr.Row():
+                    count = gr.Slider(1, 8, 1, step=1, label="Pictures", elem_id="count")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="draw-steps")
+                    guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
+                    own = [("the base's own", "")]
+                    scheduler = gr.Dropdown(own, value="", label="Scheduler", allow_custom_value=True)
+                anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
+        with gr.Column(scale=6, min_width=300, elem_id="easel"):
+            looks: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+            stage = gr.Image(type="filepath", elem_id="stage", **looks)
+            caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
+            after = gr.Column(elem_id="after")
+    history, at = gr.State([]), gr.State(0)
+    controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, found, start, leave]
+    outputs = [stage, caption, history, at, cli]
+    picks.input(told(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
+    picks.select(inserted, prompt, prompt, **QUIET)
+    example.click(lambda text: text.removeprefix(TRY), example, prompt, **QUIET)
+    beginning = [start, begin, leave, forget]
+    upload.upload(told(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
+    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **QUIET)
+    drawings: list[Any] = []
+
+    def draws(trigger: Any) -> None:
+        """Let an event draw with the controls as they are."""
+        begun = trigger(lambda: working(True), None, [draw, stop], **QUIET)
+        about: dict[str, Any] = LONG | {"api_name": "draw"} if not drawings else LONG | {"api_visibility": "private"}
+        drawing = begun.then(told(draw_pictures, session), [*controls, history], outputs, **about)
+        drawing.then(lambda: working(False), None, [draw, stop], **QUIET)  # gradio 6.31: not after a failure
+        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **QUIET)
+        drawings.append(drawing)
+
+    def stops() -> None:
+        """Once all events that draw are known."""
+        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **QUIET)
+
+    draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
+    return SimpleNamespace(
+        picks=picks, verdict=verdict, prompt=prompt, example=example, regions=regions, no_concepts=no_concepts,
+        teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after, draws=draws,
+        stops=stops, start=start, beginning=beginning, usual=[steps, guidance, scheduler],
+    )  # fmt: skip
+
+
+def greeted(session: Session) -> tuple[Any, ...]:
+    """What the base drew while the studio started, for a page that has just been opened."""
+    if session.base or session.greeting is None:
+        return (gr.skip(),) * 5
+    path, recipe = session.greeting
+    controls = Controls({}, recipe.prompt, seed=recipe.seed, steps=recipe.steps, guidance=recipe.guidance_scale)
+    entry = {"path": path, "words": in_words(recipe), "controls": controls}
+    flags = {"prompt": recipe.prompt, "seed": recipe.seed}
+    return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags))
+
+
+def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
+    """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
+    keys = list(picked_of(picks))
+    tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
+    suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
+    button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
+    areas = {**(regions or {"regions": []}), "tokens": tokens}
+    return verdict_html(session, keys), gr.skip() if own_words else suggestion, button, areas
+
+
+def verdict_html(session: Session, keys: Sequence[str]) -> str:
+    if not keys:
+        return NOTHING_PICKED
+    return markup.verdict(fusion.compatibility(session.adapters(keys), session.pipe))
+
+
+def inserted(prompt: str, event: gr.EventData) -> str:
+    """The prompt with a concept's token at its end."""
+    return f"{prompt.rstrip()} {event.token}".strip()
+
+
+def started_from(session: Session, file: str) -> tuple[Any, ...]:
+    """A picture to start from, checked and kept under a name of our own."""
+    kept = received(session, file)
+    picture = fusion.load_picture(kept, "The picture")
+    return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
+
+
+def draw_pictures(
+    session: Session, picks: Picks, prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
+    steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
+    regions: Mapping[str, Any] | None = None, found: bool = True, start: str = "", leave: float = 0.6,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+    """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
+    if not prompt.strip():
+        raise fusion.FusionError("Write a prompt first: what should the picture show?")
+    picked, parts = picked_of(picks), regions_of(regions)
+    opening = "" if session.is_open else "The base is being opened …"
+    yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
+    adapters = session.adapters(list(picked))
+    said = " ".join([prompt, *(part["prompt"] for part in parts)])
+    gated = [token for adapter in adapters if adapter.gated for token in tokens_of(adapter.info)]
+    if unused := [token for token in gated if token not in said]:
+        warn(f"The prompt does not mention {' or '.join(unused)}, so nothing of that is drawn.")
+    flags: dict[str, Any] = {
+        "prompt": prompt, "negative_prompt": negative, "seed": random.randrange(2**31) if new_seed else int(seed),
+        "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
+    }  # fmt: skip
+    picture = fusion.load_picture(session.upload(start)) if start else None
+    asked = sum(token in prompt for adapter in adapters for token in tokens_of(adapter.info))
+    places_found = found and not parts and asked > 1
+    areas: dict[str, Any] = {"regions": "auto" if places_found else as_regions(parts)}
+
+    def work(screen: ProgressStream) -> list[tuple[str, str]]:
+        strengths = list(picked.values())
+        made = fusion.generate(
+            session.pipe, adapters=adapters, strengths=strengths, batch=int(count), on_step=screen.on_step,
+            image=picture, image_strength=leave, **flags, **areas,
+        )  # fmt: skip
+        return [(session.keep(picture), in_words(picture.recipe)) for picture in made]
+
+    for frame in streamed(session, "A picture is being drawn", work):
+        if isinstance(frame, Done):
+            seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
+            line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts, places_found)
+            used = Controls(picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions)
+            again = used._replace(found=found, start=start, leave=leave)
+            kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
+            yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, shown(line)
+        elif isinstance(frame, Frame):
+            yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
+        else:
+            yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
+
+
+def example_prompt(tokens: Sequence[str]) -> str:
+    """A first prompt for a selection, in words that a small base too understands."""
+    if len(tokens) < 2:
+        return f"a {tokens[0]} on a blue background" if tokens else FIRST_PROMPT
+    rest = "".join(f" and a {token}" for token in tokens[2:])
+    return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
+
+
+def in_words(recipe: fusion.Recipe) -> str:
+    """What a person needs to draw the picture again."""
+    avoided = [f"without {recipe.negative_prompt}"] if recipe.negative_prompt else []
+    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
+    used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
+    parts = [region.prompt for region in getattr(recipe, "regions", ())]
+    areas = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
+    return " · ".join([recipe.prompt, *areas, *avoided, *settings, *used])
+
+
+def working(busy: bool) -> tuple[Any, Any]:
+    return gr.Button(interactive=not busy), gr.Button(visible=busy)

@@ -1,0 +1,112 @@
+"""Interference between adapters, measured on the inputs their layers meet: what weights alone cannot say.
+
+From the second moments of `record_moments`, on factors; no picture is drawn. Adapters are taken as plain LoRA exports
+would act: at every input, gates or none. X are the inputs of one layer while a concept is prompted, or those it should
+leave alone (X₀), and every ratio is of root sums over all layers that both sides change.
+
+Shapes: N adapters, one for each Moments. Adapters of several branches are taken apart, as fuse does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion.adapters.adapter import Adapter
+from fusion.composition.fusing import taken_apart
+from fusion.errors import ConfigError
+from fusion.models.layer_sites import matrix, sites
+from fusion.spectral.delta import Delta
+from fusion.spectral.moments import Moments, response
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class CrossTalk:
+    """What N adapters do to each other's inputs, in the order of `names`."""
+
+    names: list[str]
+    ratio: list[list[float]]  # [i][j] = ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖: 0 silent, 1 as loud as the concept itself
+    by_layer: dict[str, list[list[float]]]
+    drift: list[float]  # ‖ΔWᵢ X₀‖ / ‖W X₀‖ on the inputs that i should leave alone
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def worst(self, count: int = 5) -> list[tuple[str, str, str, float]]:
+        """The layers where one adapter talks into another most: (layer, who, into whom, ratio)."""
+        pairs = [
+            (layer, self.names[i], self.names[j], matrix[i][j])
+            for layer, matrix in self.by_layer.items()
+            for i in range(len(self.names))
+            for j in range(len(self.names))
+            if i != j
+        ]
+        return sorted(pairs, key=lambda pair: -pair[3])[:count]
+
+
+def cross_talk(pipe: Any, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> CrossTalk:
+    """Measure adapters against each other on a base; `moments` as recorded there, one for each branch."""
+    parts = _matched(adapters, moments)
+    changes = [part.deltas() for part in parts]
+    layers = list(dict.fromkeys(layer for change in changes for layer in change))
+    energies = {layer: _energies(layer, changes, moments) for layer in layers}
+    whole = torch.stack(list(energies.values())).sum(dim=0)  # (N, N)
+    return CrossTalk(
+        [part.info.name for part in parts],
+        _ratios(whole).tolist(),
+        {layer: _ratios(matrix).tolist() for layer, matrix in energies.items()},
+        [_drift(pipe, change, met) for change, met in zip(changes, moments, strict=True)],
+    )
+
+
+def merge_error(fused: Adapter, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> list[float]:
+    """‖(ΔW − ΔWᵢ) Xᵢ‖ / ‖ΔWᵢ Xᵢ‖ for each adapter: 0 lost and disturbed by nothing, 1 as far off as without it.
+
+    What gradient fusion minimises. Layers of `fused` where nothing was recorded are left out.
+    """
+    whole, errors = fused.deltas(), list[float]()
+    for part, met in zip(_matched(adapters, moments), moments, strict=True):
+        own, off, full = part.deltas(), 0.0, 0.0
+        for layer, delta in whole.items():
+            if layer in met.layers:
+                wanted = own.get(layer) or Delta.zero(*delta.shape)
+                off += float(response(delta + wanted * -1.0, met.layers[layer].own) ** 2)
+                full += float(response(wanted, met.layers[layer].own) ** 2)
+        errors.append((off / max(full, _TINY)) ** 0.5)
+    return errors
+
+
+def _matched(adapters: Sequence[Adapter], moments: Sequence[Moments]) -> list[Adapter]:
+    parts = [part for adapter in adapters for part in taken_apart(adapter)]
+    if len(parts) != len(moments):
+        raise ConfigError(f"There are {len(parts)} adapters and branches, but moments of {len(moments)}.")
+    return parts
+
+
+def _energies(layer: str, changes: Sequence[Mapping[str, Delta]], moments: Sequence[Moments]) -> Tensor:
+    """‖ΔWᵢ Xⱼ‖² at one layer, (N, N); 0 where i does not act or j met nothing."""
+    result = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    for i, change in enumerate(changes):
+        for j, met in enumerate(moments):
+            if layer in change and layer in met.layers:
+                result[i, j] = response(change[layer], met.layers[layer].own) ** 2
+    return result
+
+
+def _ratios(energies: Tensor) -> Tensor:
+    """‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖; 0 where concept j itself does nothing."""
+    own = energies.diagonal()
+    return torch.where(own > 0, energies / own.clamp(min=_TINY), 0.0).sqrt()
+
+
+def _drift(pipe: Any, change: Mapping[str, Delta], met: Moments) -> float:
+    found, moved, said = sites(pipe), 0.0, 0.0
+    for layer in (layer for layer in change if layer in met.layers):
+        weight, free = matrix(found[layer]).to("cpu", torch.float64), met.layers[layer].free
+        moved += float(response(change[layer], free) ** 2)
+        said += float(((weight @ free) * weight).sum())
+    return (moved / max(said, _TINY)) ** 0.5

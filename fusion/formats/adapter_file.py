@@ -1,0 +1,232 @@
+"""The toolkit's own adapter file: self-contained, so that no base, SVD or GPU is needed to use what is in it.
+
+    <layer name>.<tensor>                   an adapter of one branch: trained tensors and the slice's basis U, S, V
+    <branch>.<layer name>.<tensor>          several branches, counted from 0
+    <text encoder>.token.<dog>              embeddings of a concept's token, (vectors, dim)
+
+Metadata (strings, nested ones JSON): format, format_version, adapter (a list of branches), base, concepts,
+provenance, name, and ModelSpec's entries. Types come from the metadata, never from tensor names.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import Json
+from torch import Tensor
+
+from fusion.adapters import ADAPTERS
+from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
+from fusion.adapters.layer import AdapterLayer
+from fusion.config import StrictModel
+from fusion.errors import FormatError, FusionError, UnknownName, closest
+from fusion.formats import LORA_FORMS
+from fusion.formats.lora_file import read_lora
+from fusion.formats.metadata import modelspec
+from fusion.formats.safetensors_file import OpenFile, opened, write_file
+from fusion.spectral.slices import SpectralSlice
+from fusion.spectral.spectrum import Spectrum
+
+FORMAT, VERSION = "spectral-adapter", "1"
+
+_LAYER = r"(?:unet|text_encoder|text_encoder_2)(?:\.[A-Za-z0-9_]+)+"
+_ROWS = re.compile(rf"(text_encoder(?:_2)?)\.token\.({TOKEN.pattern})")
+_FURTHEST = 2**16  # no weight of any model has more directions
+_MOST = 1000  # branches, concepts
+
+Grouped = dict[str, dict[str, Tensor]]  # layer name -> tensor name -> tensor, or token -> text encoder -> rows
+
+
+@dataclass(frozen=True)
+class _BranchEntry:
+    """A Branch in the metadata."""
+
+    name: str
+    type: str
+    slices: tuple[tuple[int, int, int], ...]  # start, rank, step
+    targets: tuple[str, ...]
+    gate: tuple[str, ...]
+    strength: float
+
+
+class _Entries(StrictModel):
+    """The metadata that make an adapter."""
+
+    name: str
+    base: Json[BaseInfo | None]
+    concepts: Json[tuple[Concept, ...]]
+    provenance: Json[Provenance]
+    adapter: Json[tuple[_BranchEntry, ...]]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file says, read from its header alone."""
+
+    path: Path
+    size: int  # bytes
+    info: AdapterInfo
+    branches: tuple[Branch, ...]  # their tensors are on the meta device: shapes without values
+    slices: tuple[SpectralSlice, ...]
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16") -> None:
+    """Write an adapter, whole or not at all; `dtype` is "float16", "bfloat16" or "float32".
+
+    Raises FormatError for values that are not finite or do not fit `dtype`, and for a path that cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, branch in enumerate(adapter.branches):
+        prefix = f"{number}." if len(adapter.branches) > 1 else ""
+        for layer_name, layer in branch.layers.items():
+            tensors |= {f"{prefix}{layer_name}.{part}": tensor for part, tensor in layer.state_dict().items()}
+    for token, rows in adapter.tokens.items():
+        tensors |= {f"{component}.token.{token}": row for component, row in rows.items()}
+    info = adapter.info
+    branches = [
+        _BranchEntry(b.name, b.type, tuple((s.start, s.rank, s.step) for s in b.slices), b.targets, b.gate, b.strength)
+        for b in adapter.branches
+    ]
+    entries = _Entries.model_construct(
+        name=info.name, base=info.base, concepts=info.concepts, provenance=info.provenance, adapter=tuple(branches)
+    )
+    metadata = {"format": FORMAT, "format_version": VERSION, **entries.model_dump(round_trip=True)}
+    _built(Path(path), metadata, tensors)  # never write what load would refuse
+    write_file(path, tensors, metadata | modelspec(info, FORMAT), dtype)
+
+
+def load(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter: our own file, or a diffusers or kohya LoRA, which becomes an ungated adapter of type lora.
+
+    Tensors keep the dtype they are stored in; the mathematics raises them to float32. Raises FormatError for anything
+    that is not exactly what the metadata promise, for other files, and for a LoRA of which a single key is not
+    understood; UnknownName for an unknown adapter type.
+    """
+    with opened(path) as file:
+        if file.metadata.get("format") == FORMAT:
+            _from_header(file)  # refuses before any tensor is read
+            return _built(file.path, file.metadata, {name: file.tensor(name) for name in file.shapes})
+        keys = list(file.shapes)
+        if any(key.startswith(("lora_unet_", "lora_te")) for key in keys):
+            return read_lora(file, LORA_FORMS["kohya"])
+        if any(".lora" in key or ".lokr" in key for key in keys):
+            return read_lora(file, LORA_FORMS["diffusers"])
+        raise FormatError(
+            f"'{file.path}' holds no adapter, but {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}. "
+            "Whole models are opened as a base, textual inversions by diffusers' load_textual_inversion."
+        )
+
+
+def read_info(path: str | os.PathLike[str]) -> AdapterFile:
+    """What a file says of itself, checked like `load` but for the values. Reads no tensor."""
+    with opened(path) as file:
+        adapter = _from_header(file)
+    return AdapterFile(file.path, file.path.stat().st_size, adapter.info, adapter.branches, adapter.slices)
+
+
+def _from_header(file: OpenFile) -> Adapter:
+    """The adapter of a file with tensors on the meta device: shapes without values."""
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
+    return _built(file.path, file.metadata, shapes)
+
+
+def _built(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter a file holds, with every claim of its header checked against every other."""
+    if metadata.get("format") != FORMAT:
+        raise FormatError(f"'{path}' is no spectral adapter file: its metadata do not say format = {FORMAT}.")
+    if (version := metadata.get("format_version", "")) != VERSION:
+        raise FormatError(
+            f"'{path}' has format_version {version[:20]!r}, but {VERSION} is read; a newer one needs an update."
+        )
+    try:
+        found = _Entries.model_validate({key: metadata[key] for key in _Entries.model_fields if key in metadata})
+        if max(len(found.adapter), len(found.concepts)) > _MOST:
+            raise FormatError(f"it has more than {_MOST} branches or concepts.")
+        layers, rows = _grouped(found.adapter, tensors)
+        weights: dict[str, dict[str, int]] = {}
+        branches = tuple(_branch(entry, own, weights) for entry, own in zip(found.adapter, layers, strict=True))
+        info = AdapterInfo(found.name, found.base, found.concepts, found.provenance)
+        _check_rows(info, rows)
+        return Adapter(info, branches, rows)
+    except UnknownName as error:
+        raise UnknownName(f"'{path}': {error}") from error
+    except FusionError as error:
+        raise FormatError(f"'{path}' is no sound adapter file: {error}") from error
+
+
+def _grouped(entries: Sequence[_BranchEntry], tensors: Mapping[str, Tensor]) -> tuple[list[Grouped], Grouped]:
+    """Every tensor to its branch and layer, or to its token; FormatError names those that belong nowhere."""
+    numbers = {str(number): number for number in range(len(entries))}
+    layers: list[Grouped] = [{} for _ in entries]
+    rows: Grouped = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".") if len(entries) > 1 else ("0", "", key)
+        if match := _ROWS.fullmatch(key):
+            rows.setdefault(match[2], {})[match[1]] = tensor
+        elif number in numbers and (match := _keys(entries[numbers[number]].type).fullmatch(name)):
+            layers[numbers[number]].setdefault(match[1], {})[match[2]] = tensor
+        else:
+            strange.append(key[:120])
+    if strange:
+        raise FormatError(f"it has {len(strange)} unexpected tensors: {', '.join(strange[:3])}.")
+    return layers, rows
+
+
+def _branch(entry: _BranchEntry, layers: Grouped, weights: dict[str, dict[str, int]]) -> Branch:
+    """A branch of layers with all their tensors, in shapes that fit each other.
+
+    `weights`: layer name -> sizes O and I, in which all branches agree.
+    """
+    slices = tuple(SpectralSlice(*numbers) for numbers in entry.slices)
+    if any(part.stop > _FURTHEST for part in slices):
+        raise FormatError(f"branch {entry.name!r} has a slice beyond direction {_FURTHEST}.")
+    owned = sum(part.rank for part in slices) if ADAPTERS[entry.type].slice_of else 0
+    made: dict[str, AdapterLayer] = {}
+    for name, parts in layers.items():
+        sizes = weights.get(name, {}) | ({"R": owned} if owned else {})
+        for part, letters in tensor_shapes(entry.type).items():
+            if part not in parts:
+                raise FormatError(f"it lacks {name}.{part}.")
+            shape = tuple(parts[part].shape)
+            fits = len(shape) == len(letters)
+            if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape, strict=True)):
+                raise FormatError(f"{name}.{part} has shape {shape}, which does not fit its layer {sizes}.")
+        weights[name] = {letter: n for letter, n in sizes.items() if letter != "R"}
+        made[name] = ADAPTERS[entry.type].from_tensors(parts)
+    return Branch(entry.name, entry.type, made, slices, entry.targets, entry.gate, entry.strength)
+
+
+def _check_rows(info: AdapterInfo, rows: Grouped) -> None:
+    """Every concept has its embeddings, as many as it says, and nothing else has."""
+    vectors = {concept.token: concept.vectors for concept in info.concepts}
+    if odd := sorted(vectors.keys() ^ rows.keys()):
+        raise FormatError(f"{odd[0]} has {'no embedding' if odd[0] in vectors else 'an embedding but no concept'}.")
+    for token, own in rows.items():
+        for row in own.values():
+            if row.ndim != 2 or len(row) != vectors[token]:
+                raise FormatError(f"{token} has {vectors[token]} vectors, but an embedding {tuple(row.shape)}.")
+
+
+@lru_cache(maxsize=64)
+def tensor_shapes(kind: str) -> dict[str, str]:
+    """The tensors of an adapter type with their shapes in letters: {"dU": "OR", "dS": "R", …}.
+
+    Read off a toy layer of O = 5, I = 7, R = 3, so that a new type needs no line here. No SVD: its basis is given.
+    """
+    if kind not in ADAPTERS:
+        raise UnknownName(f"no adapter type '{kind[:40]}'{closest(kind, ADAPTERS)} There are: {', '.join(ADAPTERS)}.")
+    toy = Spectrum(torch.zeros(5, 3), torch.zeros(3), torch.zeros(7, 3))
+    layer = ADAPTERS[kind].fresh(torch.zeros(5, 7), SpectralSlice(0, 3), spectrum=toy)
+    letters = {5: "O", 7: "I", 3: "R"}
+    return {name: "".join(letters[n] for n in tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+@lru_cache(maxsize=64)
+def _keys(kind: str) -> re.Pattern[str]:
+    """A layer name of the model and a tensor name of the type."""
+    return re.compile(rf"({_LAYER})\.({'|'.join(map(re.escape, tensor_shapes(kind)))})")

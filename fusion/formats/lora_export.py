@@ -1,0 +1,123 @@
+"""An adapter as other programs read it: a LoRA, and beside it a textual inversion for every concept token.
+
+SD 1.x, 2.x    one tensor (vectors, dim), named by the token: `pipe.load_textual_inversion(path)` takes the token
+               from there; A1111, Forge, ComfyUI and InvokeAI take the only tensor and go by the file's name
+SDXL           clip_l and clip_g, one for each text encoder, as A1111 and ComfyUI know them
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
+from fusion.errors import ConfigError, FormatError, UnknownName, closest
+from fusion.formats import LORA_FORMS
+from fusion.formats.lora_file import write_lora
+from fusion.formats.metadata import modelspec
+from fusion.formats.safetensors_file import write_file
+from fusion.spectral.delta import Delta
+
+_SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what the user has to know about it."""
+
+    path: Path  # the LoRA
+    files: list[Path]
+    notes: list[str]
+    rank: int  # the largest over all layers
+    exact: bool  # nothing was compressed away
+    energy: float  # the share of ‖ΔW‖², over all layers, that is in the file
+
+
+def export(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    form: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "float16",
+) -> ExportReport:
+    """Write `adapter` as a LoRA in the form "diffusers" or "kohya", exactly unless `rank` or `energy` compress it.
+
+    Every concept goes beside it as `<stem>_<token>.safetensors`: A1111 and ComfyUI use the file's name as the word in
+    prompts, so it must not be a word of the language.
+    Raises UnknownName for another form, ConfigError for a senseless rank or energy, FormatError if there is no layer.
+    """
+    if form not in LORA_FORMS:
+        raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise ConfigError(f"rank should be at least 1 and energy above 0 and at most 1, got {rank} and {energy}.")
+    target, whole = Path(path), adapter.deltas()
+    if not whole:
+        raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
+    kept = {layer: _compressed(delta, rank, energy) for layer, delta in whole.items()}
+    write_lora(LORA_FORMS[form], adapter.info, kept, target, dtype)
+    files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
+    embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
+    for concept, file in embeddings.items():
+        _write_embedding(file, adapter.info, concept, adapter.tokens[concept.token])
+    exact = all(kept[layer] is whole[layer] for layer in whole)
+    share = 1.0 if exact else _energy(kept) / max(_energy(whole), 1e-300)
+    largest = max(delta.rank for delta in kept.values())
+    notes = [] if exact else [f"Compressed to rank {largest}; {share:.2%} of the change's energy is kept."]
+    notes += _notes(adapter, target, embeddings)
+    return ExportReport(target, [target, *embeddings.values()], notes, largest, exact, share)
+
+
+def _compressed(delta: Delta, rank: int | None, energy: float | None) -> Delta:
+    """`delta` itself where nothing has to be cut off."""
+    if energy is None and (rank is None or rank >= delta.rank):
+        return delta
+    small = delta.compress(rank, energy)
+    return small if small.rank < delta.rank else delta
+
+
+def _energy(deltas: Mapping[str, Delta]) -> float:
+    return sum(float(delta.inner(delta)) for delta in deltas.values())
+
+
+def _write_embedding(path: Path, info: AdapterInfo, concept: Concept, rows: Mapping[str, Tensor]) -> None:
+    """Write the embeddings (vectors, dim) of one concept per text encoder."""
+    tensors = {_SDXL_KEYS[component] if len(rows) > 1 else concept.token: row for component, row in rows.items()}
+    own = AdapterInfo(path.stem, info.base, (concept,))
+    spec = modelspec(own, "textual-inversion", implementation="https://github.com/Stability-AI/generative-models")
+    write_file(path, tensors, {"format": "pt", **spec}, "float32")
+
+
+def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -> list[str]:
+    notes: list[str] = []
+    if adapter.gated:
+        tokens = ", ".join(dict.fromkeys(token for branch in adapter.branches for token in branch.gate))
+        notes.append(
+            f"A plain LoRA cannot be gated: '{adapter.info.name}' acts only at its own tokens ({tokens}), the export "
+            "on every word of every prompt. It will disturb prompts without them, and several concepts each other; "
+            "lower its strength where it does."
+        )
+        if not adapter.info.provenance.settings.get("quiet_loss_weight"):
+            notes.append("Concepts taught with quiet_loss_weight = 10 disturb far less when they are exported.")
+    if embeddings:
+        words = [file.stem for file in embeddings.values()]
+        notes.append(
+            "The concept tokens are embeddings beside it. A1111, Forge and ComfyUI: move them into the embeddings "
+            f"folder and write {', '.join(words)} (ComfyUI: embedding:{words[0]}) in the prompt."
+        )
+    for concept, file in embeddings.items():
+        lines = [f"pipe.load_textual_inversion('{file}')  # {concept.token}"]
+        if adapter.info.base and adapter.info.base.family == "sdxl":
+            lines = [
+                # SDXL's published config names a wrong end of prompt: CLIP then pools at the newest token.
+                "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
+                f"rows = safetensors.torch.load_file('{file}')",
+                f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_l']}})",
+                f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_g']}}, text_encoder=pipe.text_encoder_2, "
+                "tokenizer=pipe.tokenizer_2)",
+            ]
+        notes.append(f"diffusers: {'; '.join(lines)}")
+    return [*notes, f"diffusers: pipe.load_lora_weights('{target}')"]

@@ -1,0 +1,1 @@
+"""A pipeline, adapters and a prompt become pictures with recipes; regions, schedulers."""

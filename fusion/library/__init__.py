@@ -1,0 +1,1 @@
+"""Folders of adapters: who owns which slice, reservations, unfinished trainings, cached spectra."""

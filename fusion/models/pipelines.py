@@ -1,0 +1,144 @@
+"""Pipelines of base models: opening them safely, the embedded one, their families and the defaults they bring along."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusion.adapters.adapter import BaseInfo
+from fusion.config import read_base_defaults
+from fusion.errors import BaseMismatch, ConfigError
+from fusion.models.layer_sites import Pipeline, components
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def pocket() -> Path:
+    """The folder of the embedded base, in a checkout and in an installed wheel alike."""
+    return embedded("pocket", "model_index.json")
+
+
+def embedded(name: str, index: str) -> Path:
+    """The folder of a model that travels with the toolkit, known by its file `index`. Raises BaseMismatch."""
+    package = Path(str(files("fusion")))
+    for folder in (package / "_assets" / name, package.parent / "assets" / name):
+        if (folder / index).is_file():
+            return folder
+    raise BaseMismatch(f"The embedded model '{name}' is missing from this installation; name another.")
+
+
+def open_pipeline(
+    base: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """A Stable Diffusion pipeline from a folder or hub id, `pocket` by default, ready on `device`.
+
+    Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU;
+    dtype: float16 on a GPU, else float32, one for all components. Raises BaseMismatch when it cannot be opened.
+    """
+    import diffusers
+
+    where = Path(base) if base is not None else pocket()
+    source: str | Path = where if where.exists() else str(base)
+    if isinstance(source, Path):
+        check_folder(source)
+    device = torch.device(device or best_device())
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            source,
+            dtype=as_dtype(dtype, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            revision=revision,
+            variant=variant,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseMismatch(
+            f"'{source}' could not be opened as a Stable Diffusion base: {_first_line(error)}"
+        ) from error
+    if type(pipe).__name__ not in _PIPELINES:
+        raise BaseMismatch(
+            f"'{source}' is a {type(pipe).__name__}; spectral-fusion works on {' or '.join(_PIPELINES)}."
+        )
+    return pipe.to(device)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse early, by name, what is not a diffusers folder of ours."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise BaseMismatch(f"'{folder}' is not a diffusers folder: it has no model_index.json.")
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseMismatch(f"'{index}' is damaged: {_first_line(error)}") from error
+    if name not in _PIPELINES:
+        raise BaseMismatch(f"'{folder}' is a {name}; spectral-fusion works on {' or '.join(_PIPELINES)}.")
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A torch dtype from a name; by default float16 on a GPU and float32 elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in known:
+        raise ConfigError(f"dtype is one of {', '.join(known)}; got '{dtype}'.")
+    return known[dtype] if dtype else torch.float32 if device.type == "cpu" else torch.float16
+
+
+def base_defaults(pipe: Any, table: str) -> dict[str, Any]:
+    """What the base's own `fusion.toml` says in a table, "training" or "generation"; empty without one."""
+    where = pipe.config.get("_name_or_path")
+    return read_base_defaults(where if where and Path(str(where)).is_dir() else None, table)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def family(pipe: Pipeline) -> str:
+    """One of FAMILIES. Raises BaseMismatch for a pipeline that is none of them.
+
+    XL is the one with two text encoders and added time ids; 2.x projects into its transformers by linear layers where
+    1.x uses 1x1 convolutions. Widths, vocabulary and resolution are never asked.
+    """
+    parts = components(pipe)
+    if "unet" not in parts or len(parts) < 2:
+        raise BaseMismatch(
+            f"{type(pipe).__name__} has no UNet with a CLIP text encoder; "
+            "spectral-fusion works on Stable Diffusion 1.x, 2.x and XL."
+        )
+    config = model_config(parts["unet"])
+    if "text_encoder_2" in parts or config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if config.get("use_linear_projection") else "sd1"
+
+
+def base_info(pipe: Any) -> BaseInfo:
+    """What an adapter trained on this pipeline says of its base."""
+    where = pipe.config.get("_name_or_path") or getattr(model_of(pipe), "name_or_path", "") or "unnamed"
+    return BaseInfo(family(pipe), Path(str(where)).name, str(pipe.scheduler.config.prediction_type))
+
+
+def model_of(pipe: Pipeline) -> nn.Module:
+    """The UNet without torch.compile's wrapper."""
+    return getattr(pipe.unet, "_orig_mod", pipe.unet)
+
+
+def model_config(module: nn.Module) -> dict[str, Any]:
+    inner: Any = getattr(module, "_orig_mod", module)
+    return dict(inner.config)

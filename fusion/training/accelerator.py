@@ -1,0 +1,68 @@
+"""What a training changes about its surroundings, all of it put back afterwards: flags of the base, the Accelerator."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from fusion.errors import ConfigError
+from fusion.models.layer_sites import components
+from fusion.training.config import TrainingConfig
+
+
+@contextmanager
+def accelerated(pipe: Any, config: TrainingConfig) -> Generator[Accelerator]:
+    """An Accelerator on the pipeline's device; its process-wide state is cleared so that the next may differ."""
+    if pipe.unet.dtype == torch.float16 and config.mixed_precision != "fp16":
+        raise ConfigError("The base is loaded in float16; train with mixed_precision = 'fp16', or load it in float32.")
+    on_cpu = pipe.device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=on_cpu)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=config.output_dir / "logs",
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError("A training runs in one process; start it without a launcher of several.")
+    if accelerator.device != pipe.device:
+        pipe.to(accelerator.device)
+    if config.report_to:
+        # Trackers take flat values only.
+        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.lasting_settings().items()}
+        accelerator.init_trackers(config.name, config=flat)
+    try:
+        yield accelerator
+    finally:
+        if config.report_to:
+            accelerator.end_training()
+        accelerator.free_memory()
+        AcceleratorState._reset_state()
+
+
+@contextmanager
+def frozen(pipe: Any, config: TrainingConfig) -> Generator[None]:
+    """Freeze the base for the training, and give back every flag as it was."""
+    models: list[Any] = [*components(pipe).values(), pipe.vae]
+    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    checkpointed: list[Any] = list(components(pipe).values()) if config.gradient_checkpointing else []
+    for model in checkpointed:
+        enable = getattr(model, "enable_gradient_checkpointing", None) or model.activation_checkpointing_enable
+        enable()
+        model.train()  # transformers recomputes only in training mode; these models have no dropout
+    try:
+        yield
+    finally:
+        for model in checkpointed:
+            disable = getattr(model, "disable_gradient_checkpointing", None) or model.activation_checkpointing_disable
+            disable()
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,131 @@
+"""The files of a dataset folder, sorted by kind, and the captions in them: texts and metadata.jsonl."""
+
+import json
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from fusion.errors import DatasetError
+from fusion.training.config import worded
+from fusion.training.pictures import SUFFIXES
+
+METADATA = "metadata.jsonl"
+MASKS = "masks"
+_MASK_ENDINGS = ("-masklabel", ".mask")
+# Files that may lie in a dataset folder without being part of it.
+_KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "notice", "thumbs.db", "desktop.ini"}
+
+Files = defaultdict[str, list[Path]]  # by stem: picture, caption and mask of one stem belong together
+
+
+def sort_files(folder: Path) -> tuple[Files, Files, Files, list[Path]]:
+    """A folder's pictures, captions, masks, and files that belong to no picture. Hidden files are none."""
+    pictures, captions, masks, others = Files(list), Files(list), Files(list), list[Path]()
+    for path in visible(folder):
+        stem = _stem(path)
+        if path.is_dir() or path.name.lower() in _KNOWN:
+            continue
+        if is_picture(path):
+            pictures[stem].append(path)
+        elif path.suffix.lower() in SUFFIXES:
+            masks[stem.removesuffix(_MASK_ENDINGS[0]).removesuffix(_MASK_ENDINGS[1])].append(path)
+        elif path.suffix.lower() == ".txt":
+            captions[stem].append(path)
+        else:
+            others.append(path)
+    for path in visible(folder / MASKS) if (folder / MASKS).is_dir() else []:
+        masks[_stem(path)].append(path)
+    for files in (captions, masks):
+        others += [path for stem, paths in files.items() if stem not in pictures for path in paths]
+    return pictures, captions, masks, others
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture to learn from, no mask and not hidden."""
+    mask = path.stem.endswith(_MASK_ENDINGS) or path.parent.name == MASKS
+    return path.suffix.lower() in SUFFIXES and not mask and not path.name.startswith(".")
+
+
+def visible(folder: Path) -> list[Path]:
+    """Files and folders that are not hidden, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DatasetError(f"'{folder}' cannot be read: {error.strerror}.") from None
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of many names."""
+    listed = sorted(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
+def _stem(path: Path) -> str:
+    """The name without its ending; composed and decomposed accents are one, as macOS mixes them."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def caption_for(text: str, token: str, trigger: str = "") -> str:
+    """A caption as training uses it: one line, the token in place of placeholders.
+
+    `trigger` is what another trainer's data call the concept, "sks dog": where the token is missing, the whole
+    phrase or else its first word becomes the token.
+    """
+    text = " ".join(worded(text, token).split())
+    for phrase in (trigger, trigger.partition(" ")[0]) if trigger else ():
+        if token not in text:
+            text = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", token, text)
+    return text
+
+
+def read_text(file: Path, name: str) -> str:
+    """A text file in UTF-8. Raises DatasetError calling it `name`."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{name} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+
+
+def read_metadata(folder: Path, problems: list[str]) -> dict[Path, str | None]:
+    """Pictures and their captions from the folder's metadata.jsonl, if there is one.
+
+    Each line is {"file_name": "dog.png", "text": "a {token} asleep"}, the text optional, other keys ignored: the
+    ImageFolder form of Hugging Face datasets. What is wrong is appended to `problems`, with its line.
+    """
+    file, texts = folder / METADATA, dict[Path, str | None]()
+    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    for number, line in enumerate(read_text(file, METADATA).split("\n") if file.exists() else [], start=1):
+        try:
+            path, text = _entry(folder, line) if line.strip() else (None, None)
+            if path in texts:
+                raise DatasetError(f"'{path.name}' stands in an earlier line already.")
+        except DatasetError as error:
+            problems.append(f"{METADATA}, line {number}: {error}")
+        else:
+            texts |= {path: text} if path else {}
+    return texts
+
+
+def _entry(folder: Path, line: str) -> tuple[Path, str | None]:
+    """One line: a picture inside the folder, and its caption if it has one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"not valid JSON: {error}.") from None
+    name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(text, str | None):
+        raise DatasetError('it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.')
+    path = folder / name
+    try:
+        # A downloaded folder must not make us read files elsewhere.
+        inside = path.resolve().is_relative_to(folder.resolve()) and ".." not in Path(name).parts
+        usable = inside and is_picture(path) and path.is_file()
+    except (OSError, ValueError):  # a name no file can have
+        usable = False
+    if not usable:
+        raise DatasetError(f"'{name}' is no picture in this folder; put it inside, not hidden, and not as a mask.")
+    return path, text

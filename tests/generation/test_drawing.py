@@ -1,0 +1,115 @@
+"""generate: seeds, recipes, schedulers, img2img, cancelling."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fusion
+import tiny
+from fusion.errors import ConfigError, FormatError, UnknownName
+from fusion.generation.schedulers import SCHEDULERS
+from trained import trained_adapter
+
+
+def pixels(pictures):
+    return [np.asarray(picture.image) for picture in pictures]
+
+
+def test_every_family_draws_with_adapters_and_leaves_no_trace(pipe):
+    adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]
+    tokenizer, scheduler = pipe.tokenizer, pipe.scheduler
+    drawn = fusion.generate(pipe, "a <rex> and a <tom>", adapters=adapters, steps=2, negative_prompt="a cat")
+    assert drawn[0].image.size == (16, 16)
+    assert pipe.tokenizer is tokenizer and pipe.scheduler is scheduler
+    assert [used.name for used in drawn[0].recipe.adapters] == ["rex", "tom"]
+
+
+def test_equal_seeds_draw_equal_pictures_and_others_do_not():
+    pipe = tiny.pipeline("sd1")
+    one, two = pixels(fusion.generate(pipe, "a dog", steps=2, batch=2, seed=3))
+    again = pixels(fusion.generate(pipe, "a dog", steps=2, batch=2, seed=3))
+    assert np.array_equal(one, again[0]) and np.array_equal(two, again[1]) and not np.array_equal(one, two)
+
+
+def test_strength_scales_the_change():
+    pipe = tiny.pipeline("sd1")
+    adapter = trained_adapter(pipe, "<rex>", gated=False)
+    none = pixels(fusion.generate(pipe, "a dog", adapters=[adapter], strengths=[0.0], steps=2))
+    assert np.array_equal(none, pixels(fusion.generate(pipe, "a dog", steps=2)))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws(name):
+    picture = fusion.generate(tiny.pipeline("sd1"), "a dog", steps=4, scheduler=name)[0]
+    assert picture.recipe.scheduler == name and np.asarray(picture.image).std() > 0
+
+
+def test_mistakes_are_named():
+    pipe = tiny.pipeline("sd1")
+    with pytest.raises(UnknownName, match="did you mean 'euler'"):
+        fusion.generate(pipe, "a dog", scheduler="eulr")
+    with pytest.raises(ConfigError, match="multiple of"):
+        fusion.generate(pipe, "a dog", width=17)
+    with pytest.raises(ConfigError, match="strengths"):
+        fusion.generate(pipe, "a dog", strengths=[1.0])
+
+
+def test_zero_terminal_snr_is_not_silently_ignored():
+    pipe = fusion.open_pipeline()
+    with pytest.raises(ConfigError, match="zero-terminal"):
+        fusion.generate(pipe, "a dog", scheduler="heun", steps=2)
+
+
+def test_a_picture_carries_the_recipe_that_draws_it_again(tmp_path):
+    pipe = tiny.pipeline("sd1")
+    adapter = trained_adapter(pipe, "<rex>")
+    options = {"adapters": [adapter], "strengths": [0.7], "steps": 2, "batch": 2, "seed": 5}
+    picture = fusion.generate(pipe, "a <rex>", **options)[1]
+    recipe = fusion.recipe_of(picture.save(tmp_path / "new" / "rex.png"))
+    assert recipe == picture.recipe
+    assert recipe.adapters[0].digest == adapter.digest() and recipe.adapters[0].strength == 0.7
+    again = fusion.generate(
+        pipe,
+        recipe.prompt,
+        adapters=[adapter],
+        strengths=[recipe.adapters[0].strength],
+        seed=recipe.seed,
+        batch=recipe.batch,
+        steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+    )[recipe.index]
+    assert np.array_equal(again.image, np.asarray(Image.open(tmp_path / "new" / "rex.png")))
+
+
+def test_foreign_and_damaged_recipes_are_refused(tmp_path):
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    with pytest.raises(FormatError, match="no recipe"):
+        fusion.recipe_of(plain)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(FormatError, match="cannot be read"):
+        fusion.recipe_of(tmp_path / "text.png")
+
+
+def test_img2img_starts_from_the_picture(family):
+    pipe = tiny.pipeline(family)
+    start = Image.new("RGB", (16, 16), "red")
+    weak = fusion.generate(pipe, "a dog", image=start, image_strength=0.3, steps=4)[0]
+    strong = fusion.generate(pipe, "a dog", image=start, image_strength=1.0, steps=4)[0]
+    assert weak.recipe.image and weak.recipe.image_strength == 0.3
+    assert not np.array_equal(weak.image, strong.image)
+
+
+def test_previews_are_told_each_step_and_cancelling_leaves_no_trace():
+    pipe = tiny.pipeline("sd1")
+    adapter, tokenizer, seen = trained_adapter(pipe, "<rex>"), pipe.tokenizer, []
+
+    def watch(step, total, preview):
+        seen.append((step, total, preview().size))
+        if step == 2:
+            raise fusion.Cancelled("enough")
+
+    with pytest.raises(fusion.Cancelled):
+        fusion.generate(pipe, "a <rex>", adapters=[adapter], steps=4, on_step=watch)
+    assert seen == [(1, 4, (16, 16)), (2, 4, (16, 16))]
+    assert pipe.tokenizer is tokenizer
