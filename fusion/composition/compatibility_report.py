@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from fusion.adapters.adapter import Adapter
@@ -11,6 +12,7 @@ from fusion.composition.input_interference import CrossTalk, cross_talk
 from fusion.composition.weight_interference import Interference, interference
 from fusion.errors import ConfigError, FusionError
 from fusion.models.base_check import check_base
+from fusion.models.pipeline import Pipeline
 from fusion.spectral.moments import Moments
 
 NOTICEABLE = 0.1  # weight cosine from which ungated adapters are said to pull at the same thing
@@ -46,7 +48,7 @@ class Compatibility:
 
 def compatibility(
     adapters: Sequence[Adapter],
-    pipe: Any = None,
+    pipe: Pipeline | None = None,
     moments: Sequence[Moments] | None = None,
     foresight: Foresight | None = None,
 ) -> Compatibility:
@@ -62,7 +64,7 @@ def compatibility(
     refusals: list[str] = []
     checks = [lambda: check_bases(adapters), lambda: check_tokens(adapters)]
     if pipe is not None:
-        checks += [lambda a=adapter: check_base(pipe, a) for adapter in adapters]
+        checks += [partial(check_base, pipe, adapter) for adapter in adapters]
     for check in checks:
         try:
             check()
@@ -71,7 +73,7 @@ def compatibility(
     clashes = slice_clashes(adapters)
     refusals += [f"{clash.sentence()} {clash.advice()}" for clash in clashes]
     measured = interference(adapters)
-    talk = cross_talk(pipe, adapters, moments) if moments is not None and not refusals else None
+    talk = cross_talk(pipe, adapters, moments) if pipe is not None and moments is not None and not refusals else None
     cautions, advice = _cautions(adapters, measured)
     if talk:
         cautions += _disturbances(adapters, talk)

@@ -6,7 +6,6 @@ Knows nothing of files or pictures.
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from fusion.methods import METHODS
 from fusion.methods.method import MethodOptions, WeightedSum
 from fusion.models.attachment import effective_gates
 from fusion.models.input_moments import record_moments
+from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta
 from fusion.spectral.interference import gram
 from fusion.spectral.moments import Moments
@@ -32,7 +32,7 @@ def fuse(
     method: str = "direct_sum",
     *,
     options: MethodOptions = MethodOptions(),
-    pipe: Any = None,
+    pipe: Pipeline | None = None,
     moments: Sequence[Moments] | None = None,
     gating: str | None = None,
     rank: int | None = None,
@@ -125,17 +125,20 @@ def _weights(
     return row.weights(strengths, whole_gram)
 
 
-def _moments(parts: list[Adapter], method: str, pipe: Any, moments: Sequence[Moments] | None) -> Sequence[Moments]:
+def _moments(
+    parts: list[Adapter], method: str, pipe: Pipeline | None, moments: Sequence[Moments] | None
+) -> Sequence[Moments]:
     """One for each part: those given, or recorded now."""
-    if moments is None and pipe is None:
-        raise ConfigError(
-            f"Method '{method}' looks at what each adapter does to its inputs, so it needs a base: pass pipe=, or "
-            "moments= recorded before; on the command line, --base."
-        )
-    met = record_moments(pipe, parts) if moments is None else moments
-    if len(met) != len(parts):
-        raise ConfigError(f"Give moments for each of {quoted(p.info.name for p in parts)}; got {len(met)}.")
-    return met
+    if moments is None:
+        if pipe is None:
+            raise ConfigError(
+                f"Method '{method}' looks at what each adapter does to its inputs, so it needs a base: pass pipe=, or "
+                "moments= recorded before; on the command line, --base."
+            )
+        return record_moments(pipe, parts)
+    if len(moments) != len(parts):
+        raise ConfigError(f"Give moments for each of {quoted(p.info.name for p in parts)}; got {len(moments)}.")
+    return moments
 
 
 def _merged(

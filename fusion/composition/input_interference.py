@@ -18,6 +18,7 @@ from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import taken_apart
 from fusion.errors import ConfigError
 from fusion.models.layer_sites import matrix, sites
+from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta
 from fusion.spectral.moments import Moments, response
 
@@ -48,7 +49,7 @@ class CrossTalk:
         return sorted(pairs, key=lambda pair: -pair[3])[:count]
 
 
-def cross_talk(pipe: Any, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> CrossTalk:
+def cross_talk(pipe: Pipeline, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> CrossTalk:
     """Measure adapters against each other on a base; `moments` as recorded there, one for each branch."""
     parts = _matched(adapters, moments)
     changes = [part.deltas() for part in parts]
@@ -103,7 +104,7 @@ def _ratios(energies: Tensor) -> Tensor:
     return torch.where(own > 0, energies / own.clamp(min=_TINY), 0.0).sqrt()
 
 
-def _drift(pipe: Any, change: Mapping[str, Delta], met: Moments) -> float:
+def _drift(pipe: Pipeline, change: Mapping[str, Delta], met: Moments) -> float:
     found, moved, said = sites(pipe), 0.0, 0.0
     for layer in (layer for layer in change if layer in met.layers):
         weight, free = matrix(found[layer]).to("cpu", torch.float64), met.layers[layer].free

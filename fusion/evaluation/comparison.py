@@ -8,7 +8,6 @@ Both are read from what the UNet says (survival.py), so they hold for the settin
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
@@ -18,6 +17,7 @@ from fusion.errors import ConfigError
 from fusion.evaluation.output_error import CONCEPT_FREE, concept_question, concepts_of, free_question
 from fusion.generation.drawing import Picture, generate
 from fusion.models.attachment import attach
+from fusion.models.pipeline import Pipeline
 
 ALONE = "alone"
 MOST = 64  # pictures
@@ -42,7 +42,7 @@ class Cell:
 
 
 def compare(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     prompt: str,
     *,

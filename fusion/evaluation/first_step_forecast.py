@@ -27,12 +27,13 @@ from fusion.evaluation.identity import SINGLE
 from fusion.evaluation.output_error import concepts_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
+from fusion.models.pipeline import Pipeline
 
 UNSEEN = 0.02  # likeness that a concept must add to its noun for what it loses to mean anything
 
 
 def foresee(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     references: Mapping[str, Sequence[Image.Image]],
     judge: Judge,
@@ -70,7 +71,7 @@ def _only(adapter: Adapter, tokens: Sequence[str]) -> Adapter:
 
 
 @torch.no_grad()
-def expected(pipe: Any, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+def expected(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
     """The pictures (S) that the UNet's first step expects of each seed's noise: blurred means of what may come."""
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     first = schedule.config.num_train_timesteps - 1

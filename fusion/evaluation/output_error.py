@@ -21,6 +21,7 @@ from fusion.errors import ConfigError
 from fusion.generation.drawing import generate
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
+from fusion.models.pipeline import Pipeline
 
 PROMPTS = ("a {token}", "a {token} on a blue background", "a {token} on the left of a house")
 CONCEPT_FREE = ("a dog on a blue background", "a red car on a white background", "a house beside a tree")
@@ -36,7 +37,7 @@ class Survival:
 
 
 def measure_survival(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     gatings: Sequence[str | None],
     *,
@@ -88,13 +89,13 @@ class Question:
     expected: Tensor  # like noisy
     scale: Tensor  # mean square that counts as an error of 1
 
-    def error(self, pipe: Any) -> float:
+    def error(self, pipe: Pipeline) -> float:
         """How far the answer is off as `pipe` is now."""
         answer = _predictions(pipe, self.prompts, self.noisy, self.times)
         return float((answer - self.expected).square().mean() / self.scale) if self.scale > 0 else 0.0
 
 
-def concept_question(pipe: Any, single: Adapter, prompts: list[str], seed: int) -> Question:
+def concept_question(pipe: Pipeline, single: Adapter, prompts: list[str], seed: int) -> Question:
     """What a concept's own adapter says on its prompts; an error of 1 is all that it changes of the base."""
     asked = prompts, *_noised(pipe, [single], prompts, seed)
     with attach(pipe, single):
@@ -104,14 +105,14 @@ def concept_question(pipe: Any, single: Adapter, prompts: list[str], seed: int) 
     return Question(*asked, alone, (alone - base).square().mean())
 
 
-def free_question(pipe: Any, prompts: list[str], seed: int) -> Question:
+def free_question(pipe: Pipeline, prompts: list[str], seed: int) -> Question:
     """What the base says on prompts without concepts; an error of 1 is all that it says."""
     asked = prompts, *_noised(pipe, [], prompts, seed)
     base = _predictions(pipe, *asked)
     return Question(*asked, base, base.square().mean())
 
 
-def _noised(pipe: Any, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
+def _noised(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
     """Noisy latents (prompts · LEVELS, C, H, W) of drawn pictures, and their timesteps; always the same ones."""
     pictures = [generate(pipe, prompt, adapters=adapters, seed=seed)[0].image for prompt in prompts]
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -125,7 +126,7 @@ def _noised(pipe: Any, adapters: Sequence[Adapter], prompts: list[str], seed: in
     return schedule.add_noise(clean, noise, times), times
 
 
-def _predictions(pipe: Any, prompts: list[str], noisy: Tensor, times: Tensor) -> Tensor:
+def _predictions(pipe: Pipeline, prompts: list[str], noisy: Tensor, times: Tensor) -> Tensor:
     """The UNet's predictions for every prompt at every level, in float32."""
     made: list[Tensor] = []
     with torch.no_grad():

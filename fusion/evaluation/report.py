@@ -16,6 +16,7 @@ from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_id
 from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
 from fusion.generation.drawing import generate
 from fusion.models.input_moments import record_moments
+from fusion.models.pipeline import Pipeline
 
 LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
 SEEN = "Retention: likeness to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
@@ -98,7 +99,7 @@ class Evaluation:
 
 
 def evaluate(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     *,
     prompts: Sequence[str] | None = None,
@@ -152,7 +153,7 @@ def _checked(
 
 
 def _identity(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     references: Mapping[str, Sequence[Image.Image]],
     judge: Judge,

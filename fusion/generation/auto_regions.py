@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusion.generation.regions import Region
 from fusion.models.denoising import encode_prompts, predict
+from fusion.models.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) 
     return prompt
 
 
-def changes(pipe: Any, seen: Looked, prompt: str, nouns: Mapping[str, str]) -> Tensor:
+def changes(pipe: Pipeline, seen: Looked, prompt: str, nouns: Mapping[str, str]) -> Tensor:
     """(C, H, W): by how much each concept's token, in the place of its noun, changes the prediction; mean squares."""
     texts = [by_nouns(prompt, nouns), *(by_nouns(prompt, nouns, [token]) for token in nouns)]
     noisy = seen.latents.expand(len(texts), -1, -1, -1)

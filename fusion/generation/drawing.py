@@ -23,6 +23,7 @@ from fusion.generation.auto_regions import Looked, by_nouns, changes, looking, p
 from fusion.generation.regions import Cover, Region, encode_regions, routed
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.attachment import attach, routing
+from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 
 RECIPE_KEY = "fusion"  # PNG text chunk
@@ -119,7 +120,7 @@ def _used_from(entry: dict[str, Any]) -> UsedAdapter:
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str,
     *,
     adapters: Sequence[Adapter] = (),
@@ -202,7 +203,7 @@ def _spelled_out(region: Region, prompt: str, nouns: Mapping[str, str]) -> Regio
     return replace(region, prompt=by_nouns(prompt, nouns, keep=words))
 
 
-def _found(pipe: Any, recipe: Recipe, image: Image.Image | None, nouns: Mapping[str, str]) -> tuple[Region, ...]:
+def _found(pipe: Pipeline, recipe: Recipe, image: Image.Image | None, nouns: Mapping[str, str]) -> tuple[Region, ...]:
     """A region for each concept of the prompt, where it is going to stand; none for a single one."""
     if len(nouns) < 2:
         return ()
@@ -216,7 +217,7 @@ def _found(pipe: Any, recipe: Recipe, image: Image.Image | None, nouns: Mapping[
 
 
 def _draw(
-    pipe: Any, recipe: Recipe, image: Image.Image | None, on_step: Callable[..., None] | None
+    pipe: Pipeline, recipe: Recipe, image: Image.Image | None, on_step: Callable[..., None] | None
 ) -> list[Image.Image]:
     with own_scheduler(pipe, recipe.scheduler), _quiet(pipe):
         call: Any = pipe if image is None else _img2img(pipe)
@@ -253,7 +254,7 @@ def _reporter(on_step: Callable[..., None]) -> Callable[..., dict[str, Any]]:
     return report
 
 
-def _preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
+def _preview(pipe: Pipeline, latents: torch.Tensor) -> Image.Image:
     """The first picture as it stands; noisy latents of any scheduler are brought to unit scale at most."""
     with torch.no_grad():
         first = latents[:1] / latents[:1].std().clamp(min=1)
@@ -262,7 +263,7 @@ def _preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Generator[None]:
+def _quiet(pipe: Pipeline) -> Generator[None]:
     """No progress bar of the pipeline's own while we report steps ourselves."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
@@ -272,7 +273,7 @@ def _quiet(pipe: Any) -> Generator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-def _img2img(pipe: Any) -> Any:
+def _img2img(pipe: Pipeline) -> Any:
     """The img2img pipeline of the same components, with what is attached to them."""
     kind = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline"))
     extra = (
@@ -283,7 +284,7 @@ def _img2img(pipe: Any) -> Any:
     return made
 
 
-def _check_size(pipe: Any, recipe: Recipe) -> None:
+def _check_size(pipe: Pipeline, recipe: Recipe) -> None:
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     for side, value in (("width", recipe.width), ("height", recipe.height)):
         if value < multiple or value % multiple:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
+from fusion.models.pipeline import Pipeline
 
 INSIDE = 0.5  # share of a cell that a painted mask must cover
 
@@ -147,7 +148,7 @@ def routed(unet: Any, cover: Cover) -> Generator[None]:
 
 
 def encode_regions(
-    pipe: Any, prompt: str, negative: str | None, regions: Sequence[Region], batch: int
+    pipe: Pipeline, prompt: str, negative: str | None, regions: Sequence[Region], batch: int
 ) -> dict[str, Tensor]:
     """The prompts of a picture and its regions as arguments of the pipeline call, (batch, (1 + R)·T, D) and pooled."""
     texts = [prompt, *(region.prompt for region in regions)]

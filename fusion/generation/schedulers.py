@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 
 from fusion.errors import ConfigError, UnknownName, closest
+from fusion.models.pipeline import Pipeline
 
 # With what makes each of them; everything else comes from the base's own.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +26,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @contextmanager
-def own_scheduler(pipe: Any, name: str | None) -> Generator[None]:
+def own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
     """A scheduler for this call alone: set_timesteps changes it, and the user's must not move."""
     original = pipe.scheduler
     pipe.scheduler = make_scheduler(original, name)

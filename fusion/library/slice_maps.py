@@ -1,11 +1,11 @@
 """Who owns what of a base's spectrum, and what is free: what a library says, held against a pipeline."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fusion.adapters.adapter import BaseInfo
 from fusion.library.library_folder import Library, SliceOwner
 from fusion.models.layer_sites import components, matrix, sites
+from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 from fusion.models.targets import default_targets, resolve
 
@@ -24,7 +24,7 @@ class SliceMap:
         return self.capacity - len({i for owner in self.owners for i in owner.slice.indices if i < self.capacity})
 
 
-def slice_map(pipe: Any, library: Library) -> SliceMap:
+def slice_map(pipe: Pipeline, library: Library) -> SliceMap:
     """The slices of the base in `pipe`: owned by the library's adapters, or by trainings under way there."""
     info, places = base_info(pipe), sites(pipe)
     names = resolve(default_targets(components(pipe), gated=True), places)

@@ -21,6 +21,7 @@ from fusion.models.adapted_layers import Gate, LayerBranch, Strength, adapted
 from fusion.models.base_check import check_base
 from fusion.models.gates import PromptTracker, Routing
 from fusion.models.layer_sites import Site, components, sites
+from fusion.models.pipeline import Pipeline
 from fusion.models.targets import sees_tokens
 from fusion.models.tokens import ConceptTokens, embedding_of, text_encoders
 from fusion.spectral.delta import Delta
@@ -35,7 +36,7 @@ _keys = itertools.count()
 class AttachedState:
     """All that is attached to one set of components: adapted layers, concept tokens, the hooks that read prompts."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self.parts = components(pipe)
         self.sites = sites(pipe)
         self.reader = PromptTracker({name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()})
@@ -95,7 +96,7 @@ _installations: "weakref.WeakKeyDictionary[Any, AttachedState]" = weakref.WeakKe
 _baked: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
 
 
-def _installation(pipe: Any) -> AttachedState:
+def _installation(pipe: Pipeline) -> AttachedState:
     """What is attached to this pipeline's components, shared by all pipelines built of the same ones."""
     if pipe in _installations:
         return _installations[pipe]
@@ -116,7 +117,7 @@ def _installation(pipe: Any) -> AttachedState:
 
 
 @contextmanager
-def routing(pipe: Any, routing: Routing) -> Generator[None]:
+def routing(pipe: Pipeline, routing: Routing) -> Generator[None]:
     """Gates of layers that see no tokens act region by region, as `routing` says; without adapters, nothing does."""
     reader = _installations[pipe].reader if pipe in _installations else None
     if reader is None:
@@ -132,7 +133,7 @@ def routing(pipe: Any, routing: Routing) -> Generator[None]:
 class Attachment:
     """An adapter in a pipeline. `detach()` restores the same module objects; also a context manager."""
 
-    def __init__(self, pipe: Any, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
+    def __init__(self, pipe: Pipeline, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
         self.adapter, self._pipe = adapter, pipe
         self._here = _installation(pipe)
         self._knobs: dict[str, Strength] = {}
@@ -204,7 +205,7 @@ class Attachment:
         self.detach()
 
 
-def attach(pipe: Any, adapter: Adapter, gating: str | None = None, *, live: bool = False) -> Attachment:
+def attach(pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live: bool = False) -> Attachment:
     """Attach an adapter to a pipeline; several may be attached at once, and detached in any order.
 
     `gating`: None as the file says, "tokens" to gate every branch by the adapter's own tokens, "none" to let all act

@@ -1,7 +1,5 @@
 """Adapters into a base's own weights and vocabulary: one-way."""
 
-from typing import Any
-
 import torch
 
 from fusion.adapters.adapter import Adapter
@@ -9,11 +7,12 @@ from fusion.errors import FusionError, GatingError
 from fusion.models.attachment import _baked, _installations, effective_gates
 from fusion.models.base_check import check_base
 from fusion.models.layer_sites import components, sites
+from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import model_of
 from fusion.models.tokens import make_permanent
 
 
-def bake(pipe: Any, adapter: Adapter, gating: str | None = None) -> None:
+def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
     """Add an adapter into the base's own weights and vocabulary. One-way; `pipe.save_pretrained` keeps it.
 
     Raises GatingError for a gated adapter unless gating="none", since a weight cannot know which token it is given;

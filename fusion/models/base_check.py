@@ -1,7 +1,6 @@
 """Whether an adapter fits a base: its layers, their shapes, and the stored basis held against the weights."""
 
 import logging
-from typing import Any
 
 import torch
 
@@ -9,6 +8,7 @@ from fusion.adapters.adapter import Adapter
 from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch
 from fusion.models.layer_sites import matrix, sites
+from fusion.models.pipeline import Pipeline
 from fusion.spectral.spectrum import Spectrum, residual
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ FINE_TUNE_RESIDUAL = 0.02  # above it, the base is taken for a fine-tune of the 
 FOREIGN_RESIDUAL = 0.3  # above it, for another base
 
 
-def check_base(pipe: Any, adapter: Adapter) -> None:
+def check_base(pipe: Pipeline, adapter: Adapter) -> None:
     """Compare every layer's stored basis with the pipeline's weights.
 
     Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above, or where layers are missing or differ in

@@ -4,10 +4,12 @@ Shapes: B prompts, T text positions, D embedding width, P pooled width, C H W la
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fusion.models.pipeline import Pipeline
 
 TimeIds = tuple[int, ...]  # SDXL: original height, width, crop top, left, target height, width
 
@@ -23,7 +25,7 @@ class Conditioning(NamedTuple):
         return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
-def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def encode_prompts(pipe: Pipeline, prompts: Sequence[str]) -> Conditioning:
     """Encode prompts, with gradients where the text encoders or token rows ask for them."""
     made = pipe.encode_prompt(
         list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -32,7 +34,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
 
 
 def predict(
-    pipe: Any,
+    pipe: Pipeline,
     noisy: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,

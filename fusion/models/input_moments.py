@@ -22,6 +22,7 @@ from fusion.models.adapted_layers import AdaptedConv1x1, AdaptedLinear
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import Site, sites
+from fusion.models.pipeline import Pipeline
 from fusion.spectral.moments import Moment, Moments
 
 PROMPTS = ("a {token}", "a photo of a {token}", "a {token} on a white background", "a {token} beside a tree")
@@ -34,7 +35,7 @@ BATCH = 4  # prompts at a time
 
 
 def record_moments(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Sequence[Adapter],
     *,
     prompts: Sequence[str] | None = None,
@@ -68,7 +69,7 @@ def record_moments(
 
 
 def record_base(
-    pipe: Any, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0
+    pipe: Pipeline, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0
 ) -> dict[str, Moment]:
     """What the layers hear as the pipeline is now, as inputs to be left alone."""
     names = list(layers)
@@ -85,7 +86,7 @@ def _worded(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(worded))
 
 
-def _imagine(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> None:
+def _imagine(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int) -> None:
     """Encode prompts, and draw them by DDIM without guidance, for the sake of what the layers hear."""
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
@@ -135,7 +136,7 @@ class _LayerInputs:
 class _Recorder:
     """Hooks on layers; leaving the context takes them off."""
 
-    def __init__(self, pipe: Any, layers: Iterable[str]) -> None:
+    def __init__(self, pipe: Pipeline, layers: Iterable[str]) -> None:
         self.silent = False  # nothing acts: all is to be left alone
         self._ears: dict[str, _LayerInputs] = {}
         found = sites(pipe)

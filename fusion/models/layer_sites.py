@@ -4,20 +4,15 @@ PEFT's own matrices are no layers of the base and are left out.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fusion.layer_names import COMPONENTS, canonical
+from fusion.models.pipeline import Pipeline
 
 _PEFT = "lora_"  # begins the levels that hold PEFT's own matrices
-
-
-class Pipeline(Protocol):
-    """The part of a diffusers Stable Diffusion pipeline that the toolkit touches."""
-
-    unet: nn.Module
 
 
 class Site(NamedTuple):

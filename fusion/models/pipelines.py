@@ -100,7 +100,7 @@ def as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dty
     return known[dtype] if dtype else torch.float32 if device.type == "cpu" else torch.float16
 
 
-def base_defaults(pipe: Any, table: str) -> dict[str, Any]:
+def base_defaults(pipe: Pipeline, table: str) -> dict[str, Any]:
     """What the base's own `fusion.toml` says in a table, "training" or "generation"; empty without one."""
     where = pipe.config.get("_name_or_path")
     return read_base_defaults(where if where and Path(str(where)).is_dir() else None, table)
@@ -128,7 +128,7 @@ def family(pipe: Pipeline) -> str:
     return "sd2" if config.get("use_linear_projection") else "sd1"
 
 
-def base_info(pipe: Any) -> BaseInfo:
+def base_info(pipe: Pipeline) -> BaseInfo:
     """What an adapter trained on this pipeline says of its base."""
     where = pipe.config.get("_name_or_path") or getattr(model_of(pipe), "name_or_path", "") or "unnamed"
     return BaseInfo(family(pipe), Path(str(where)).name, str(pipe.scheduler.config.prediction_type))

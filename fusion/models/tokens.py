@@ -20,11 +20,12 @@ from fusion.adapters.adapter import Concept
 from fusion.errors import BaseMismatch, TokenConflict
 from fusion.models.gates import Positions, PromptTracker
 from fusion.models.layer_sites import components
+from fusion.models.pipeline import Pipeline
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-def text_encoders(pipe: Any) -> dict[str, Any]:
+def text_encoders(pipe: Pipeline) -> dict[str, Any]:
     return {name: module for name, module in components(pipe).items() if name in TOKENIZERS}
 
 
@@ -33,7 +34,7 @@ def embedding_of(text_encoder: Any) -> nn.Embedding:
     return getattr(text_encoder, "_orig_mod", text_encoder).get_input_embeddings()
 
 
-def initial_rows(pipe: Any, concept: Concept) -> dict[str, Tensor]:
+def initial_rows(pipe: Pipeline, concept: Concept) -> dict[str, Tensor]:
     """Embedding rows (vectors, D) per text encoder, started from the noun's pieces.
 
     A whisper of noise (1 % of the embedding's spread, seeded by the token) tells `a <dog>` from `a dog`: prompts are
@@ -61,7 +62,7 @@ def initial_rows(pipe: Any, concept: Concept) -> dict[str, Tensor]:
 class ConceptTokens:
     """All concepts attached to pipelines of the same components; `close()` leaves these as found."""
 
-    def __init__(self, pipe: Any, reader: PromptTracker) -> None:
+    def __init__(self, pipe: Pipeline, reader: PromptTracker) -> None:
         self.reader = reader
         self._encoders = text_encoders(pipe)
         self._originals = {name: getattr(pipe, TOKENIZERS[name]) for name in self._encoders}
@@ -76,7 +77,7 @@ class ConceptTokens:
         self._rebuild()
         self.join(pipe)
 
-    def join(self, pipe: Any) -> None:
+    def join(self, pipe: Pipeline) -> None:
         """Give the tokenizers to another pipeline of the same components, too."""
         self._pipes.add(pipe)
         self._hand_out()
@@ -222,7 +223,7 @@ def check_concepts(
                 )
 
 
-def make_permanent(pipe: Any, concepts: Sequence[Concept], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+def make_permanent(pipe: Pipeline, concepts: Sequence[Concept], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Add concepts to the pipeline's own vocabulary, for baking: tokenizers and embeddings grow.
 
     Raises what check_concepts does, before anything is changed.

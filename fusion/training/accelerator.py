@@ -10,11 +10,12 @@ from accelerate.state import AcceleratorState
 
 from fusion.errors import ConfigError
 from fusion.models.layer_sites import components
+from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
 
 
 @contextmanager
-def accelerated(pipe: Any, config: TrainingConfig) -> Generator[Accelerator]:
+def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator]:
     """An Accelerator on the pipeline's device; its process-wide state is cleared so that the next may differ."""
     if pipe.unet.dtype == torch.float16 and config.mixed_precision != "fp16":
         raise ConfigError("The base is loaded in float16; train with mixed_precision = 'fp16', or load it in float32.")
@@ -44,7 +45,7 @@ def accelerated(pipe: Any, config: TrainingConfig) -> Generator[Accelerator]:
 
 
 @contextmanager
-def frozen(pipe: Any, config: TrainingConfig) -> Generator[None]:
+def frozen(pipe: Pipeline, config: TrainingConfig) -> Generator[None]:
     """Freeze the base for the training, and give back every flag as it was."""
     models: list[Any] = [*components(pipe).values(), pipe.vae]
     flags = [(p, p.requires_grad) for model in models for p in model.parameters()]

@@ -5,7 +5,7 @@ Shapes: B examples, C latent channels, H W latent size.
 
 import hashlib
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusion.generation.drawing import generate
 from fusion.models.denoising import TimeIds
+from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Dataset, Example, class_dataset, instance_dataset, prepare
 
@@ -38,7 +39,7 @@ class Encoded(NamedTuple):
 class Batches:
     """The concept's pictures, and class pictures under prior preservation. Checked at once, encoded by `prepare`."""
 
-    def __init__(self, pipe: Any, config: TrainingConfig) -> None:
+    def __init__(self, pipe: Pipeline, config: TrainingConfig) -> None:
         """Raises DatasetError naming every file with a problem."""
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -27,6 +27,7 @@ from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, encode_prompts, predict
+from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults
 from fusion.models.targets import sees_tokens
 from fusion.training.accelerator import accelerated, frozen
@@ -67,7 +68,7 @@ class TrainStep:
     checkpoint: Path | None = None
 
 
-def train(pipe: Any, config: TrainingConfig) -> Generator[TrainStep]:
+def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     """Teach one concept to an adapter; the pipeline's own weights are never changed.
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
@@ -83,7 +84,7 @@ def train(pipe: Any, config: TrainingConfig) -> Generator[TrainStep]:
 class _Training:
     """The state of one training; everything it touches is put back when `held` closes."""
 
-    def __init__(self, pipe: Any, config: TrainingConfig, held: ExitStack) -> None:
+    def __init__(self, pipe: Pipeline, config: TrainingConfig, held: ExitStack) -> None:
         self.pipe, self.config = pipe, config
         self.batches = Batches(pipe, config)
         self.accelerator = held.enter_context(accelerated(pipe, config))
@@ -235,7 +236,7 @@ def _generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(name[:7], "big"))
 
 
-def _noise_schedule(pipe: Any, config: TrainingConfig) -> Any:
+def _noise_schedule(pipe: Pipeline, config: TrainingConfig) -> Any:
     """The base's own forward process, for adding noise."""
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     if config.prediction_type:

@@ -12,7 +12,6 @@ Shapes: I in_features, Q rank of a delta.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
 from fusion.models.attachment import attach
 from fusion.models.input_moments import CONCEPT_FREE, record_base
 from fusion.models.layer_sites import matrix, sites
+from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
 
 NOUNS = (
@@ -34,7 +34,7 @@ STEPS = 4  # levels of noise
 class Quiet:
     """Second moments of what the base hears, and the loss they give."""
 
-    def __init__(self, pipe: Any, config: TrainingConfig, adapter: Adapter, captions: Sequence[str]) -> None:
+    def __init__(self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, captions: Sequence[str]) -> None:
         """`adapter` is attached, and untrained: it changes nothing yet."""
         decoys = decoy_words(config, adapter)
         places, names = sites(pipe), list(adapter.layer_names)

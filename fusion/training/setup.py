@@ -14,6 +14,7 @@ from fusion.layer_names import component_of
 from fusion.library.library_folder import Library
 from fusion.library.spectrum_cache import cached_spectrum
 from fusion.models.layer_sites import components, matrix, sites
+from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
@@ -21,7 +22,9 @@ from fusion.spectral.slices import SpectralSlice
 from fusion.training.config import TrainingConfig
 
 
-def fresh_adapter(pipe: Any, config: TrainingConfig, held: ExitStack, resumed: SpectralSlice | None = None) -> Adapter:
+def fresh_adapter(
+    pipe: Pipeline, config: TrainingConfig, held: ExitStack, resumed: SpectralSlice | None = None
+) -> Adapter:
     """An untrained adapter for `config`, on a free slice; a slice reserved in a library is held until `held` closes.
 
     `resumed`: the slice of the training that is gone on with.
@@ -84,7 +87,7 @@ def fresh_layer(
     return kind.fresh(exact, directions, spectrum=spectrum, options=options)
 
 
-def parameter_groups(pipe: Any, adapter: Adapter, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(pipe: Pipeline, adapter: Adapter, config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups: UNet layers, text encoder layers and token rows at their own learning rates.
 
     With `balance_slices` every spectral parameter gets its layer's own rate, so that a slice far down the spectrum
