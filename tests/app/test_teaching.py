@@ -166,7 +166,7 @@ def test_several_concepts_wait_in_a_queue_and_an_ungated_one_has_the_pipeline_al
     views = list(teach.watch(session))
     assert any("&lt;cat&gt;" in view[6] and "Everyone who has this page" in view[6] for view in views)
     assert "&lt;cat&gt;" in views[-1][0] and session.entries().keys() == {"rex", "cat"}
-    assert [own.state for own in session.training_jobs.lessons] == ["learned", "learned"]
+    assert [own.state for own in session.teaching.lessons] == ["learned", "learned"]
 
 
 def test_watching_nothing_changes_nothing(session):
@@ -289,7 +289,7 @@ session = Session(base, library)
 _, pictures, _ = teach.add_pictures(session, files)
 filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
 teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
-own = session.teaching.now or session.training_jobs.lessons[0]
+own = session.teaching.now or session.teaching.lessons[0]
 while own.step < 9:
     time.sleep(0.01)
 os._exit(1)  # as a power cut would
