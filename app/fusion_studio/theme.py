@@ -9,7 +9,7 @@ FONTS = ("Inter", "ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def theme() -> gr.themes.Base:
+def studio_theme() -> gr.themes.Base:
     look = gr.themes.Base(primary_hue="violet", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
     for name, light, dark in (
         ("body_background_fill", "*neutral_50", "*neutral_950"),
@@ -28,7 +28,7 @@ def theme() -> gr.themes.Base:
 def launch_options() -> dict[str, Any]:
     """For launch(): looks, and privacy. Pictures of people's own things stay on this machine."""
     return {
-        "theme": theme(),
+        "theme": studio_theme(),
         "css_paths": [Path(__file__).parent / "style.css"],
         "run_history": False,
         "footer_links": [],
