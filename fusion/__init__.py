@@ -13,6 +13,7 @@ cli/                           one file per verb
 """
 
 import ast
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,19 @@ _PACKAGES = (
     "spectral",
     "training",
 )
+# Former public name -> today's. Each use warns; none of them is in __all__, dir() or the stub.
+_RENAMED = {"examine": "check_pictures"}
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"fusion.{name}")
+    if name in _RENAMED:
+        now = _RENAMED[name]
+        message = f"fusion.{name} is now fusion.{now}; the old name goes away in 0.3"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        name = now
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fusion' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -43,7 +43,7 @@ from fusion.spectral.slices import SpectralSlice as SpectralSlice
 from fusion.training.config import TrainingConfig as TrainingConfig
 from fusion.training.loop import TrainStep as TrainStep
 from fusion.training.loop import train as train
-from fusion.training.picture_checks import examine as examine
+from fusion.training.picture_checks import check_pictures as check_pictures
 from fusion.training.pictures import load_picture as load_picture
 from fusion.training.presets import PRESETS as PRESETS
 from fusion.training.presets import preset as preset

@@ -96,7 +96,7 @@ def lesson(
 
 def _lesson(session: Session, config: fusion.TrainingConfig, place: Any) -> TrainingJob:
     pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
-    shown = fusion.examine(pictures[:REFERENCES], config.resolution or session.side())
+    shown = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.side())
     return TrainingJob(config, place, [look.crop for look in shown.looks if look.crop], len(pictures))
 
 

@@ -20,10 +20,10 @@ def run(args: Namespace) -> int:
     from fusion.evaluation.sheets import contact_sheet
     from fusion.models.pipelines import pocket
     from fusion.training.dataset_files import is_picture, visible
-    from fusion.training.picture_checks import examine
+    from fusion.training.picture_checks import check_pictures
 
     resolution = args.resolution or read_base_defaults(pocket(), "training").get("resolution", 512)
-    found = examine([path for path in visible(args.folder) if is_picture(path)], resolution)
+    found = check_pictures([path for path in visible(args.folder) if is_picture(path)], resolution)
     for look in found.looks:
         labelled(f"{look.path.name}: ", " ".join(look.notes) or f"{look.size[0]}x{look.size[1]}, fine")
     for warning in found.warnings:

@@ -31,7 +31,7 @@ class Examination:
     warnings: list[str]  # of all pictures together
 
 
-def examine(pictures: Sequence[str | Path], resolution: int) -> Examination:
+def check_pictures(pictures: Sequence[str | Path], resolution: int) -> Examination:
     """Look at picture files as a training at `resolution` would: nothing is raised, everything is said."""
     looks: list[Look] = []
     copies: dict[str, np.ndarray] = {}

@@ -107,7 +107,7 @@ def add_pictures(
 def reconsidered(session: Session, pictures: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """All pictures looked at together: what is twice, too small or unusable is said."""
     paths = [session.upload(picture["id"]) for picture in pictures]
-    found = fusion.examine(paths, session.side())
+    found = fusion.check_pictures(paths, session.side())
     names = {path.name: str(picture.get("name", "")) for path, picture in zip(paths, pictures, strict=True)}
     looked: list[dict[str, Any]] = []
     for picture, look in zip(pictures, found.looks, strict=True):
