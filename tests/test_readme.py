@@ -1,4 +1,4 @@
-"""README is true: its tree is the real one, its commands and its Python run, in the order they stand in."""
+"""README is true: its tree is the real one, its commands and its Python run in their order (law 18). So is laws.md."""
 
 import re
 import shlex
@@ -54,3 +54,19 @@ def test_tree_is_the_real_one():
 def test_pictures_and_links_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), f"README points at {target}"
+
+
+def test_every_law_that_is_cited_stands_in_laws_md_and_names_tests_that_exist():
+    rows = re.findall(
+        r"^\| (\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/laws.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    numbers = [int(number) for number, _ in rows]
+    assert sorted(numbers) == [*range(1, len(numbers) + 1)]
+    for _, files in rows:
+        for file in files.split(", "):
+            assert (ROOT / file).is_file(), f"docs/laws.md names {file}, which does not exist"
+    for path in (path for folder in ("fusion", "app", "tests") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for cited in re.findall(r"(?i)\blaws? ((?:\d+|, | and )+)", text):
+            strange = {int(number) for number in re.findall(r"\d+", cited)} - {*numbers}
+            assert not strange, f"{path.relative_to(ROOT)} cites law {strange}"

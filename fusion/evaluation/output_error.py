@@ -1,4 +1,4 @@
-"""How much of each concept survives fusion, by what the UNet says: no image metric needed (method.md, section 5).
+"""How much of each concept is left after fusion, measured on the UNet's prediction, without an image metric.
 
     output error = ‖ε_fused − ε_alone‖² / ‖ε_alone − ε_base‖²   on a concept's own prompts: 0 as if alone, 1 as much
                                                                 disturbed as the concept itself changes

@@ -18,7 +18,7 @@ from fusion.layer_names import component_of
 _TOKEN_FED = re.compile(r"text_encoder(_2)?\.(?!text_projection).*|unet\..*\.attn2\.to_[kv]")
 # What a bare component means: its attention projections.
 _ATTENTION = {"unet": ("attn1", "attn2"), "text_encoder": ("self_attn",), "text_encoder_2": ("self_attn",)}
-# Where tokens are seen and gates are exact (method.md, section 7); only those of the pipeline's components are used.
+# Where every row is a token, so that gates are exact (law 19); those of the pipeline's components are used.
 GATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn2.to_k", "unet.attn2.to_v")
 # The paper's targets, for adapters without gates.
 UNGATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn1", "unet.attn2")

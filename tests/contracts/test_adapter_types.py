@@ -1,4 +1,4 @@
-"""The contract of adapter types, for every row of ADAPTERS (laws 1 and 2 of the layer, and the published formulas)."""
+"""The contract of adapter types, for every row of ADAPTERS: law 2, and the formulas as they were published."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Singular directions: a true decomposition, the same on every call, and a fingerprint of the weight."""
+"""Singular directions: a true decomposition, the same on every call, and a fingerprint of the weight (law 1)."""
 
 import pytest
 import torch
