@@ -119,7 +119,7 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
 def region(text: str) -> Any:
     """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
     from fusion.errors import DatasetError
-    from fusion.generation.regions import Region
+    from fusion.generation.config import Region
     from fusion.training.pictures import load_mask
 
     prompt, colon, place = text.rpartition(":")

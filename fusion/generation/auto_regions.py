@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fusion.generation.regions import Region
+from fusion.generation.config import Region
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 

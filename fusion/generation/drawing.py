@@ -20,7 +20,8 @@ from fusion.adapters.adapter import Adapter, nouns
 from fusion.config import TOKEN
 from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.generation.auto_regions import Looked, by_nouns, changes, looking, places, regions_of
-from fusion.generation.regions import Cover, Region, encode_regions, routed
+from fusion.generation.config import Region
+from fusion.generation.regions import Cover, encode_regions, routed
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.attachment import attach, routing
 from fusion.models.pipeline import Pipeline

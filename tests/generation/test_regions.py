@@ -8,8 +8,9 @@ from PIL import Image
 
 import tiny
 from fusion.errors import ConfigError, GatingError
+from fusion.generation.config import Region
 from fusion.generation.drawing import generate, recipe_of
-from fusion.generation.regions import Cover, Region, encode_regions, routed
+from fusion.generation.regions import Cover, encode_regions, routed
 from fusion.models.attachment import attach, routing
 from fusion.models.layer_sites import sites
 from fusion.models.targets import sees_tokens
