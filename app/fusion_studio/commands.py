@@ -40,7 +40,7 @@ def generate(
         where = " ".join(f"{share:g}" for share in box) if box else f"MASK_{number}.png"
         flags += ["--region", f"{region['prompt']}: {where}"]
     flags += ["--region", "auto"] if found else []
-    return command("generate", *used(session, picked), *flags, *session.base_words)
+    return command("generate", *used(session, picked), *flags, *session.base_flags)
 
 
 def train(session: Session, token: str, noun: str, preset: str, settings: Mapping[str, str], folder: object) -> str:

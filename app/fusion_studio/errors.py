@@ -8,10 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from fusion_studio.session import in_a_sentence
+from fusion_studio.session import error_sentence
 
 
-def told(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+def bind(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     """`handler` with its first arguments filled in, whose errors appear on the page as one sentence."""
 
     def answering(*values: Any) -> Any:
@@ -35,7 +35,7 @@ def _noticed() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        raise gr.Error(html.escape(in_a_sentence(error)), print_exception=False) from None
+        raise gr.Error(html.escape(error_sentence(error)), print_exception=False) from None
 
 
 def warn(sentence: str) -> None:

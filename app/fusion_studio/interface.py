@@ -7,9 +7,21 @@ import gradio as gr
 
 import fusion
 from fusion_studio import markup
-from fusion_studio.errors import told, warn
-from fusion_studio.session import Session, in_a_sentence, tokens_of
-from fusion_studio.tabs import LATEST, LONG, QUIET, Picks, combine, compare, draw, history, library, picked_of, teach
+from fusion_studio.errors import bind, warn
+from fusion_studio.session import Session, error_sentence, tokens_of
+from fusion_studio.tabs import (
+    INTERNAL,
+    LAST_CLICK,
+    LONG_RUNNING,
+    Picks,
+    combine,
+    compare,
+    draw,
+    history,
+    library,
+    strengths_of,
+    teach,
+)
 
 HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
@@ -39,21 +51,21 @@ def build(session: Session) -> gr.Blocks:
                 comparing = compare.build(session)
             with gr.Tab("Library", id="library") as library_tab:
                 shelf = library.build(session)
-        usual = [title, base, *drawing.usual, teaching.settings]
+        usual = [title, base, *drawing.base_controls, teaching.settings]
         parts = SimpleNamespace(
             drawing=drawing, teaching=teaching, combining=combining, comparing=comparing, shelf=shelf, tabs=tabs
         )
         fresh = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
 
-        page.load(*fresh, **QUIET)
-        page.load(told(base_ready, session), None, usual, **QUIET)
-        page.load(told(draw.greeted, session), None, drawing.outputs, **QUIET)
-        page.load(teaching.look, None, teaching.left, **QUIET)
-        page.load(told(teach.watch, session), None, teaching.views, **LONG | QUIET).then(*fresh, **QUIET)
-        opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **QUIET)
-        changed = opening.then(told(Session.open_base, session), base, None, api_name="base", **LONG)
+        page.load(*fresh, **INTERNAL)
+        page.load(bind(base_ready, session), None, usual, **INTERNAL)
+        page.load(bind(draw.first_picture, session), None, drawing.outputs, **INTERNAL)
+        page.load(teaching.look, None, teaching.left, **INTERNAL)
+        page.load(bind(teach.watch, session), None, teaching.views, **LONG_RUNNING | INTERNAL).then(*fresh, **INTERNAL)
+        opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **INTERNAL)
+        changed = opening.then(bind(Session.open_base, session), base, None, api_name="base", **LONG_RUNNING)
         for after in (changed.then, changed.failure):
-            after(told(base_ready, session), None, usual, **QUIET)
+            after(bind(base_ready, session), None, usual, **INTERNAL)
     return page
 
 
@@ -63,40 +75,40 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     picked = gr.State({})
     pickers = [drawing.picks, combining.picks, comparing.picks]
     for picker in pickers:
-        picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, picked, **LATEST)
-    look, seen_in = told(look_at_library, session), [*pickers, drawing.no_concepts]
+        picker.input(lambda picks: {"picked": strengths_of(picks), "at": picks.get("at")}, picker, picked, **LAST_CLICK)
+    look, seen_in = bind(library_choices, session), [*pickers, drawing.no_concepts]
     seen, fresh = (look, picked, seen_in), (look, None, seen_in)
-    judge = (told(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
+    judge = (bind(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
     to_judge = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
     draw_tab, combine_tab, compare_tab, library_tab = tabs
-    draw_tab.select(*seen, **QUIET).then(*judge, to_judge, **QUIET)
-    judged = (told(combine.judged, session), [combining.picks, combining.method], combining.verdict)
-    combine_tab.select(*seen, **QUIET).then(*judged, **QUIET)
-    prompted = (told(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
-    compare_tab.select(*seen, **QUIET).then(*prompted, **QUIET)
-    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **QUIET)
+    draw_tab.select(*seen, **INTERNAL).then(*judge, to_judge, **INTERNAL)
+    judged = (bind(combine.judged, session), [combining.picks, combining.method], combining.verdict)
+    combine_tab.select(*seen, **INTERNAL).then(*judged, **INTERNAL)
+    prompted = (bind(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
+    compare_tab.select(*seen, **INTERNAL).then(*prompted, **INTERNAL)
+    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **INTERNAL)
     for event in (*parts.teaching.watching, *shelf.changed, combining.saved):
-        event.then(*fresh, **QUIET)
+        event.then(*fresh, **INTERNAL)
 
     def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
         lead = lambda *values: ({"picked": handler(*values)}, gr.Tabs(selected="draw"))  # noqa: E731
-        chosen = button.click(lead, inputs, [picked, parts.tabs], **QUIET)
-        chosen.then(*seen, **QUIET).then(*judge, to_judge, **QUIET)
+        chosen = button.click(lead, inputs, [picked, parts.tabs], **INTERNAL)
+        chosen.then(*seen, **INTERNAL).then(*judge, to_judge, **INTERNAL)
 
-    leads_to_draw(parts.teaching.use, lambda: taught(session), None)
+    leads_to_draw(parts.teaching.use, lambda: latest_concept(session), None)
     leads_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
-    leads_to_draw(combining.draw, picked_of, combining.picks)
-    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **QUIET)
+    leads_to_draw(combining.draw, strengths_of, combining.picks)
+    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **INTERNAL)
     return fresh
 
 
-def taught(session: Session) -> dict[str, float]:
+def latest_concept(session: Session) -> dict[str, float]:
     """The concept that was taught last, picked."""
-    last = session.teaching.now if session.teaching else None
+    last = session.trainings.now if session.trainings else None
     return {last.saved.stem: 1.0} if last and last.saved else {}
 
 
-def look_at_library(session: Session, picks: Picks | None = None) -> tuple[Any, ...]:
+def library_choices(session: Session, picks: Picks | None = None) -> tuple[Any, ...]:
     """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
     names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
@@ -110,7 +122,7 @@ def look_at_library(session: Session, picks: Picks | None = None) -> tuple[Any, 
         }
         for key, entry in entries.items()
     ]
-    kept = {key: strength for key, strength in picked_of(picks).items() if key in entries}
+    kept = {key: strength for key, strength in strengths_of(picks).items() if key in entries}
     value = {"choices": choices, "picked": None if picks is None else kept, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)
 
@@ -119,12 +131,12 @@ def base_ready(session: Session) -> tuple[Any, ...]:
     """Opens the base if that has not happened yet, and says what it is; what can be chosen comes from the library."""
     name = session.base or "pocket"
     try:
-        size, (_, steps, guidance) = session.side(), session.usual()
+        size, (_, steps, guidance) = session.resolution(), session.defaults()
     except Exception as error:  # whatever it is, the page must not go on saying "opening …"
-        warn(in_a_sentence(error))
+        warn(error_sentence(error))
         return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
     base = gr.update(value=name, info=f"ready, draws {size} × {size}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])
     usual = {key: str(value).lower() for key, value in fusion.base_defaults(session.pipe, "training").items()}
-    settings = {"filled": {}, "usual": usual}
+    settings = {"filled": {}, "defaults": usual}
     return HEADER + CRISP * (size <= SMALL), base, steps, guidance, schedulers, settings

@@ -25,15 +25,15 @@ class PipelineQueue:
         self._tickets: list[tuple[object, str]] = []
 
     @contextmanager
-    def turn(self, clause: str) -> Generator[None]:
+    def acquire(self, clause: str) -> Generator[None]:
         """Wait for one's turn, as long as it takes, and have it."""
-        with self.place(clause) as place:
+        with self.enter(clause) as place:
             for _ in place:
                 pass
             yield
 
     @contextmanager
-    def place(self, clause: str, every: float = 0.5) -> Generator[Iterator[Waiting]]:
+    def enter(self, clause: str, every: float = 0.5) -> Generator[Iterator[Waiting]]:
         """A place in the line. Iterating it waits, telling each time how long the line is, until it is one's turn."""
         ticket = object()
         with self._changed:

@@ -23,7 +23,7 @@ from fusion_studio.pipeline_queue import PipelineQueue
 
 logger = logging.getLogger(__name__)
 FIRST_PROMPT = "a cat on a blue background"  # drawn while the studio starts, and what the page then suggests
-UPLOADS_LAST = 6 * 3600  # seconds a picture waits to be taught before it is deleted
+UPLOAD_LIFETIME = 6 * 3600  # seconds a picture waits to be taught before it is deleted
 
 
 class Session:
@@ -31,12 +31,12 @@ class Session:
 
     def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
         self.base, self.library = base, Path(library)
-        self.teaching: Any = None  # the teaching.Teaching of this session, once something is taught
+        self.trainings: Any = None  # the TrainingQueue of this session, once something is taught
         self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads, gone at the end
         self.uploads = self.folder / "uploads"
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
-        self.line = PipelineQueue()
-        self.greeting: tuple[str, fusion.Recipe] | None = None  # a first picture and how it was made
+        self.queue = PipelineQueue()
+        self.first_picture: tuple[str, fusion.Recipe] | None = None  # a first picture and how it was made
         self._opening, self._pipe = threading.Lock(), None
         self._read: dict[Path, tuple[int, fusion.Adapter]] = {}
 
@@ -60,37 +60,37 @@ class Session:
         try:
             _ = self.pipe
             if self.base is None:  # of others, a picture may take minutes
-                with self.line.turn("The base is being opened"):
+                with self.queue.acquire("The base is being opened"):
                     (made,) = fusion.generate(self.pipe, FIRST_PROMPT, seed=0)
-                self.greeting = self.keep(made), made.recipe
+                self.first_picture = self.store_picture(made), made.recipe
         except Exception as error:
-            logger.warning("The base is not ready: %s", in_a_sentence(error))
+            logger.warning("The base is not ready: %s", error_sentence(error))
 
     def open_base(self, name: str) -> None:
         """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
         wanted = None if name.strip().lower() in ("", "pocket") else name.strip()
         if wanted == self.base:
             return
-        if self.teaching and self.teaching.running:
-            raise fusion.FusionError(f"{self.teaching.token} is being taught on this base; wait until that is done.")
-        with self.line.turn("The base is being changed"), self._opening:
+        if self.trainings and self.trainings.running:
+            raise fusion.FusionError(f"{self.trainings.token} is being taught on this base; wait until that is done.")
+        with self.queue.acquire("The base is being changed"), self._opening:
             self._pipe, self.base = fusion.open_pipeline(wanted), wanted
 
     @property
-    def base_words(self) -> list[str]:
+    def base_flags(self) -> list[str]:
         """What the command line needs to know of the base."""
         return ["--base", self.base] if self.base else []
 
     @property
-    def base_place(self) -> str | None:
+    def base_path(self) -> str | None:
         """The base as settings on disk name it: a folder by its whole path."""
         return str(Path(self.base).absolute()) if self.base and Path(self.base).is_dir() else self.base
 
-    def side(self) -> int:
+    def resolution(self) -> int:
         """Of the square pictures the base draws, in pixels."""
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
-    def usual(self) -> tuple[int, int, float]:
+    def defaults(self) -> tuple[int, int, float]:
         """Training steps, drawing steps and guidance that suit the base: its own, or what suits most."""
         training, drawing = (fusion.base_defaults(self.pipe, table) for table in ("training", "generation"))
         steps = training.get("max_train_steps", fusion.TrainingConfig.model_fields["max_train_steps"].default)
@@ -121,33 +121,33 @@ class Session:
             raise fusion.FusionError("Pick at least one concept first.")
         adapters, strengths = self.adapters(list(picked)), list(picked.values())
         needs = method in fusion.METHODS and fusion.METHODS[method].moments  # then the base is run
-        with self.line.turn("Concepts are being fused") if needs else nullcontext():
+        with self.queue.acquire("Concepts are being fused") if needs else nullcontext():
             return fusion.fuse(adapters, strengths, method, pipe=self.pipe if needs else None, name=name)
 
-    def keep(self, picture: fusion.Picture) -> str:
+    def store_picture(self, picture: fusion.Picture) -> str:
         """A drawn picture as a PNG with its recipe, where pages may show it from."""
         name = f"{safe_name(picture.recipe.prompt)}-{secrets.token_hex(4)}.png"
         return str(picture.save(self.folder / name))
 
-    def take_upload(self, source: str | Path) -> Path:
+    def store_upload(self, source: str | Path) -> Path:
         """A copy of an uploaded file under a name of our own; old ones that nobody has used are deleted."""
         self.uploads.mkdir(exist_ok=True)
         for old in self.uploads.iterdir():
-            if time.time() - old.stat().st_mtime > UPLOADS_LAST:
+            if time.time() - old.stat().st_mtime > UPLOAD_LIFETIME:
                 old.unlink(missing_ok=True)
         ending = Path(source).suffix.lower()
         ending = ending if re.fullmatch(r"\.[a-z0-9]{1,12}", ending) else ".bin"
         return Path(shutil.copyfile(source, self.uploads / f"{secrets.token_hex(8)}{ending}"))
 
-    def upload(self, name: str) -> Path:
-        """An upload by the name `take_upload` gave it; what a page says is never used as a path."""
+    def upload_path(self, name: str) -> Path:
+        """An upload by the name `store_upload` gave it; what a page says is never used as a path."""
         path = self.uploads / str(name)
         if not re.fullmatch(r"[0-9a-f]{16}\.[a-z0-9]{1,12}", str(name)) or not path.is_file():
             raise fusion.FusionError("One of the pictures is no longer here; drop it again.")
         return path
 
 
-def in_a_sentence(error: Exception) -> str:
+def error_sentence(error: Exception) -> str:
     """What to tell people of an error. One that is no FusionError is our mistake: the log has it in full."""
     if isinstance(error, fusion.FusionError):
         return str(error)

@@ -6,14 +6,14 @@ import html
 from typing import Any, Literal, get_args, get_origin
 
 import fusion
-from fusion_studio.training_jobs import OURS
+from fusion_studio.training_jobs import PAGE_SETTINGS
 
 
 def form_html() -> str:
     """Fieldsets by what the settings are about. Nothing filled in means that the base and the preset decide."""
     groups = ""
     for title, names in fusion.TrainingConfig.groups().items():
-        fields = "".join(_field(name) for name in names if name not in OURS)
+        fields = "".join(_field(name) for name in names if name not in PAGE_SETTINGS)
         if fields:
             groups += f"<fieldset><legend>{html.escape(title.capitalize())}</legend>{fields}</fieldset>"
     return groups

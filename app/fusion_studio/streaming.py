@@ -14,7 +14,7 @@ import fusion
 from fusion_studio.session import Session
 
 
-class Frame(NamedTuple):
+class StepProgress(NamedTuple):
     """One moment of a drawing: how far it is, and sometimes a preview."""
 
     step: int
@@ -22,7 +22,7 @@ class Frame(NamedTuple):
     preview: Image.Image | None = None
 
 
-class Done(NamedTuple):
+class Result(NamedTuple):
     """What the work returned."""
 
     value: Any
@@ -58,21 +58,21 @@ class ProgressStream:
             self._cost = self._last - began
         self.check()
         if image or step == total or began - self._shown >= self.PAUSE:
-            self.show(Frame(step, total, image))
+            self.show(StepProgress(step, total, image))
             self._shown = time.monotonic()
 
 
-def streamed(session: Session, clause: str, work: Callable[[ProgressStream], Any]) -> Iterator[Any]:
+def stream_results(session: Session, clause: str, work: Callable[[ProgressStream], Any]) -> Iterator[Any]:
     """Waiting while others have the pipeline, then what `work` shows, and Done last. Closing the iterator cancels."""
     screen = ProgressStream()
 
     def run() -> None:
         try:
-            screen.frames.put(Done(work(screen)))
+            screen.frames.put(Result(work(screen)))
         except BaseException as error:  # handed to the one who asked
             screen.frames.put(error)
 
-    with session.line.place(clause) as place:
+    with session.queue.enter(clause) as place:
         yield from place
         thread = threading.Thread(target=run, name="drawing", daemon=True)
         thread.start()
@@ -82,7 +82,7 @@ def streamed(session: Session, clause: str, work: Callable[[ProgressStream], Any
                 if isinstance(frame, BaseException):
                     raise frame
                 yield frame
-                if isinstance(frame, Done):
+                if isinstance(frame, Result):
                     return
         finally:
             screen.left.set()

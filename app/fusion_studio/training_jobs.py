@@ -16,17 +16,17 @@ from typing import Any
 from PIL import Image
 
 import fusion
-from fusion_studio.session import Session, in_a_sentence, safe_name, tokens_of
+from fusion_studio.session import Session, error_sentence, safe_name, tokens_of
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-MOST_PICTURES = 100
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PICTURES = 100
 PREVIEWS = 5  # how often a training shows what it has learned
-CHECKPOINTS = 20  # how often a training is put on disk, and at least every LOST steps
-LOST = 50
+CHECKPOINTS = 20  # how often a training is put on disk, and at least every MAX_LOST_STEPS steps
+MAX_LOST_STEPS = 50
 THUMBNAIL = 256  # pixels, longest side, of the picture kept beside a concept
 REFERENCES = 4  # pictures shown beside the results at the end
 # What the page itself decides; a path typed by a visitor would name any folder of this machine.
-OURS = {
+PAGE_SETTINGS = {
     *("token", "noun", "library", "pretrained_model_name_or_path", "revision", "variant", "report_to"),
     *("instance_data_dir", "class_data_dir", "output_dir", "output_name"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
@@ -53,7 +53,7 @@ class TrainingJob:
         self.previews += [(image, f"step {last.step}") for image in last.images]
 
 
-def lesson(
+def new_job(
     session: Session, pictures: Sequence[Mapping[str, Any]], token: str, noun: str, preset: str = "standard",
     settings: Mapping[str, str] | None = None,
 ) -> TrainingJob:  # fmt: skip
@@ -65,15 +65,15 @@ def lesson(
     if not noun.strip():
         raise fusion.FusionError("Say what it is in one ordinary word, like dog: learning starts from there.")
     usable = [picture for picture in pictures or () if picture.get("crop")]
-    if not 0 < len(usable) <= MOST_PICTURES:
+    if not 0 < len(usable) <= MAX_PICTURES:
         count = f"{len(usable)} pictures" if usable else "No pictures"
-        raise fusion.FusionError(f"{count} cannot be learned from; four to eight are good, {MOST_PICTURES} the limit.")
+        raise fusion.FusionError(f"{count} cannot be learned from; four to eight are good, {MAX_PICTURES} the limit.")
     known = [token for entry in session.entries().values() for token in tokens_of(entry.info)]
-    if token in [*known, *(session.teaching.tokens() if session.teaching else ())]:
+    if token in [*known, *(session.trainings.tokens() if session.trainings else ())]:
         raise fusion.FusionError(f"{token} is in the library already, or being taught; give this one another name.")
-    if token in [own.config.token for own in left_over(session).values() if own.config]:
+    if token in [own.config.token for own in unfinished_trainings(session).values() if own.config]:
         raise fusion.FusionError(f"{token} is not learned to the end yet; resume or discard that training first.")
-    sources = [session.upload(picture.get("id", "")) for picture in usable]
+    sources = [session.upload_path(picture.get("id", "")) for picture in usable]
     place = fusion.Library(session.library).workplace(safe_name(token))
     folder = place.folder / "pictures"
     try:
@@ -85,7 +85,7 @@ def lesson(
                 copied.with_suffix(".txt").write_text(named, encoding="utf-8")
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
         fusion.keep_settings(place, config)
-        made = _lesson(session, config, place)
+        made = _job(session, config, place)
     except BaseException:
         place.remove()
         raise
@@ -94,27 +94,27 @@ def lesson(
     return made
 
 
-def _lesson(session: Session, config: fusion.TrainingConfig, place: Any) -> TrainingJob:
+def _job(session: Session, config: fusion.TrainingConfig, place: Any) -> TrainingJob:
     pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
-    shown = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.side())
+    shown = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.resolution())
     return TrainingJob(config, place, [look.crop for look in shown.looks if look.crop], len(pictures))
 
 
-def left_over(session: Session) -> dict[str, Any]:
+def unfinished_trainings(session: Session) -> dict[str, Any]:
     """Trainings that were stopped, or ended with the app, by the names of their folders in the library."""
     return fusion.unfinished(fusion.Library(session.library))
 
 
-def resumed(session: Session, name: str) -> TrainingJob:
+def resume_job(session: Session, name: str) -> TrainingJob:
     """An unfinished training, from its latest checkpoint on; what it learns is what it would have learned in one go."""
     own = chosen(session, name)
     config = own.take()
     try:
         if config is None:
             raise fusion.FusionError("The settings of this training cannot be read; it can only be discarded.")
-        if (base := config.pretrained_model_name_or_path) != session.base_place:
+        if (base := config.pretrained_model_name_or_path) != session.base_path:
             raise fusion.FusionError(f"{config.token} was being taught on {base or 'pocket'}; choose that base first.")
-        made = _lesson(session, config, own.place)
+        made = _job(session, config, own.place)
     except BaseException:
         own.place.leave()
         raise
@@ -126,7 +126,7 @@ def resumed(session: Session, name: str) -> TrainingJob:
 
 def chosen(session: Session, name: str) -> Any:
     """An unfinished training by what a page says, which is never used as a path."""
-    if own := left_over(session).get(name):
+    if own := unfinished_trainings(session).get(name):
         return own
     raise fusion.FusionError("This training is not unfinished any more; choose another.")
 
@@ -135,35 +135,37 @@ def _config(
     session: Session, folder: Path, token: str, noun: str, preset: str, settings: Mapping[str, str]
 ) -> fusion.TrainingConfig:
     values = fusion.preset(preset.lower(), fusion.base_defaults(session.pipe, "training"))
-    values |= {name: fusion.TrainingConfig.typed(name, text) for name, text in settings.items() if name not in OURS}
+    values |= {
+        name: fusion.TrainingConfig.typed(name, text) for name, text in settings.items() if name not in PAGE_SETTINGS
+    }
     total = values["max_train_steps"] if isinstance(values["max_train_steps"], int) else 1  # if not, it is refused
     shows = {"validation_steps": max(1, total // PREVIEWS), "num_validation_images": 1}
-    kept = {"checkpointing_steps": max(1, min(LOST, total // CHECKPOINTS)), "checkpoints_total_limit": 1}
+    kept = {"checkpointing_steps": max(1, min(MAX_LOST_STEPS, total // CHECKPOINTS)), "checkpoints_total_limit": 1}
     places = {"instance_data_dir": folder, "output_dir": folder.parent, "library": session.library}
-    base = {"pretrained_model_name_or_path": session.base_place} if session.base else {}
+    base = {"pretrained_model_name_or_path": session.base_path} if session.base else {}
     return fusion.TrainingConfig.model_validate(
         {"validation_prompt": "a {token}", **shows, **values, **kept, **places, **base, "token": token, "noun": noun}
     )
 
 
-class Teaching:
+class TrainingQueue:
     """The lessons of a session, taught in order. Set `stop` to end the present one, which keeps what it learned."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.lessons = session, list[TrainingJob]()
+        self.session, self.jobs = session, list[TrainingJob]()
         self.stop, self.going, self.changed = threading.Event(), threading.Event(), threading.Event()
         self.going.set()  # cleared while paused
         self._lock, self._thread = threading.Lock(), None
 
     @property
     def running(self) -> bool:
-        return any(own.state in ("waiting", "preparing", "learning") for own in self.lessons)
+        return any(own.state in ("waiting", "preparing", "learning") for own in self.jobs)
 
     @property
     def now(self) -> TrainingJob | None:
         """The lesson to look at: the one under way, or else the latest."""
-        active = (own for own in self.lessons if own.state in ("preparing", "learning"))
-        over = [own for own in self.lessons if own.state != "waiting"]
+        active = (own for own in self.jobs if own.state in ("preparing", "learning"))
+        over = [own for own in self.jobs if own.state != "waiting"]
         return next(active, over[-1] if over else None)
 
     @property
@@ -172,11 +174,11 @@ class Teaching:
 
     def tokens(self) -> list[str]:
         """What is being taught, or will be."""
-        return [own.token for own in self.lessons if own.state in ("waiting", "preparing", "learning")]
+        return [own.token for own in self.jobs if own.state in ("waiting", "preparing", "learning")]
 
     def add(self, new: TrainingJob) -> None:
         with self._lock:
-            self.lessons = [*self.lessons[-20:], new]
+            self.jobs = [*self.jobs[-20:], new]
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="teaching", daemon=True)
                 self._thread.start()
@@ -184,7 +186,7 @@ class Teaching:
     def _run(self) -> None:
         while True:
             with self._lock:
-                own = next((own for own in self.lessons if own.state == "waiting"), None)
+                own = next((own for own in self.jobs if own.state == "waiting"), None)
                 if own is None:
                     self._thread = None
                     return
@@ -195,7 +197,7 @@ class Teaching:
                 self._learn(own)
                 state = "learned" if own.step == own.total else "stopped"
             except Exception as error:
-                own.error = in_a_sentence(error)
+                own.error = error_sentence(error)
             finally:
                 done = state == "learned" or (state == "failed" and not own.sofar.exists())  # nothing to go on with
                 (own.place.remove if done else own.place.leave)()
@@ -206,12 +208,12 @@ class Teaching:
         if own.begun == own.total:  # the app has ended after the last step, before anything was in the library
             own.saved = own.earlier or fusion.Library(self.session.library).add(own.sofar, safe_name(own.token))
             return
-        line, clause, alone = self.session.line, f"{own.token} is being taught", own.config.gating == "none"
-        with line.turn(clause) if alone else nullcontext():
+        line, clause, alone = self.session.queue, f"{own.token} is being taught", own.config.gating == "none"
+        with line.acquire(clause) if alone else nullcontext():
             last, steps = None, fusion.train(self.session.pipe, own.config)
             try:
                 while not self.stop.is_set() and (last is None or last.step < last.total):
-                    with nullcontext() if alone else line.turn(clause):
+                    with nullcontext() if alone else line.acquire(clause):
                         last = next(steps)
                     own.note(last)
                     if last.checkpoint:  # beside it the adapter, which owns its slice when the app is gone
@@ -221,7 +223,7 @@ class Teaching:
                 if last is not None:  # saved while its slice is still reserved
                     own.saved = self._keep(own, last)
             finally:
-                with nullcontext() if alone else line.turn(clause):
+                with nullcontext() if alone else line.acquire(clause):
                     steps.close()
 
     def _keep(self, own: TrainingJob, last: fusion.TrainStep) -> Path:

@@ -113,7 +113,7 @@ def test_teach_combine_draw_two_regions_and_export(tab, session):
     expect(tab.locator("#caption")).to_contain_text("2 regions: a <robot> on the left and a octopus on the right")
     expect(tab.locator("#caption")).to_contain_text("<octopus> at 0.9")
     assert tab.locator("#draw-cli textarea").input_value().count("--region") == 2
-    side = session.side()
+    side = session.resolution()
     assert tab.locator("#stage img").evaluate("image => image.naturalWidth") == side
     photograph(tab, "draw")
     tab.locator("#repeat").click()

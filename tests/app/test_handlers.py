@@ -14,11 +14,11 @@ from PIL import Image
 
 import fusion
 from fusion_studio import interface, markup, regions, theme
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.pipeline_queue import PipelineQueue
 from fusion_studio.session import Session, safe_name
-from fusion_studio.streaming import Frame
-from fusion_studio.tabs import combine, compare, draw, history, library, picked_of, progress
+from fusion_studio.streaming import StepProgress
+from fusion_studio.tabs import combine, compare, draw, history, library, progress, strengths_of
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -67,8 +67,8 @@ def test_private_by_default(session):
 
 def test_the_line_is_first_come_first_served_and_says_how_long_it_is():
     line, order = PipelineQueue(), []
-    with line.turn("A picture is being drawn"):
-        with line.place("second", every=0.01) as second, line.place("third", every=0.01) as third:
+    with line.acquire("A picture is being drawn"):
+        with line.enter("second", every=0.01) as second, line.enter("third", every=0.01) as third:
             told_second, told_third = next(second), next(third)
             assert (told_second.ahead, told_third.ahead) == (1, 2)
             assert str(told_second) == "A picture is being drawn. You are next."
@@ -84,7 +84,7 @@ def test_the_line_is_first_come_first_served_and_says_how_long_it_is():
 
 
 def take(line, number, order):
-    with line.turn("x"):
+    with line.acquire("x"):
         order.append(number)
 
 
@@ -291,21 +291,21 @@ def test_names_from_files_are_words_never_markup(session, taught):
 
 
 def test_what_is_picked_stays_as_long_as_it_is_there(session, taught):
-    *pickers, nothing = interface.look_at_library(session, {"picked": {"gone": 1}})
+    *pickers, nothing = interface.library_choices(session, {"picked": {"gone": 1}})
     assert pickers[0] == {"choices": [], "picked": {}, "at": None} and nothing.visible
     taught("rex")
-    value, *_, nothing = interface.look_at_library(session, {"picked": {"gone": 1, "rex": 0.5}, "at": 7})
-    assert value["picked"] == {"rex": 0.5} == picked_of(value) and value["at"] == 7 and not nothing.visible
+    value, *_, nothing = interface.library_choices(session, {"picked": {"gone": 1, "rex": 0.5}, "at": 7})
+    assert value["picked"] == {"rex": 0.5} == strengths_of(value) and value["at"] == 7 and not nothing.visible
     assert [(c["key"], c["label"], c["tokens"]) for c in value["choices"]] == [("rex", "<rex>", ["<rex>"])]
     assert value["choices"][0]["picture"].startswith("data:image/png")
-    assert interface.look_at_library(session)[0]["picked"] is None  # as the page has it
-    assert interface.taught(session) == {"rex": 1.0}
+    assert interface.library_choices(session)[0]["picked"] is None  # as the page has it
+    assert interface.latest_concept(session) == {"rex": 1.0}
 
 
 def test_another_base(session, base, tmp_path):
     title, chosen, *usual = interface.base_ready(session)
     assert "16 × 16" in chosen["info"] and usual[:2] == [3, 2.5] and "pixelated" in title
-    assert usual[-1]["usual"]["rank"] == "4"
+    assert usual[-1]["defaults"]["rank"] == "4"
     before = session.pipe
     for wrong in ("/nowhere", str(tmp_path)):
         with pytest.raises(fusion.FusionError):
@@ -340,10 +340,10 @@ def test_every_error_becomes_one_escaped_sentence(session):
 
     for handler in (fails, streams):
         with pytest.raises(gr.Error) as caught:
-            list(told(handler, session)(fusion.FusionError("Not <dog>.")) or ())
+            list(bind(handler, session)(fusion.FusionError("Not <dog>.")) or ())
         assert caught.value.message == "Not &lt;dog&gt;." and not caught.value.print_exception
     with pytest.raises(gr.Error, match=r"unexpected happened \(ZeroDivisionError\)"):
-        told(fails, session)(ZeroDivisionError("secret path /home"))
+        bind(fails, session)(ZeroDivisionError("secret path /home"))
 
 
 def test_two_drawings_take_turns_and_the_second_says_so(session):
@@ -356,7 +356,7 @@ def test_two_drawings_take_turns_and_the_second_says_so(session):
     first.close()
     *_, last = second
     assert Path(last[0]).is_file()
-    assert Frame(1, 2).preview is None
+    assert StepProgress(1, 2).preview is None
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def pocket_is_small(base, monkeypatch):
 
 def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_small, tmp_path):
     session = Session(library=tmp_path)
-    with session.line.turn("A picture is being drawn"):
+    with session.queue.acquire("A picture is being drawn"):
         warming = threading.Thread(target=session.warm_up)
         warming.start()
         deadline = time.monotonic() + 60
@@ -382,14 +382,14 @@ def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_
     other = Session("some/base", tmp_path)
     other.warm_up()
     assert other.is_open and len(pocket_is_small) == 1  # a picture of another base may take minutes
-    assert draw.greeted(other) == (gr.skip(),) * 5
+    assert draw.first_picture(other) == (gr.skip(),) * 5
 
 
 def test_the_picture_that_greets_can_be_repeated(pocket_is_small, tmp_path):
     session = Session(library=tmp_path)
-    assert draw.greeted(session) == (gr.skip(),) * 5  # the page was faster
+    assert draw.first_picture(session) == (gr.skip(),) * 5  # the page was faster
     session.warm_up()
-    path, caption, entries, at, _ = draw.greeted(session)
+    path, caption, entries, at, _ = draw.first_picture(session)
     assert f"{draw.example_prompt([])} · seed 0" in caption
     _, *controls = history.repeated(entries, at, picks())
     *_, again = draw.draw_pictures(session, picks(), *controls)
@@ -443,5 +443,5 @@ def test_nothing_in_the_library_is_left_out_silently(session, taught):
 
 def test_steps_are_not_read_aloud_but_the_end_is(session, taught):
     assert 'role="status"' in taught("rex")[0]
-    session.teaching.now.state = "learning"
-    assert 'role="status"' not in progress.state_html(session.teaching.now)
+    session.trainings.now.state = "learning"
+    assert 'role="status"' not in progress.state_html(session.trainings.now)

@@ -47,7 +47,7 @@ def until(condition):
 
 
 def learning(session, token):
-    until(lambda: session.teaching.now and session.teaching.now.token == token and session.teaching.now.step >= 2)
+    until(lambda: session.trainings.now and session.trainings.now.token == token and session.trainings.now.step >= 2)
 
 
 def test_teaching_puts_a_concept_into_the_library(session, taught):
@@ -87,7 +87,7 @@ def test_captions_are_taken_and_name_the_concept(session, files):
     _, pictures, _ = teach.add_pictures(session, files)
     for picture, caption in zip(pictures, ("a <rex> asleep", "on a sofa", ""), strict=True):
         picture["caption"] = caption
-    own = training_jobs.lesson(session, pictures, "rex", "dog", "quick", {"rank": "2", "learning_rate": "0.5"})
+    own = training_jobs.new_job(session, pictures, "rex", "dog", "quick", {"rank": "2", "learning_rate": "0.5"})
     texts = {p.name: p.read_text() for p in own.config.instance_data_dir.glob("*.txt")}
     assert texts == {"01.txt": "a <rex> asleep", "02.txt": "{token}, on a sofa"}
     assert own.config.rank == 2 and own.config.learning_rate == 0.5 and own.config.max_train_steps == 2
@@ -97,7 +97,7 @@ def test_captions_are_taken_and_name_the_concept(session, files):
 def test_every_setting_is_reachable_and_checked(session, files):
     form = settings.form_html()
     for name in fusion.TrainingConfig.model_fields:
-        assert (f'name="{name}"' in form) == (name not in training_jobs.OURS), name
+        assert (f'name="{name}"' in form) == (name not in training_jobs.PAGE_SETTINGS), name
     texts = {"random_flip": "true", "snr_gamma": "5", "targets": "unet.attn2.to_k\nunet.attn2.to_v", "slice": "3"}
     assert {name: fusion.TrainingConfig.typed(name, text) for name, text in texts.items()} == {
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
@@ -134,9 +134,9 @@ def test_others_draw_while_a_concept_is_taught_and_get_the_same_picture(session,
     before = picture()
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
-    step = session.teaching.now.step
+    step = session.trainings.now.step
     assert picture() == before  # not a bit of what is being taught leaks into it
-    until(lambda: session.teaching.now.step > step)
+    until(lambda: session.trainings.now.step > step)
     with pytest.raises(fusion.FusionError, match="<rex> is being taught on this base"):
         session.open_base("pocket")
     teach.stop_teaching(session)
@@ -148,12 +148,12 @@ def test_pause_and_go_on(session, files):
     learning(session, "<rex>")
     assert teach.pause_teaching(session).value == "Go on"
     threading.Event().wait(0.3)
-    step = session.teaching.now.step
+    step = session.trainings.now.step
     assert "paused" in next(teach.watch(session))[0]
     *_, last = draw.draw_pictures(session, {}, "a dog")
-    assert Path(last[0]).is_file() and session.teaching.now.step == step
+    assert Path(last[0]).is_file() and session.trainings.now.step == step
     assert teach.pause_teaching(session).value == "Pause"
-    until(lambda: session.teaching.now.step > step)
+    until(lambda: session.trainings.now.step > step)
     teach.stop_teaching(session)
     list(teach.watch(session))
 
@@ -166,7 +166,7 @@ def test_several_concepts_wait_in_a_queue_and_an_ungated_one_has_the_pipeline_al
     views = list(teach.watch(session))
     assert any("&lt;cat&gt;" in view[6] and "Everyone who has this page" in view[6] for view in views)
     assert "&lt;cat&gt;" in views[-1][0] and session.entries().keys() == {"rex", "cat"}
-    assert [own.state for own in session.teaching.lessons] == ["learned", "learned"]
+    assert [own.state for own in session.trainings.jobs] == ["learned", "learned"]
 
 
 def test_watching_nothing_changes_nothing(session):
@@ -188,7 +188,7 @@ def test_what_cannot_be_taught_is_told_in_a_sentence(session, files, change, sen
     wanted = {"pictures": pictures, "token": "rex", "noun": "dog", "preset": "quick"} | change
     with pytest.raises(fusion.FusionError, match=sentence):
         teach.teach_concept(session, **wanted)
-    assert session.entries() == {} and session.teaching is None
+    assert session.entries() == {} and session.trainings is None
     assert {path.name for path in session.folder.iterdir()} == {"uploads"}
 
 
@@ -215,7 +215,7 @@ def test_examples_come_with_captions(session):
 
 def test_advice_fits_what_happened(session, files):
     _, pictures, _ = teach.add_pictures(session, files)
-    own = training_jobs.lesson(session, pictures, "rex", "dog", "quick")
+    own = training_jobs.new_job(session, pictures, "rex", "dog", "quick")
     own.state, own.step, own.total = "stopped", 1, 10
     assert "stopped early" in progress.advice(own)
     own.state, own.step = "learned", 10
@@ -289,7 +289,7 @@ session = Session(base, library)
 _, pictures, _ = teach.add_pictures(session, files)
 filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
 teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
-own = session.teaching.now or session.teaching.lessons[0]
+own = session.trainings.now or session.trainings.jobs[0]
 while own.step < 9:
     time.sleep(0.01)
 os._exit(1)  # as a power cut would
@@ -330,7 +330,7 @@ def test_a_stopped_training_is_resumed_or_discarded(session, files):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
     assert not teach.unfinished(session)[0].visible  # it is under way
-    until(lambda: session.teaching.now.step >= 51)
+    until(lambda: session.trainings.now.step >= 51)
     teach.stop_teaching(session)
     list(teach.watch(session))
     before = session.entries()["rex"].info.provenance.steps
@@ -340,7 +340,7 @@ def test_a_stopped_training_is_resumed_or_discarded(session, files):
     learning(session, "<rex>")
     with pytest.raises(fusion.FusionError, match="not unfinished any more"):
         teach.discard_teaching(session, which.value)  # somebody is at it
-    until(lambda: session.teaching.now.step > before)
+    until(lambda: session.trainings.now.step > before)
     teach.stop_teaching(session)
     list(teach.watch(session))
     assert session.entries().keys() == {"rex"}  # gone on with, not beside it
@@ -357,7 +357,7 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     learning(session, "<rex>")
     teach.stop_teaching(session)
     list(teach.watch(session))
-    (name,) = training_jobs.left_over(session)
+    (name,) = training_jobs.unfinished_trainings(session)
     session.base = None
     with pytest.raises(fusion.FusionError, match="choose that base first"):
         teach.resume_teaching(session, name)
@@ -367,4 +367,4 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     with pytest.raises(fusion.FusionError, match="can only be discarded"):
         teach.resume_teaching(session, name)
     teach.discard_teaching(session, name)
-    assert training_jobs.left_over(session) == {}
+    assert training_jobs.unfinished_trainings(session) == {}

@@ -10,11 +10,11 @@ from gradio.utils import get_upload_folder
 from fusion_studio.session import Session
 
 # Events that only move things on the page: no spinner, no place in the published API.
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-LATEST: dict[str, Any] = QUIET | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
+INTERNAL: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+LAST_CLICK: dict[str, Any] = INTERNAL | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
 # Any number of pages at once: who may use the pipeline, the session's own line decides, and says so.
 # "multiple": the page would swallow a click right after a cancel.
-LONG: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+LONG_RUNNING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
 WIDGETS = Path(__file__).parent.parent / "widgets"
 
 Picks = Mapping[str, Any]  # the value of widgets/concepts.js
@@ -45,15 +45,15 @@ def widget(name: str, value: Any, **about: Any) -> gr.HTML:
     return gr.HTML(value, html_template=place, js_on_load=script, apply_default_css=False, **about)
 
 
-def received(session: Session, file: str) -> Path:
+def receive_upload(session: Session, file: str) -> Path:
     """An upload under a name of our own; gradio's copy of it is deleted at once."""
-    kept = session.take_upload(file)
+    kept = session.store_upload(file)
     if Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         Path(file).unlink(missing_ok=True)
     return kept
 
 
-def picked_of(picks: Picks | None) -> dict[str, float]:
+def strengths_of(picks: Picks | None) -> dict[str, float]:
     """Which concepts are picked, and how strong."""
     return {str(key): float(value) for key, value in ((picks or {}).get("picked") or {}).items()}
 
@@ -65,6 +65,6 @@ def cli_box(name: str) -> gr.Textbox:
     return gr.Textbox(label=label, visible=False, elem_id=f"{name}-cli", elem_classes="cli", **looks)
 
 
-def shown(text: str) -> Any:
+def command_line(text: str) -> Any:
     """A command line in its box."""
     return gr.Textbox(text, visible=True)

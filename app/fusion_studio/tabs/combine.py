@@ -11,9 +11,9 @@ import gradio as gr
 
 import fusion
 from fusion_studio import commands, markup
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name
-from fusion_studio.tabs import LATEST, Picks, cli_box, picked_of, shown, widget
+from fusion_studio.tabs import LAST_CLICK, Picks, cli_box, command_line, strengths_of, widget
 
 ASK = markup.nothing("Pick concepts to combine", "Whether they go together is said here before anything is drawn.")
 METHOD = "Sums keep every concept at its own words. Methods that merge cannot: they act on every word."
@@ -46,17 +46,17 @@ def build(session: Session) -> SimpleNamespace:
                 bake = gr.Button("Bake", size="sm", elem_id="bake")
         with gr.Column(scale=6, min_width=300):
             verdict, notes, cli = gr.HTML(ASK, elem_id="combined"), gr.HTML(elem_id="combine-notes"), cli_box("combine")
-    gr.on([picks.input, method.input], told(judged, session), [picks, method], verdict, **LATEST)
+    gr.on([picks.input, method.input], bind(judged, session), [picks, method], verdict, **LAST_CLICK)
     inputs = [picks, method, name]
-    saved = save.click(told(save_as_one, session), inputs, [notes, cli], api_name="fuse", **BUSY)
-    export.click(told(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **BUSY)
-    bake.click(told(baked, session), [*inputs, accept], [notes, cli], api_name="bake", **BUSY)
+    saved = save.click(bind(save_as_one, session), inputs, [notes, cli], api_name="fuse", **BUSY)
+    export.click(bind(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **BUSY)
+    bake.click(bind(baked, session), [*inputs, accept], [notes, cli], api_name="bake", **BUSY)
     return SimpleNamespace(picks=picks, method=method, draw=draw, verdict=verdict, saved=saved)
 
 
 def judged(session: Session, picks: Picks, method: str) -> str:
     """The verdict in one sentence, and the heat map of interference under it."""
-    picked = picked_of(picks)
+    picked = strengths_of(picks)
     if not picked:
         return ASK
     adapters = session.adapters(list(picked))
@@ -68,11 +68,11 @@ def judged(session: Session, picks: Picks, method: str) -> str:
 
 def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
     """The picked concepts as one adapter in the library, which can be drawn with, exported and combined like any."""
-    picked = picked_of(picks)
+    picked = strengths_of(picks)
     target = fusion.Library(session.library).place(called(picked, name))
     fusion.save(session.fused(picked, method, target.stem), target)
     said = markup.hint(f"'{target.stem}' is in the library now.")
-    return said, shown(_fuse_line(session, picked, method, commands.file_of(session, target.stem)))
+    return said, command_line(_fuse_line(session, picked, method, commands.file_of(session, target.stem)))
 
 
 def exported(
@@ -80,10 +80,10 @@ def exported(
     rank: float | None = None,
 ) -> tuple[Any, str, Any]:  # fmt: skip
     """The picked concepts as files for this or other programs."""
-    picked, title = picked_of(picks), called(picked_of(picks), name)
+    picked, title = strengths_of(picks), called(strengths_of(picks), name)
     files, notes, line = export_adapter(session, session.fused(picked, method, title), title, form, rank)
     first = _fuse_line(session, picked, method, f"{title}.safetensors")
-    return files, notes, shown(f"{first} && {line}" if form != "native" else first)
+    return files, notes, command_line(f"{first} && {line}" if form != "native" else first)
 
 
 def export_adapter(
@@ -110,7 +110,7 @@ def baked(
     """A base of its own with the concepts in its weights, as a folder beside the library's files."""
     if not accept:
         raise fusion.FusionError("Baked weights act on every word; accept that first.")
-    picked = picked_of(picks)
+    picked = strengths_of(picks)
     folder = session.library / "models" / called(picked, name)
     if folder.exists():
         raise fusion.FusionError(f"'{folder}' is there already; give the result another name.")
@@ -120,8 +120,8 @@ def baked(
     copy.save_pretrained(folder)
     said = f"'{folder}' is a base of its own now: choose it above, or open it anywhere diffusers folders are read."
     one = f"{folder.name}.safetensors"
-    line = commands.command("bake", one, "-o", folder, "--gating", "none", *session.base_words)
-    return markup.hint(said), shown(f"{_fuse_line(session, picked, method, one)} && {line}")
+    line = commands.command("bake", one, "-o", folder, "--gating", "none", *session.base_flags)
+    return markup.hint(said), command_line(f"{_fuse_line(session, picked, method, one)} && {line}")
 
 
 def called(picked: Mapping[str, float], name: str) -> str:
@@ -130,7 +130,7 @@ def called(picked: Mapping[str, float], name: str) -> str:
 
 def _fuse_line(session: Session, picked: Mapping[str, float], method: str, target: Path | str) -> str:
     how = ["--method", method] if method != "direct_sum" else []
-    how += session.base_words if fusion.METHODS[method].moments else []
+    how += session.base_flags if fusion.METHODS[method].moments else []
     return commands.command("fuse", *commands.used(session, picked), *how, "-o", target)
 
 

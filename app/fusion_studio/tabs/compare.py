@@ -12,10 +12,10 @@ import gradio as gr
 
 import fusion
 from fusion_studio import commands, markup
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.session import Session, tokens_of
-from fusion_studio.streaming import Done, Frame, ProgressStream, streamed
-from fusion_studio.tabs import LATEST, LONG, QUIET, Picks, cli_box, picked_of, shown, widget
+from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
+from fusion_studio.tabs import INTERNAL, LAST_CLICK, LONG_RUNNING, Picks, cli_box, command_line, strengths_of, widget
 from fusion_studio.tabs.draw import STOPPED, example_prompt, working
 
 EMPTY = markup.nothing("A grid of pictures", "One prompt, one seed; rows are strengths, columns methods and adapters.")
@@ -44,13 +44,13 @@ def build(session: Session) -> SimpleNamespace:
             progress = gr.HTML(elem_id="compare-progress")
             sheet = gr.DownloadButton("Download the sheet", visible=False, size="sm", elem_id="sheet")
             cli = cli_box("compare")
-    picks.input(told(prompted, session), [picks, prompt], prompt, **LATEST)
+    picks.input(bind(prompted, session), [picks, prompt], prompt, **LAST_CLICK)
     inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
-    begun = start.click(lambda: working(True), None, [start, stop], **QUIET)
-    comparing = begun.then(told(draw_grid, session), inputs, outputs, api_name="compare", **LONG)
-    comparing.then(lambda: working(False), None, [start, stop], **QUIET)
-    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **QUIET)
-    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **QUIET)
+    begun = start.click(lambda: working(True), None, [start, stop], **INTERNAL)
+    comparing = begun.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **LONG_RUNNING)
+    comparing.then(lambda: working(False), None, [start, stop], **INTERNAL)
+    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **INTERNAL)
+    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **INTERNAL)
     return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
 
 
@@ -60,7 +60,7 @@ def prompted(session: Session, picks: Picks, prompt: str) -> Any:
     made = prompt.endswith(" background") and any(token in prompt for tokens in known for token in tokens)
     if prompt.strip() and not made:
         return gr.skip()
-    adapters = session.adapters(list(picked_of(picks)))
+    adapters = session.adapters(list(strengths_of(picks)))
     return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
 
 
@@ -69,7 +69,7 @@ def draw_grid(
     alone: bool = True, seed: float = 0,
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """Draw the grid, picture by picture; at the end the sheet to keep."""
-    picked = picked_of(picks)
+    picked = strengths_of(picks)
     if not picked or not prompt.strip():
         raise fusion.FusionError("Pick concepts and write a prompt first.")
     try:
@@ -95,15 +95,15 @@ def draw_grid(
     line = commands.command(
         "compare", *files, "--prompt", prompt, "--strengths", *rows, "--methods", *methods,
         *(["--alone"] if alone else []), *(word for group in own for word in group), "--seed", int(seed),
-        "-o", "sheet.png", *session.base_words,
+        "-o", "sheet.png", *session.base_flags,
     )  # fmt: skip
-    yield EMPTY, markup.bar(0, 1, "Measuring …"), gr.DownloadButton(visible=False), shown(line)
-    for frame in streamed(session, "A comparison is being drawn", work):
-        if isinstance(frame, Done):
+    yield EMPTY, markup.bar(0, 1, "Measuring …"), gr.DownloadButton(visible=False), command_line(line)
+    for frame in stream_results(session, "A comparison is being drawn", work):
+        if isinstance(frame, Result):
             yield grid_html(cells), markup.hint(LEGEND), gr.DownloadButton(value=frame.value, visible=True), gr.skip()
         elif isinstance(frame, fusion.Cell):
             yield grid_html(cells), markup.bar(frame.number, frame.total), gr.skip(), gr.skip()
-        elif not isinstance(frame, Frame):
+        elif not isinstance(frame, StepProgress):
             yield gr.skip(), markup.hint(frame), gr.skip(), gr.skip()
 
 

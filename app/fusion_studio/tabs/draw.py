@@ -11,12 +11,23 @@ import gradio as gr
 
 import fusion
 from fusion_studio import commands, markup
-from fusion_studio.errors import told, warn
+from fusion_studio.errors import bind, warn
 from fusion_studio.regions import as_regions, regions_of
 from fusion_studio.session import FIRST_PROMPT, Session, tokens_of
-from fusion_studio.streaming import Done, Frame, ProgressStream, streamed
-from fusion_studio.tabs import LATEST, LONG, QUIET, Controls, Picks, cli_box, picked_of, received, shown, widget
-from fusion_studio.training_jobs import ENDINGS
+from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
+from fusion_studio.tabs import (
+    INTERNAL,
+    LAST_CLICK,
+    LONG_RUNNING,
+    Controls,
+    Picks,
+    cli_box,
+    command_line,
+    receive_upload,
+    strengths_of,
+    widget,
+)
+from fusion_studio.training_jobs import PICTURE_SUFFIXES
 
 HISTORY = 24  # pictures kept on the page
 TRY = "Try: "
@@ -52,7 +63,9 @@ def build(session: Session) -> SimpleNamespace:
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
                 found = gr.Checkbox(True, label=FOUND, container=False, elem_id="found")
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
-                upload = gr.UploadButton("Choose a picture", file_types=[*ENDINGS], size="sm", elem_id="start-upload")
+                upload = gr.UploadButton(
+                    "Choose a picture", file_types=[*PICTURE_SUFFIXES], size="sm", elem_id="start-upload"
+                )
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
                 leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
                 forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
@@ -74,49 +87,53 @@ def build(session: Session) -> SimpleNamespace:
     history, at = gr.State([]), gr.State(0)
     controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, found, start, leave]
     outputs = [stage, caption, history, at, cli]
-    picks.input(told(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
-    picks.select(inserted, prompt, prompt, **QUIET)
-    example.click(lambda text: text.removeprefix(TRY), example, prompt, **QUIET)
+    picks.input(
+        bind(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LAST_CLICK
+    )
+    picks.select(inserted, prompt, prompt, **INTERNAL)
+    example.click(lambda text: text.removeprefix(TRY), example, prompt, **INTERNAL)
     beginning = [start, begin, leave, forget]
-    upload.upload(told(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
-    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **QUIET)
+    upload.upload(bind(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
+    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **INTERNAL)
     drawings: list[Any] = []
 
     def draws(trigger: Any) -> None:
         """Let an event draw with the controls as they are."""
-        begun = trigger(lambda: working(True), None, [draw, stop], **QUIET)
-        about: dict[str, Any] = LONG | {"api_name": "draw"} if not drawings else LONG | {"api_visibility": "private"}
-        drawing = begun.then(told(draw_pictures, session), [*controls, history], outputs, **about)
-        drawing.then(lambda: working(False), None, [draw, stop], **QUIET)  # gradio 6.31: not after a failure
-        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **QUIET)
+        begun = trigger(lambda: working(True), None, [draw, stop], **INTERNAL)
+        about: dict[str, Any] = (
+            LONG_RUNNING | {"api_name": "draw"} if not drawings else LONG_RUNNING | {"api_visibility": "private"}
+        )
+        drawing = begun.then(bind(draw_pictures, session), [*controls, history], outputs, **about)
+        drawing.then(lambda: working(False), None, [draw, stop], **INTERNAL)  # gradio 6.31: not after a failure
+        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **INTERNAL)
         drawings.append(drawing)
 
     def stops() -> None:
         """Once all events that draw are known."""
-        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **QUIET)
+        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **INTERNAL)
 
     draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
     return SimpleNamespace(
         picks=picks, verdict=verdict, prompt=prompt, example=example, regions=regions, no_concepts=no_concepts,
         teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after, draws=draws,
-        stops=stops, start=start, beginning=beginning, usual=[steps, guidance, scheduler],
+        stops=stops, start=start, beginning=beginning, base_controls=[steps, guidance, scheduler],
     )  # fmt: skip
 
 
-def greeted(session: Session) -> tuple[Any, ...]:
+def first_picture(session: Session) -> tuple[Any, ...]:
     """What the base drew while the studio started, for a page that has just been opened."""
-    if session.base or session.greeting is None:
+    if session.base or session.first_picture is None:
         return (gr.skip(),) * 5
-    path, recipe = session.greeting
+    path, recipe = session.first_picture
     controls = Controls({}, recipe.prompt, seed=recipe.seed, steps=recipe.steps, guidance=recipe.guidance_scale)
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
     flags = {"prompt": recipe.prompt, "seed": recipe.seed}
-    return path, markup.hint(entry["words"]), [entry], 0, shown(commands.generate(session, {}, flags))
+    return path, markup.hint(entry["words"]), [entry], 0, command_line(commands.generate(session, {}, flags))
 
 
 def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
     """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
-    keys = list(picked_of(picks))
+    keys = list(strengths_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
     button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
@@ -137,7 +154,7 @@ def inserted(prompt: str, event: gr.EventData) -> str:
 
 def started_from(session: Session, file: str) -> tuple[Any, ...]:
     """A picture to start from, checked and kept under a name of our own."""
-    kept = received(session, file)
+    kept = receive_upload(session, file)
     picture = fusion.load_picture(kept, "The picture")
     return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
@@ -151,7 +168,7 @@ def draw_pictures(
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
     if not prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
-    picked, parts = picked_of(picks), regions_of(regions)
+    picked, parts = strengths_of(picks), regions_of(regions)
     opening = "" if session.is_open else "The base is being opened …"
     yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
     adapters = session.adapters(list(picked))
@@ -163,7 +180,7 @@ def draw_pictures(
         "prompt": prompt, "negative_prompt": negative, "seed": random.randrange(2**31) if new_seed else int(seed),
         "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
     }  # fmt: skip
-    picture = fusion.load_picture(session.upload(start)) if start else None
+    picture = fusion.load_picture(session.upload_path(start)) if start else None
     asked = sum(token in prompt for adapter in adapters for token in tokens_of(adapter.info))
     places_found = found and not parts and asked > 1
     areas: dict[str, Any] = {"regions": "auto" if places_found else as_regions(parts)}
@@ -174,17 +191,17 @@ def draw_pictures(
             session.pipe, adapters=adapters, strengths=strengths, batch=int(count), on_step=screen.on_step,
             image=picture, image_strength=leave, **flags, **areas,
         )  # fmt: skip
-        return [(session.keep(picture), in_words(picture.recipe)) for picture in made]
+        return [(session.store_picture(picture), in_words(picture.recipe)) for picture in made]
 
-    for frame in streamed(session, "A picture is being drawn", work):
-        if isinstance(frame, Done):
+    for frame in stream_results(session, "A picture is being drawn", work):
+        if isinstance(frame, Result):
             seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
             line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts, places_found)
             used = Controls(picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions)
             again = used._replace(found=found, start=start, leave=leave)
             kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
-            yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, shown(line)
-        elif isinstance(frame, Frame):
+            yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, command_line(line)
+        elif isinstance(frame, StepProgress):
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
             yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3

@@ -11,10 +11,10 @@ import gradio as gr
 
 import fusion
 from fusion_studio import markup
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.session import Session
-from fusion_studio.streaming import Done, Frame, ProgressStream, streamed
-from fusion_studio.tabs import LONG, QUIET, Controls, Picks
+from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
+from fusion_studio.tabs import INTERNAL, LONG_RUNNING, Controls, Picks
 
 SIDES = ("without the concepts", "the picture before", "the picture it started from")
 
@@ -33,13 +33,13 @@ def build(session: Session, page: SimpleNamespace) -> None:
             slider = gr.ImageSlider(type="filepath", visible=False, interactive=False, elem_id="before-after", label="")
             told_here = gr.HTML()
     history, at = page.history, page.at
-    history.change(on_the_wall, history, [wall, again, before_part], **QUIET)
-    wall.select(seen, history, [*page.outputs[:2], at], **QUIET)
-    page.draws(repeat.click(repeated, [history, at, page.picks], page.controls, **QUIET).then)
-    page.draws(vary.click(varied, [history, at, page.picks], page.controls, **QUIET).then)
-    onward.click(told(started_from_it, session), [history, at], page.beginning, **QUIET)
-    compared, about = (told(before_and_after, session), [against, history, at]), LONG | QUIET
-    hold.click(*compared, [slider, told_here], **about).failure(lambda: "", None, told_here, **QUIET)
+    history.change(on_the_wall, history, [wall, again, before_part], **INTERNAL)
+    wall.select(seen, history, [*page.outputs[:2], at], **INTERNAL)
+    page.draws(repeat.click(repeated, [history, at, page.picks], page.controls, **INTERNAL).then)
+    page.draws(vary.click(varied, [history, at, page.picks], page.controls, **INTERNAL).then)
+    onward.click(bind(started_from_it, session), [history, at], page.beginning, **INTERNAL)
+    compared, about = (bind(before_and_after, session), [against, history, at]), LONG_RUNNING | INTERNAL
+    hold.click(*compared, [slider, told_here], **about).failure(lambda: "", None, told_here, **INTERNAL)
     page.stops()
 
 
@@ -66,7 +66,7 @@ def varied(history: Sequence[Mapping[str, Any]], at: int, picks: Picks) -> tuple
 
 def started_from_it(session: Session, history: Sequence[Mapping[str, Any]], at: int) -> tuple[Any, ...]:
     """A drawn picture as the start of the next one."""
-    kept = session.take_upload(history[at]["path"])
+    kept = session.store_upload(history[at]["path"])
     return kept.name, gr.Image(str(kept), visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
 
@@ -85,15 +85,17 @@ def before_and_after(
     if against == SIDES[1]:
         other = earlier[0]["path"]
     elif against == SIDES[2]:
-        other = str(session.upload(start))
+        other = str(session.upload_path(start))
     else:
         other = None
         recipe = fusion.recipe_of(this["path"])
-        for frame in streamed(session, "A picture is being drawn", lambda screen: [_plain(session, recipe, screen)]):
-            if isinstance(frame, Done):
+        for frame in stream_results(
+            session, "A picture is being drawn", lambda screen: [_plain(session, recipe, screen)]
+        ):
+            if isinstance(frame, Result):
                 (other,) = frame.value
             else:
-                bar = markup.bar(frame.step, frame.total) if isinstance(frame, Frame) else markup.hint(frame)
+                bar = markup.bar(frame.step, frame.total) if isinstance(frame, StepProgress) else markup.hint(frame)
                 yield gr.skip(), bar
     yield gr.ImageSlider((other, this["path"]), visible=True), ""
 
@@ -107,4 +109,4 @@ def _plain(session: Session, recipe: fusion.Recipe, screen: ProgressStream) -> s
         session.pipe, prompt, negative_prompt=recipe.negative_prompt, seed=recipe.seed, batch=recipe.batch,
         steps=recipe.steps, guidance_scale=recipe.guidance_scale, scheduler=recipe.scheduler, on_step=screen.on_step,
     )  # fmt: skip
-    return session.keep(pictures[recipe.index])
+    return session.store_picture(pictures[recipe.index])

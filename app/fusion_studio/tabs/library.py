@@ -9,9 +9,9 @@ import gradio as gr
 
 import fusion
 from fusion_studio import commands, markup
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name, tokens_of
-from fusion_studio.tabs import QUIET, cli_box, received, shown, widget
+from fusion_studio.tabs import INTERNAL, cli_box, command_line, receive_upload, widget
 from fusion_studio.tabs.combine import FORMS, export_adapter
 
 EMPTY = markup.nothing("The library is empty", "What you teach lands here, as plain files. You can take in others too.")
@@ -47,22 +47,22 @@ def build(session: Session) -> SimpleNamespace:
                     yes = gr.Button("Yes, delete it for good", variant="stop", size="sm", elem_id="yes-delete")
                     no = gr.Button("Keep it", size="sm", elem_id="keep")
     detail = [about, one, token, sure, files]
-    look = told(looked, session)
+    look = bind(looked, session)
     refresh.click(look, [search, chosen], [cards, slices], api_name="library", show_progress="hidden")
-    search.input(told(cards_html, session), [search, chosen], cards, **QUIET)
-    turned = cards.select(told(opened, session), None, [chosen, *detail], **QUIET)
-    turned.then(told(cards_html, session), [search, chosen], cards, **QUIET)
-    delete.click(lambda: gr.Row(visible=True), None, sure, **QUIET)
-    no.click(lambda: gr.Row(visible=False), None, sure, **QUIET)
+    search.input(bind(cards_html, session), [search, chosen], cards, **INTERNAL)
+    turned = cards.select(bind(opened, session), None, [chosen, *detail], **INTERNAL)
+    turned.then(bind(cards_html, session), [search, chosen], cards, **INTERNAL)
+    delete.click(lambda: gr.Row(visible=True), None, sure, **INTERNAL)
+    no.click(lambda: gr.Row(visible=False), None, sure, **INTERNAL)
     changes = [chosen, *detail, notes, cli]
     changed = [
-        yes.click(told(deleted, session), chosen, changes, api_name="delete", show_progress="hidden"),
-        rename.click(told(renamed, session), [chosen, token], changes, api_name="rename", show_progress="hidden"),
-        upload.upload(told(taken_in, session), upload, changes, api_name="take_in", show_progress="hidden"),
+        yes.click(bind(deleted, session), chosen, changes, api_name="delete", show_progress="hidden"),
+        rename.click(bind(renamed, session), [chosen, token], changes, api_name="rename", show_progress="hidden"),
+        upload.upload(bind(taken_in, session), upload, changes, api_name="take_in", show_progress="hidden"),
     ]
     for event in changed:
-        event.then(look, [search, chosen], [cards, slices], **QUIET)
-    export.click(told(exported, session), [chosen, form], [files, notes, cli], api_visibility="private")
+        event.then(look, [search, chosen], [cards, slices], **INTERNAL)
+    export.click(bind(exported, session), [chosen, form], [files, notes, cli], api_visibility="private")
     return SimpleNamespace(
         cards=cards, slices=slices, search=search, chosen=chosen, draw=draw, changed=changed, look=look
     )
@@ -138,19 +138,19 @@ def renamed(session: Session, key: str, words: str) -> tuple[Any, ...]:
     target = library.rename(key, name, tokens)
     pairs = ["--tokens", *(f"{a}={b}" for a, b in tokens.items())] if tokens else []
     line = commands.command("library", session.library, "--rename", key, target.stem, *pairs)
-    return *detail(session, target.stem), markup.hint(f"Renamed to {target.stem}."), shown(line)
+    return *detail(session, target.stem), markup.hint(f"Renamed to {target.stem}."), command_line(line)
 
 
 def deleted(session: Session, key: str) -> tuple[Any, ...]:
     """An adapter and the picture beside it, deleted for good."""
     fusion.Library(session.library).remove(key)
     line = commands.command("library", session.library, "--delete", key)
-    return *detail(session, ""), markup.hint(f"'{key}' is deleted; its slice is free again."), shown(line)
+    return *detail(session, ""), markup.hint(f"'{key}' is deleted; its slice is free again."), command_line(line)
 
 
 def taken_in(session: Session, file: str) -> tuple[Any, ...]:
     """A copy of somebody's adapter file, checked before it is let in."""
-    kept, name = received(session, file), safe_name(Path(file).stem)
+    kept, name = receive_upload(session, file), safe_name(Path(file).stem)
     try:
         added = fusion.Library(session.library).add(kept, name)
     except fusion.FusionError as error:
@@ -158,14 +158,14 @@ def taken_in(session: Session, file: str) -> tuple[Any, ...]:
     finally:
         kept.unlink(missing_ok=True)
     line = commands.command("library", session.library, "--add", f"{name}.safetensors")
-    return *detail(session, added.stem), markup.hint(f"'{added.stem}' is in the library now."), shown(line)
+    return *detail(session, added.stem), markup.hint(f"'{added.stem}' is in the library now."), command_line(line)
 
 
 def exported(session: Session, key: str, form: str) -> tuple[Any, str, Any]:
     """One adapter as files for this or other programs."""
     (adapter,) = session.adapters([key])
     files, notes, line = export_adapter(session, adapter, safe_name(key), form)
-    return files, notes, shown(line)
+    return files, notes, command_line(line)
 
 
 def _said(entry: Any) -> str:

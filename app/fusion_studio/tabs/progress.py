@@ -7,7 +7,7 @@ import gradio as gr
 
 from fusion_studio import markup
 from fusion_studio.session import Session
-from fusion_studio.training_jobs import Teaching, TrainingJob
+from fusion_studio.training_jobs import TrainingJob, TrainingQueue
 
 REFRESH = 0.4  # seconds
 SHARED = "Everyone who has this page open sees what is being taught, and can pause or stop it."
@@ -15,7 +15,7 @@ SHARED = "Everyone who has this page open sees what is being taught, and can pau
 
 def watch(session: Session) -> Iterator[tuple[Any, ...]]:
     """What is being taught, until all is done; a page opened in the middle joins in."""
-    teaching: Teaching | None = session.teaching
+    teaching: TrainingQueue | None = session.trainings
     drawn: tuple[Any, int] = (None, 0)
     while teaching is not None and teaching.running:
         now = teaching.now
@@ -27,7 +27,7 @@ def watch(session: Session) -> Iterator[tuple[Any, ...]]:
     yield (gr.skip(),) * 9 if teaching is None else view(teaching, new_previews=True)
 
 
-def view(teaching: Teaching, *, new_previews: bool) -> tuple[Any, ...]:
+def view(teaching: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
     """Values for the views; pictures only when there are new ones, so that they do not flicker."""
     own, stopping = teaching.now, teaching.stop.is_set()
     if own is None:
@@ -85,8 +85,8 @@ def advice(own: TrainingJob) -> str:
     return "Looks weak? Try Careful, a higher strength when drawing, or captions that name all else in a picture."
 
 
-def queue_html(teaching: Teaching) -> str:
+def queue_html(teaching: TrainingQueue) -> str:
     """Who is next."""
-    waiting = [own for own in teaching.lessons if own.state == "waiting"]
+    waiting = [own for own in teaching.jobs if own.state == "waiting"]
     rows = "".join(f"<li>{markup.escape(own.token)} <small>{own.total} steps</small></li>" for own in waiting)
     return f'<div class="queue"><h4>Next</h4><ol>{rows}</ol>{markup.hint(SHARED)}</div>' if waiting else ""

@@ -10,12 +10,20 @@ import gradio as gr
 
 import fusion
 from fusion_studio import commands, markup
-from fusion_studio.errors import told
+from fusion_studio.errors import bind
 from fusion_studio.session import Session
 from fusion_studio.settings import form_html
-from fusion_studio.tabs import LONG, QUIET, cli_box, received, shown, widget
+from fusion_studio.tabs import INTERNAL, LONG_RUNNING, cli_box, command_line, receive_upload, widget
 from fusion_studio.tabs.progress import watch
-from fusion_studio.training_jobs import ENDINGS, Teaching, TrainingJob, chosen, left_over, lesson, resumed
+from fusion_studio.training_jobs import (
+    PICTURE_SUFFIXES,
+    TrainingJob,
+    TrainingQueue,
+    chosen,
+    new_job,
+    resume_job,
+    unfinished_trainings,
+)
 
 CROP = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
@@ -24,7 +32,7 @@ IDLE = markup.nothing(
     "Four to eight pictures are enough: the same thing on different backgrounds. Loss and drawings appear here.",
 )
 DROP = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
-OURS = markup.hint("No pictures at hand? Try one of ours:")
+EXAMPLES_HINT = markup.hint("No pictures at hand? Try one of ours:")
 LEFT = "Stopped, or ended with the app. Resuming goes on exactly; discarding deletes its pictures and steps."
 NAME = markup.hint("2. Say what it is, and what to call it.")
 
@@ -42,10 +50,14 @@ def build(session: Session) -> SimpleNamespace:
                     yes = gr.Button("Yes, discard it", variant="stop", size="sm", elem_id="yes-discard", min_width=90)
                     no = gr.Button("Keep it", size="sm", elem_id="keep-unfinished", min_width=90)
             gr.HTML(DROP)
-            looks: dict[str, Any] = {"file_types": list(ENDINGS), "file_count": "multiple", "show_label": False}
+            looks: dict[str, Any] = {
+                "file_types": list(PICTURE_SUFFIXES),
+                "file_count": "multiple",
+                "show_label": False,
+            }
             drop = gr.File(label="Pictures", height=120, elem_id="drop", **looks)
             pictures, warning = widget("pictures", [], elem_id="pictures"), gr.HTML(elem_id="warning")
-            gr.HTML(OURS, visible=bool(examples))
+            gr.HTML(EXAMPLES_HINT, visible=bool(examples))
             with gr.Row(elem_classes="examples", visible=bool(examples)):
                 chosen = [gr.Button(name, size="sm", elem_classes="quiet", min_width=64, scale=0) for name in examples]
             gr.HTML(NAME)
@@ -55,7 +67,7 @@ def build(session: Session) -> SimpleNamespace:
             looks = {"value": "standard", "elem_classes": "radio-chips", "elem_id": "preset"}
             preset = gr.Radio(list(PRESETS.items()), label="How thoroughly", **looks)
             with gr.Accordion("All settings", open=False, elem_id="teach-settings"):
-                settings = widget("settings", {"filled": {}, "usual": {}}, form=form_html(), elem_id="all-settings")
+                settings = widget("settings", {"filled": {}, "defaults": {}}, form=form_html(), elem_id="all-settings")
             folder = gr.Textbox("", visible=False)  # of an example, for the command line
             start = gr.Button("Teach", variant="primary", elem_id="teach")
             cli = cli_box("teach")
@@ -72,26 +84,26 @@ def build(session: Session) -> SimpleNamespace:
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
             queue = gr.HTML(elem_id="queue")
     views = [progress, loss, control, previews, ending, use, queue, pause, stop]
-    noun.blur(suggested_token, [noun, token], token, **QUIET)
+    noun.blur(suggested_token, [noun, token], token, **INTERNAL)
     looking: dict[str, Any] = {"api_name": "pictures", "show_progress": "hidden"}
-    drop.upload(told(add_pictures, session), [drop, pictures], [drop, pictures, warning], **looking)
-    pictures.input(told(reconsidered, session), pictures, [pictures, warning], **QUIET)
+    drop.upload(bind(add_pictures, session), [drop, pictures], [drop, pictures, warning], **looking)
+    pictures.input(bind(reconsidered, session), pictures, [pictures, warning], **INTERNAL)
     for button, place in zip(chosen, examples.values(), strict=True):
         outputs = [pictures, warning, noun, token, folder]
-        button.click(told(example_lesson, session, place), None, outputs, **QUIET)
+        button.click(bind(example_lesson, session, place), None, outputs, **INTERNAL)
     form, inputs = [pictures, warning, noun, token], [pictures, token, noun, preset, settings, folder]
-    added = start.click(told(teach_concept, session), inputs, [*form, cli], api_name="teach", show_progress="hidden")
-    watching = [added.then(told(watch, session), None, views, api_name="watch", **LONG)]
-    again = resume.click(told(resume_teaching, session), which, cli, **QUIET)
-    watching.append(again.then(told(watch, session), None, views, **LONG | QUIET))
-    look, here = told(unfinished, session), [left, which, sure]
-    discard.click(lambda: gr.Row(visible=True), None, sure, **QUIET)
-    no.click(lambda: gr.Row(visible=False), None, sure, **QUIET)
-    yes.click(told(discard_teaching, session), which, here, **QUIET)
+    added = start.click(bind(teach_concept, session), inputs, [*form, cli], api_name="teach", show_progress="hidden")
+    watching = [added.then(bind(watch, session), None, views, api_name="watch", **LONG_RUNNING)]
+    again = resume.click(bind(resume_teaching, session), which, cli, **INTERNAL)
+    watching.append(again.then(bind(watch, session), None, views, **LONG_RUNNING | INTERNAL))
+    look, here = bind(unfinished, session), [left, which, sure]
+    discard.click(lambda: gr.Row(visible=True), None, sure, **INTERNAL)
+    no.click(lambda: gr.Row(visible=False), None, sure, **INTERNAL)
+    yes.click(bind(discard_teaching, session), which, here, **INTERNAL)
     for event in (again, *watching):
-        event.then(look, None, here, **QUIET)
-    pause.click(told(pause_teaching, session), None, pause, api_name="pause_teaching", show_progress="hidden")
-    stop.click(told(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
+        event.then(look, None, here, **INTERNAL)
+    pause.click(bind(pause_teaching, session), None, pause, api_name="pause_teaching", show_progress="hidden")
+    stop.click(bind(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
     return SimpleNamespace(views=views, watching=watching, use=use, settings=settings, look=look, left=here)
 
 
@@ -99,15 +111,15 @@ def add_pictures(
     session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Dropped files as they will be learned, beside those that are there already."""
-    kept = [(received(session, file).name, Path(file).name) for file in files or ()]
+    kept = [(receive_upload(session, file).name, Path(file).name) for file in files or ()]
     new = [{"id": name, "name": title, "caption": ""} for name, title in kept]
     return gr.File(None), *reconsidered(session, [*(pictures or ()), *new])
 
 
 def reconsidered(session: Session, pictures: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """All pictures looked at together: what is twice, too small or unusable is said."""
-    paths = [session.upload(picture["id"]) for picture in pictures]
-    found = fusion.check_pictures(paths, session.side())
+    paths = [session.upload_path(picture["id"]) for picture in pictures]
+    found = fusion.check_pictures(paths, session.resolution())
     names = {path.name: str(picture.get("name", "")) for path, picture in zip(paths, pictures, strict=True)}
     looked: list[dict[str, Any]] = []
     for picture, look in zip(pictures, found.looks, strict=True):
@@ -130,29 +142,29 @@ def teach_concept(
     """Put a concept into the queue of those to be taught. Returns an empty form, and the command line."""
     filled: Any = (settings or {}).get("filled") or {}
     name = suggested_token(noun, token)
-    new = lesson(session, pictures, name, noun, preset, filled)
+    new = new_job(session, pictures, name, noun, preset, filled)
     _queue(session, new)
-    return [], "", "", "", shown(commands.train(session, new.token, noun, preset, filled, folder))
+    return [], "", "", "", command_line(commands.train(session, new.token, noun, preset, filled, folder))
 
 
 def _queue(session: Session, new: TrainingJob) -> None:
-    if session.teaching is None:
-        session.teaching = Teaching(session)
-    session.teaching.add(new)
+    if session.trainings is None:
+        session.trainings = TrainingQueue(session)
+    session.trainings.add(new)
 
 
 def unfinished(session: Session) -> tuple[Any, ...]:
     """Trainings that can be resumed, the first one chosen."""
-    choices = [(str(own), name) for name, own in left_over(session).items()]
+    choices = [(str(own), name) for name, own in unfinished_trainings(session).items()]
     chosen = gr.Radio(choices, value=choices[0][1] if choices else None)
     return gr.Column(visible=bool(choices)), chosen, gr.Row(visible=False)
 
 
 def resume_teaching(session: Session, name: str) -> Any:
     """Put an unfinished training into the queue, from its latest checkpoint on. Returns the command line."""
-    new = resumed(session, name)
+    new = resume_job(session, name)
     _queue(session, new)
-    return shown(commands.resume(new.place.folder))
+    return command_line(commands.resume(new.place.folder))
 
 
 def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
@@ -165,7 +177,7 @@ def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
 
 def pause_teaching(session: Session) -> Any:
     """Pause the present training after its step, or go on with it."""
-    teaching: Teaching | None = session.teaching
+    teaching: TrainingQueue | None = session.trainings
     if teaching is not None:
         (teaching.going.clear if teaching.going.is_set() else teaching.going.set)()
     return gr.Button("Pause" if teaching is None or teaching.going.is_set() else "Go on")
@@ -173,8 +185,8 @@ def pause_teaching(session: Session) -> Any:
 
 def stop_teaching(session: Session) -> Any:
     """Stop the present training after its step; what was learned so far is kept in the library."""
-    if session.teaching is not None:
-        session.teaching.stop.set()
+    if session.trainings is not None:
+        session.trainings.stop.set()
     return gr.Button("Stopping …", interactive=False)
 
 
@@ -193,8 +205,8 @@ def example_lesson(session: Session, folder: Path) -> tuple[Any, ...]:
     """Pictures with captions, noun and token of an example."""
     about = tomllib.loads((folder / "concept.toml").read_text(encoding="utf-8"))
     pictures: list[dict[str, Any]] = []
-    for source in sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
+    for source in sorted(path for path in folder.iterdir() if path.suffix in PICTURE_SUFFIXES):
         caption = source.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
-        pictures.append({"id": session.take_upload(source).name, "name": source.name, "caption": text})
+        pictures.append({"id": session.store_upload(source).name, "name": source.name, "caption": text})
     return *reconsidered(session, pictures), about["noun"], about["token"], str(commands.near(folder))

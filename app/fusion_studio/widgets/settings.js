@@ -1,14 +1,14 @@
-// Every setting of a training, from a form made of its own schema. value: {filled: {name: text}, usual: {name: text}}
+// Every setting of a training, from a form made of its own schema. value: {filled: {name: text}, defaults: {name: text}}
 const form = element.querySelector(".settings");
 form.innerHTML = props.form;
 
 function draw() {
-  const { filled = {}, usual = {} } = props.value || {};
+  const { filled = {}, defaults = {} } = props.value || {};
   for (const field of form.querySelectorAll("[name]")) {
     if (field !== document.activeElement) field.value = filled[field.name] ?? "";
-    if (!(field.name in usual)) continue;
-    if (field.options) field.options[0].textContent = usual[field.name];
-    else field.placeholder = usual[field.name];
+    if (!(field.name in defaults)) continue;
+    if (field.options) field.options[0].textContent = defaults[field.name];
+    else field.placeholder = defaults[field.name];
   }
 }
 
