@@ -1,5 +1,6 @@
 """The page: header, five tabs, and what happens between them."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,19 +10,7 @@ import fusion
 from fusion_studio import markup
 from fusion_studio.errors import bind, warn
 from fusion_studio.session import Session, error_sentence, tokens_of
-from fusion_studio.tabs import (
-    INTERNAL,
-    LAST_CLICK,
-    LONG_RUNNING,
-    Picks,
-    combine,
-    compare,
-    draw,
-    history,
-    library,
-    strengths_of,
-    teach,
-)
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
@@ -57,15 +46,15 @@ def build(session: Session) -> gr.Blocks:
         )
         fresh = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
 
-        page.load(*fresh, **INTERNAL)
-        page.load(bind(base_ready, session), None, usual, **INTERNAL)
-        page.load(bind(draw.first_picture, session), None, drawing.outputs, **INTERNAL)
-        page.load(teaching.look, None, teaching.left, **INTERNAL)
-        page.load(bind(teach.watch, session), None, teaching.views, **LONG_RUNNING | INTERNAL).then(*fresh, **INTERNAL)
-        opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **INTERNAL)
-        changed = opening.then(bind(Session.open_base, session), base, None, api_name="base", **LONG_RUNNING)
+        page.load(*fresh, **PRIVATE)
+        page.load(bind(base_ready, session), None, usual, **PRIVATE)
+        page.load(bind(draw.first_picture, session), None, drawing.outputs, **PRIVATE)
+        page.load(teaching.look, None, teaching.left, **PRIVATE)
+        page.load(bind(teach.watch, session), None, teaching.views, **STREAM | PRIVATE).then(*fresh, **PRIVATE)
+        opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **PRIVATE)
+        changed = opening.then(bind(Session.open_base, session), base, None, api_name="base", **STREAM)
         for after in (changed.then, changed.failure):
-            after(bind(base_ready, session), None, usual, **INTERNAL)
+            after(bind(base_ready, session), None, usual, **PRIVATE)
     return page
 
 
@@ -75,30 +64,30 @@ def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> 
     picked = gr.State({})
     pickers = [drawing.picks, combining.picks, comparing.picks]
     for picker in pickers:
-        picker.input(lambda picks: {"picked": strengths_of(picks), "at": picks.get("at")}, picker, picked, **LAST_CLICK)
+        picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, picked, **LATEST)
     look, seen_in = bind(library_choices, session), [*pickers, drawing.no_concepts]
     seen, fresh = (look, picked, seen_in), (look, None, seen_in)
     judge = (bind(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
     to_judge = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
     draw_tab, combine_tab, compare_tab, library_tab = tabs
-    draw_tab.select(*seen, **INTERNAL).then(*judge, to_judge, **INTERNAL)
+    draw_tab.select(*seen, **PRIVATE).then(*judge, to_judge, **PRIVATE)
     judged = (bind(combine.judged, session), [combining.picks, combining.method], combining.verdict)
-    combine_tab.select(*seen, **INTERNAL).then(*judged, **INTERNAL)
+    combine_tab.select(*seen, **PRIVATE).then(*judged, **PRIVATE)
     prompted = (bind(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
-    compare_tab.select(*seen, **INTERNAL).then(*prompted, **INTERNAL)
-    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **INTERNAL)
+    compare_tab.select(*seen, **PRIVATE).then(*prompted, **PRIVATE)
+    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **PRIVATE)
     for event in (*parts.teaching.watching, *shelf.changed, combining.saved):
-        event.then(*fresh, **INTERNAL)
+        event.then(*fresh, **PRIVATE)
 
     def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
         lead = lambda *values: ({"picked": handler(*values)}, gr.Tabs(selected="draw"))  # noqa: E731
-        chosen = button.click(lead, inputs, [picked, parts.tabs], **INTERNAL)
-        chosen.then(*seen, **INTERNAL).then(*judge, to_judge, **INTERNAL)
+        chosen = button.click(lead, inputs, [picked, parts.tabs], **PRIVATE)
+        chosen.then(*seen, **PRIVATE).then(*judge, to_judge, **PRIVATE)
 
     leads_to_draw(parts.teaching.use, lambda: latest_concept(session), None)
     leads_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
-    leads_to_draw(combining.draw, strengths_of, combining.picks)
-    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **INTERNAL)
+    leads_to_draw(combining.draw, picked_of, combining.picks)
+    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **PRIVATE)
     return fresh
 
 
@@ -108,7 +97,7 @@ def latest_concept(session: Session) -> dict[str, float]:
     return {last.saved.stem: 1.0} if last and last.saved else {}
 
 
-def library_choices(session: Session, picks: Picks | None = None) -> tuple[Any, ...]:
+def library_choices(session: Session, picks: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
     names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
@@ -122,7 +111,7 @@ def library_choices(session: Session, picks: Picks | None = None) -> tuple[Any, 
         }
         for key, entry in entries.items()
     ]
-    kept = {key: strength for key, strength in strengths_of(picks).items() if key in entries}
+    kept = {key: strength for key, strength in picked_of(picks).items() if key in entries}
     value = {"choices": choices, "picked": None if picks is None else kept, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)
 

@@ -18,7 +18,7 @@ from PIL import Image
 import fusion
 from fusion_studio.session import Session, error_sentence, safe_name, tokens_of
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PICTURES = 100
 PREVIEWS = 5  # how often a training shows what it has learned
 CHECKPOINTS = 20  # how often a training is put on disk, and at least every MAX_LOST_STEPS steps
@@ -71,7 +71,7 @@ def new_job(
     known = [token for entry in session.entries().values() for token in tokens_of(entry.info)]
     if token in [*known, *(session.trainings.tokens() if session.trainings else ())]:
         raise fusion.FusionError(f"{token} is in the library already, or being taught; give this one another name.")
-    if token in [own.config.token for own in unfinished_trainings(session).values() if own.config]:
+    if token in [own.config.token for own in unfinished_jobs(session).values() if own.config]:
         raise fusion.FusionError(f"{token} is not learned to the end yet; resume or discard that training first.")
     sources = [session.upload_path(picture.get("id", "")) for picture in usable]
     place = fusion.Library(session.library).workplace(safe_name(token))
@@ -100,14 +100,14 @@ def _job(session: Session, config: fusion.TrainingConfig, place: Any) -> Trainin
     return TrainingJob(config, place, [look.crop for look in shown.looks if look.crop], len(pictures))
 
 
-def unfinished_trainings(session: Session) -> dict[str, Any]:
+def unfinished_jobs(session: Session) -> dict[str, Any]:
     """Trainings that were stopped, or ended with the app, by the names of their folders in the library."""
     return fusion.unfinished(fusion.Library(session.library))
 
 
 def resume_job(session: Session, name: str) -> TrainingJob:
     """An unfinished training, from its latest checkpoint on; what it learns is what it would have learned in one go."""
-    own = chosen(session, name)
+    own = unfinished_job(session, name)
     config = own.take()
     try:
         if config is None:
@@ -124,9 +124,9 @@ def resume_job(session: Session, name: str) -> TrainingJob:
     return made
 
 
-def chosen(session: Session, name: str) -> Any:
+def unfinished_job(session: Session, name: str) -> Any:
     """An unfinished training by what a page says, which is never used as a path."""
-    if own := unfinished_trainings(session).get(name):
+    if own := unfinished_jobs(session).get(name):
         return own
     raise fusion.FusionError("This training is not unfinished any more; choose another.")
 
@@ -135,9 +135,8 @@ def _config(
     session: Session, folder: Path, token: str, noun: str, preset: str, settings: Mapping[str, str]
 ) -> fusion.TrainingConfig:
     values = fusion.preset(preset.lower(), fusion.base_defaults(session.pipe, "training"))
-    values |= {
-        name: fusion.TrainingConfig.typed(name, text) for name, text in settings.items() if name not in PAGE_SETTINGS
-    }
+    allowed = {name: text for name, text in settings.items() if name not in PAGE_SETTINGS}
+    values |= {name: fusion.TrainingConfig.typed(name, text) for name, text in allowed.items()}
     total = values["max_train_steps"] if isinstance(values["max_train_steps"], int) else 1  # if not, it is refused
     shows = {"validation_steps": max(1, total // PREVIEWS), "num_validation_images": 1}
     kept = {"checkpointing_steps": max(1, min(MAX_LOST_STEPS, total // CHECKPOINTS)), "checkpoints_total_limit": 1}

@@ -18,7 +18,7 @@ from fusion_studio.errors import bind
 from fusion_studio.pipeline_queue import PipelineQueue
 from fusion_studio.session import Session, safe_name
 from fusion_studio.streaming import StepProgress
-from fusion_studio.tabs import combine, compare, draw, history, library, progress, strengths_of
+from fusion_studio.tabs import combine, compare, draw, history, library, picked_of, progress
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -295,7 +295,7 @@ def test_what_is_picked_stays_as_long_as_it_is_there(session, taught):
     assert pickers[0] == {"choices": [], "picked": {}, "at": None} and nothing.visible
     taught("rex")
     value, *_, nothing = interface.library_choices(session, {"picked": {"gone": 1, "rex": 0.5}, "at": 7})
-    assert value["picked"] == {"rex": 0.5} == strengths_of(value) and value["at"] == 7 and not nothing.visible
+    assert value["picked"] == {"rex": 0.5} == picked_of(value) and value["at"] == 7 and not nothing.visible
     assert [(c["key"], c["label"], c["tokens"]) for c in value["choices"]] == [("rex", "<rex>", ["<rex>"])]
     assert value["choices"][0]["picture"].startswith("data:image/png")
     assert interface.library_choices(session)[0]["picked"] is None  # as the page has it

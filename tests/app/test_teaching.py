@@ -357,7 +357,7 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     learning(session, "<rex>")
     teach.stop_teaching(session)
     list(teach.watch(session))
-    (name,) = training_jobs.unfinished_trainings(session)
+    (name,) = training_jobs.unfinished_jobs(session)
     session.base = None
     with pytest.raises(fusion.FusionError, match="choose that base first"):
         teach.resume_teaching(session, name)
@@ -367,4 +367,4 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
     with pytest.raises(fusion.FusionError, match="can only be discarded"):
         teach.resume_teaching(session, name)
     teach.discard_teaching(session, name)
-    assert training_jobs.unfinished_trainings(session) == {}
+    assert training_jobs.unfinished_jobs(session) == {}

@@ -10,11 +10,11 @@ from gradio.utils import get_upload_folder
 from fusion_studio.session import Session
 
 # Events that only move things on the page: no spinner, no place in the published API.
-INTERNAL: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-LAST_CLICK: dict[str, Any] = INTERNAL | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
+PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+LATEST: dict[str, Any] = PRIVATE | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
 # Any number of pages at once: who may use the pipeline, the session's own line decides, and says so.
 # "multiple": the page would swallow a click right after a cancel.
-LONG_RUNNING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+STREAM: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
 WIDGETS = Path(__file__).parent.parent / "widgets"
 
 Picks = Mapping[str, Any]  # the value of widgets/concepts.js
@@ -45,7 +45,7 @@ def widget(name: str, value: Any, **about: Any) -> gr.HTML:
     return gr.HTML(value, html_template=place, js_on_load=script, apply_default_css=False, **about)
 
 
-def receive_upload(session: Session, file: str) -> Path:
+def save_upload(session: Session, file: str) -> Path:
     """An upload under a name of our own; gradio's copy of it is deleted at once."""
     kept = session.store_upload(file)
     if Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
@@ -53,7 +53,7 @@ def receive_upload(session: Session, file: str) -> Path:
     return kept
 
 
-def strengths_of(picks: Picks | None) -> dict[str, float]:
+def picked_of(picks: Picks | None) -> dict[str, float]:
     """Which concepts are picked, and how strong."""
     return {str(key): float(value) for key, value in ((picks or {}).get("picked") or {}).items()}
 

@@ -13,7 +13,7 @@ import fusion
 from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name
-from fusion_studio.tabs import LAST_CLICK, Picks, cli_box, command_line, strengths_of, widget
+from fusion_studio.tabs import LATEST, Picks, cli_box, command_line, picked_of, widget
 
 ASK = markup.nothing("Pick concepts to combine", "Whether they go together is said here before anything is drawn.")
 METHOD = "Sums keep every concept at its own words. Methods that merge cannot: they act on every word."
@@ -46,7 +46,7 @@ def build(session: Session) -> SimpleNamespace:
                 bake = gr.Button("Bake", size="sm", elem_id="bake")
         with gr.Column(scale=6, min_width=300):
             verdict, notes, cli = gr.HTML(ASK, elem_id="combined"), gr.HTML(elem_id="combine-notes"), cli_box("combine")
-    gr.on([picks.input, method.input], bind(judged, session), [picks, method], verdict, **LAST_CLICK)
+    gr.on([picks.input, method.input], bind(judged, session), [picks, method], verdict, **LATEST)
     inputs = [picks, method, name]
     saved = save.click(bind(save_as_one, session), inputs, [notes, cli], api_name="fuse", **BUSY)
     export.click(bind(exported, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **BUSY)
@@ -56,7 +56,7 @@ def build(session: Session) -> SimpleNamespace:
 
 def judged(session: Session, picks: Picks, method: str) -> str:
     """The verdict in one sentence, and the heat map of interference under it."""
-    picked = strengths_of(picks)
+    picked = picked_of(picks)
     if not picked:
         return ASK
     adapters = session.adapters(list(picked))
@@ -68,7 +68,7 @@ def judged(session: Session, picks: Picks, method: str) -> str:
 
 def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
     """The picked concepts as one adapter in the library, which can be drawn with, exported and combined like any."""
-    picked = strengths_of(picks)
+    picked = picked_of(picks)
     target = fusion.Library(session.library).place(called(picked, name))
     fusion.save(session.fused(picked, method, target.stem), target)
     said = markup.hint(f"'{target.stem}' is in the library now.")
@@ -80,7 +80,7 @@ def exported(
     rank: float | None = None,
 ) -> tuple[Any, str, Any]:  # fmt: skip
     """The picked concepts as files for this or other programs."""
-    picked, title = strengths_of(picks), called(strengths_of(picks), name)
+    picked, title = picked_of(picks), called(picked_of(picks), name)
     files, notes, line = export_adapter(session, session.fused(picked, method, title), title, form, rank)
     first = _fuse_line(session, picked, method, f"{title}.safetensors")
     return files, notes, command_line(f"{first} && {line}" if form != "native" else first)
@@ -110,7 +110,7 @@ def baked(
     """A base of its own with the concepts in its weights, as a folder beside the library's files."""
     if not accept:
         raise fusion.FusionError("Baked weights act on every word; accept that first.")
-    picked = strengths_of(picks)
+    picked = picked_of(picks)
     folder = session.library / "models" / called(picked, name)
     if folder.exists():
         raise fusion.FusionError(f"'{folder}' is there already; give the result another name.")

@@ -15,7 +15,7 @@ from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import INTERNAL, LAST_CLICK, LONG_RUNNING, Picks, cli_box, command_line, strengths_of, widget
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Picks, cli_box, command_line, picked_of, widget
 from fusion_studio.tabs.draw import STOPPED, example_prompt, working
 
 EMPTY = markup.nothing("A grid of pictures", "One prompt, one seed; rows are strengths, columns methods and adapters.")
@@ -44,13 +44,13 @@ def build(session: Session) -> SimpleNamespace:
             progress = gr.HTML(elem_id="compare-progress")
             sheet = gr.DownloadButton("Download the sheet", visible=False, size="sm", elem_id="sheet")
             cli = cli_box("compare")
-    picks.input(bind(prompted, session), [picks, prompt], prompt, **LAST_CLICK)
+    picks.input(bind(prompted, session), [picks, prompt], prompt, **LATEST)
     inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
-    begun = start.click(lambda: working(True), None, [start, stop], **INTERNAL)
-    comparing = begun.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **LONG_RUNNING)
-    comparing.then(lambda: working(False), None, [start, stop], **INTERNAL)
-    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **INTERNAL)
-    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **INTERNAL)
+    begun = start.click(lambda: working(True), None, [start, stop], **PRIVATE)
+    comparing = begun.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **STREAM)
+    comparing.then(lambda: working(False), None, [start, stop], **PRIVATE)
+    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **PRIVATE)
+    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **PRIVATE)
     return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
 
 
@@ -60,7 +60,7 @@ def prompted(session: Session, picks: Picks, prompt: str) -> Any:
     made = prompt.endswith(" background") and any(token in prompt for tokens in known for token in tokens)
     if prompt.strip() and not made:
         return gr.skip()
-    adapters = session.adapters(list(strengths_of(picks)))
+    adapters = session.adapters(list(picked_of(picks)))
     return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
 
 
@@ -69,7 +69,7 @@ def draw_grid(
     alone: bool = True, seed: float = 0,
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """Draw the grid, picture by picture; at the end the sheet to keep."""
-    picked = strengths_of(picks)
+    picked = picked_of(picks)
     if not picked or not prompt.strip():
         raise fusion.FusionError("Pick concepts and write a prompt first.")
     try:

@@ -15,19 +15,8 @@ from fusion_studio.errors import bind, warn
 from fusion_studio.regions import as_regions, regions_of
 from fusion_studio.session import FIRST_PROMPT, Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import (
-    INTERNAL,
-    LAST_CLICK,
-    LONG_RUNNING,
-    Controls,
-    Picks,
-    cli_box,
-    command_line,
-    receive_upload,
-    strengths_of,
-    widget,
-)
-from fusion_studio.training_jobs import PICTURE_SUFFIXES
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, save_upload, widget
+from fusion_studio.training_jobs import SUFFIXES
 
 HISTORY = 24  # pictures kept on the page
 TRY = "Try: "
@@ -63,9 +52,7 @@ def build(session: Session) -> SimpleNamespace:
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
                 found = gr.Checkbox(True, label=FOUND, container=False, elem_id="found")
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
-                upload = gr.UploadButton(
-                    "Choose a picture", file_types=[*PICTURE_SUFFIXES], size="sm", elem_id="start-upload"
-                )
+                upload = gr.UploadButton("Choose a picture", file_types=[*SUFFIXES], size="sm", elem_id="start-upload")
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
                 leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
                 forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
@@ -87,30 +74,26 @@ def build(session: Session) -> SimpleNamespace:
     history, at = gr.State([]), gr.State(0)
     controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, found, start, leave]
     outputs = [stage, caption, history, at, cli]
-    picks.input(
-        bind(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LAST_CLICK
-    )
-    picks.select(inserted, prompt, prompt, **INTERNAL)
-    example.click(lambda text: text.removeprefix(TRY), example, prompt, **INTERNAL)
+    picks.input(bind(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
+    picks.select(inserted, prompt, prompt, **PRIVATE)
+    example.click(lambda text: text.removeprefix(TRY), example, prompt, **PRIVATE)
     beginning = [start, begin, leave, forget]
     upload.upload(bind(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
-    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **INTERNAL)
+    forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **PRIVATE)
     drawings: list[Any] = []
 
     def draws(trigger: Any) -> None:
         """Let an event draw with the controls as they are."""
-        begun = trigger(lambda: working(True), None, [draw, stop], **INTERNAL)
-        about: dict[str, Any] = (
-            LONG_RUNNING | {"api_name": "draw"} if not drawings else LONG_RUNNING | {"api_visibility": "private"}
-        )
+        begun = trigger(lambda: working(True), None, [draw, stop], **PRIVATE)
+        about = STREAM | ({"api_visibility": "private"} if drawings else {"api_name": "draw"})
         drawing = begun.then(bind(draw_pictures, session), [*controls, history], outputs, **about)
-        drawing.then(lambda: working(False), None, [draw, stop], **INTERNAL)  # gradio 6.31: not after a failure
-        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **INTERNAL)
+        drawing.then(lambda: working(False), None, [draw, stop], **PRIVATE)  # gradio 6.31: not after a failure
+        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **PRIVATE)
         drawings.append(drawing)
 
     def stops() -> None:
         """Once all events that draw are known."""
-        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **INTERNAL)
+        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **PRIVATE)
 
     draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
     return SimpleNamespace(
@@ -131,9 +114,9 @@ def first_picture(session: Session) -> tuple[Any, ...]:
     return path, markup.hint(entry["words"]), [entry], 0, command_line(commands.generate(session, {}, flags))
 
 
-def picked(session: Session, picks: Picks, prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
+def picked(session: Session, picks: Mapping[str, Any], prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
     """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
-    keys = list(strengths_of(picks))
+    keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
     button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
@@ -154,13 +137,13 @@ def inserted(prompt: str, event: gr.EventData) -> str:
 
 def started_from(session: Session, file: str) -> tuple[Any, ...]:
     """A picture to start from, checked and kept under a name of our own."""
-    kept = receive_upload(session, file)
+    kept = save_upload(session, file)
     picture = fusion.load_picture(kept, "The picture")
     return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
 
 def draw_pictures(
-    session: Session, picks: Picks, prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
+    session: Session, picks: Mapping[str, Any], prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
     steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
     regions: Mapping[str, Any] | None = None, found: bool = True, start: str = "", leave: float = 0.6,
     history: Sequence[Mapping[str, Any]] = (),
@@ -168,7 +151,7 @@ def draw_pictures(
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
     if not prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
-    picked, parts = strengths_of(picks), regions_of(regions)
+    picked, parts = picked_of(picks), regions_of(regions)
     opening = "" if session.is_open else "The base is being opened …"
     yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
     adapters = session.adapters(list(picked))

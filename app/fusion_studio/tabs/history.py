@@ -14,7 +14,7 @@ from fusion_studio import markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import INTERNAL, LONG_RUNNING, Controls, Picks
+from fusion_studio.tabs import PRIVATE, STREAM, Controls, Picks
 
 SIDES = ("without the concepts", "the picture before", "the picture it started from")
 
@@ -33,13 +33,13 @@ def build(session: Session, page: SimpleNamespace) -> None:
             slider = gr.ImageSlider(type="filepath", visible=False, interactive=False, elem_id="before-after", label="")
             told_here = gr.HTML()
     history, at = page.history, page.at
-    history.change(on_the_wall, history, [wall, again, before_part], **INTERNAL)
-    wall.select(seen, history, [*page.outputs[:2], at], **INTERNAL)
-    page.draws(repeat.click(repeated, [history, at, page.picks], page.controls, **INTERNAL).then)
-    page.draws(vary.click(varied, [history, at, page.picks], page.controls, **INTERNAL).then)
-    onward.click(bind(started_from_it, session), [history, at], page.beginning, **INTERNAL)
-    compared, about = (bind(before_and_after, session), [against, history, at]), LONG_RUNNING | INTERNAL
-    hold.click(*compared, [slider, told_here], **about).failure(lambda: "", None, told_here, **INTERNAL)
+    history.change(on_the_wall, history, [wall, again, before_part], **PRIVATE)
+    wall.select(seen, history, [*page.outputs[:2], at], **PRIVATE)
+    page.draws(repeat.click(repeated, [history, at, page.picks], page.controls, **PRIVATE).then)
+    page.draws(vary.click(varied, [history, at, page.picks], page.controls, **PRIVATE).then)
+    onward.click(bind(started_from_it, session), [history, at], page.beginning, **PRIVATE)
+    compared, about = (bind(before_and_after, session), [against, history, at]), STREAM | PRIVATE
+    hold.click(*compared, [slider, told_here], **about).failure(lambda: "", None, told_here, **PRIVATE)
     page.stops()
 
 
@@ -89,9 +89,7 @@ def before_and_after(
     else:
         other = None
         recipe = fusion.recipe_of(this["path"])
-        for frame in stream_results(
-            session, "A picture is being drawn", lambda screen: [_plain(session, recipe, screen)]
-        ):
+        for frame in stream_results(session, "A picture is being drawn", lambda out: [_plain(session, recipe, out)]):
             if isinstance(frame, Result):
                 (other,) = frame.value
             else:

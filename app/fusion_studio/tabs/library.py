@@ -11,7 +11,7 @@ import fusion
 from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name, tokens_of
-from fusion_studio.tabs import INTERNAL, cli_box, command_line, receive_upload, widget
+from fusion_studio.tabs import PRIVATE, cli_box, command_line, save_upload, widget
 from fusion_studio.tabs.combine import FORMS, export_adapter
 
 EMPTY = markup.nothing("The library is empty", "What you teach lands here, as plain files. You can take in others too.")
@@ -49,11 +49,11 @@ def build(session: Session) -> SimpleNamespace:
     detail = [about, one, token, sure, files]
     look = bind(looked, session)
     refresh.click(look, [search, chosen], [cards, slices], api_name="library", show_progress="hidden")
-    search.input(bind(cards_html, session), [search, chosen], cards, **INTERNAL)
-    turned = cards.select(bind(opened, session), None, [chosen, *detail], **INTERNAL)
-    turned.then(bind(cards_html, session), [search, chosen], cards, **INTERNAL)
-    delete.click(lambda: gr.Row(visible=True), None, sure, **INTERNAL)
-    no.click(lambda: gr.Row(visible=False), None, sure, **INTERNAL)
+    search.input(bind(cards_html, session), [search, chosen], cards, **PRIVATE)
+    turned = cards.select(bind(opened, session), None, [chosen, *detail], **PRIVATE)
+    turned.then(bind(cards_html, session), [search, chosen], cards, **PRIVATE)
+    delete.click(lambda: gr.Row(visible=True), None, sure, **PRIVATE)
+    no.click(lambda: gr.Row(visible=False), None, sure, **PRIVATE)
     changes = [chosen, *detail, notes, cli]
     changed = [
         yes.click(bind(deleted, session), chosen, changes, api_name="delete", show_progress="hidden"),
@@ -61,7 +61,7 @@ def build(session: Session) -> SimpleNamespace:
         upload.upload(bind(taken_in, session), upload, changes, api_name="take_in", show_progress="hidden"),
     ]
     for event in changed:
-        event.then(look, [search, chosen], [cards, slices], **INTERNAL)
+        event.then(look, [search, chosen], [cards, slices], **PRIVATE)
     export.click(bind(exported, session), [chosen, form], [files, notes, cli], api_visibility="private")
     return SimpleNamespace(
         cards=cards, slices=slices, search=search, chosen=chosen, draw=draw, changed=changed, look=look
@@ -150,7 +150,7 @@ def deleted(session: Session, key: str) -> tuple[Any, ...]:
 
 def taken_in(session: Session, file: str) -> tuple[Any, ...]:
     """A copy of somebody's adapter file, checked before it is let in."""
-    kept, name = receive_upload(session, file), safe_name(Path(file).stem)
+    kept, name = save_upload(session, file), safe_name(Path(file).stem)
     try:
         added = fusion.Library(session.library).add(kept, name)
     except fusion.FusionError as error:

@@ -9,21 +9,13 @@ from typing import Any
 import gradio as gr
 
 import fusion
-from fusion_studio import commands, markup
+from fusion_studio import commands, markup, training_jobs
 from fusion_studio.errors import bind
 from fusion_studio.session import Session
 from fusion_studio.settings import form_html
-from fusion_studio.tabs import INTERNAL, LONG_RUNNING, cli_box, command_line, receive_upload, widget
+from fusion_studio.tabs import PRIVATE, STREAM, cli_box, command_line, save_upload, widget
 from fusion_studio.tabs.progress import watch
-from fusion_studio.training_jobs import (
-    PICTURE_SUFFIXES,
-    TrainingJob,
-    TrainingQueue,
-    chosen,
-    new_job,
-    resume_job,
-    unfinished_trainings,
-)
+from fusion_studio.training_jobs import SUFFIXES, TrainingQueue
 
 CROP = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
@@ -50,11 +42,7 @@ def build(session: Session) -> SimpleNamespace:
                     yes = gr.Button("Yes, discard it", variant="stop", size="sm", elem_id="yes-discard", min_width=90)
                     no = gr.Button("Keep it", size="sm", elem_id="keep-unfinished", min_width=90)
             gr.HTML(DROP)
-            looks: dict[str, Any] = {
-                "file_types": list(PICTURE_SUFFIXES),
-                "file_count": "multiple",
-                "show_label": False,
-            }
+            looks: dict[str, Any] = {"file_types": list(SUFFIXES), "file_count": "multiple", "show_label": False}
             drop = gr.File(label="Pictures", height=120, elem_id="drop", **looks)
             pictures, warning = widget("pictures", [], elem_id="pictures"), gr.HTML(elem_id="warning")
             gr.HTML(EXAMPLES_HINT, visible=bool(examples))
@@ -84,24 +72,24 @@ def build(session: Session) -> SimpleNamespace:
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
             queue = gr.HTML(elem_id="queue")
     views = [progress, loss, control, previews, ending, use, queue, pause, stop]
-    noun.blur(suggested_token, [noun, token], token, **INTERNAL)
+    noun.blur(suggested_token, [noun, token], token, **PRIVATE)
     looking: dict[str, Any] = {"api_name": "pictures", "show_progress": "hidden"}
     drop.upload(bind(add_pictures, session), [drop, pictures], [drop, pictures, warning], **looking)
-    pictures.input(bind(reconsidered, session), pictures, [pictures, warning], **INTERNAL)
+    pictures.input(bind(reconsidered, session), pictures, [pictures, warning], **PRIVATE)
     for button, place in zip(chosen, examples.values(), strict=True):
         outputs = [pictures, warning, noun, token, folder]
-        button.click(bind(example_lesson, session, place), None, outputs, **INTERNAL)
+        button.click(bind(example_lesson, session, place), None, outputs, **PRIVATE)
     form, inputs = [pictures, warning, noun, token], [pictures, token, noun, preset, settings, folder]
     added = start.click(bind(teach_concept, session), inputs, [*form, cli], api_name="teach", show_progress="hidden")
-    watching = [added.then(bind(watch, session), None, views, api_name="watch", **LONG_RUNNING)]
-    again = resume.click(bind(resume_teaching, session), which, cli, **INTERNAL)
-    watching.append(again.then(bind(watch, session), None, views, **LONG_RUNNING | INTERNAL))
+    watching = [added.then(bind(watch, session), None, views, api_name="watch", **STREAM)]
+    again = resume.click(bind(resume_teaching, session), which, cli, **PRIVATE)
+    watching.append(again.then(bind(watch, session), None, views, **STREAM | PRIVATE))
     look, here = bind(unfinished, session), [left, which, sure]
-    discard.click(lambda: gr.Row(visible=True), None, sure, **INTERNAL)
-    no.click(lambda: gr.Row(visible=False), None, sure, **INTERNAL)
-    yes.click(bind(discard_teaching, session), which, here, **INTERNAL)
+    discard.click(lambda: gr.Row(visible=True), None, sure, **PRIVATE)
+    no.click(lambda: gr.Row(visible=False), None, sure, **PRIVATE)
+    yes.click(bind(discard_teaching, session), which, here, **PRIVATE)
     for event in (again, *watching):
-        event.then(look, None, here, **INTERNAL)
+        event.then(look, None, here, **PRIVATE)
     pause.click(bind(pause_teaching, session), None, pause, api_name="pause_teaching", show_progress="hidden")
     stop.click(bind(stop_teaching, session), None, stop, api_name="stop_teaching", show_progress="hidden")
     return SimpleNamespace(views=views, watching=watching, use=use, settings=settings, look=look, left=here)
@@ -111,7 +99,7 @@ def add_pictures(
     session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Dropped files as they will be learned, beside those that are there already."""
-    kept = [(receive_upload(session, file).name, Path(file).name) for file in files or ()]
+    kept = [(save_upload(session, file).name, Path(file).name) for file in files or ()]
     new = [{"id": name, "name": title, "caption": ""} for name, title in kept]
     return gr.File(None), *reconsidered(session, [*(pictures or ()), *new])
 
@@ -142,12 +130,12 @@ def teach_concept(
     """Put a concept into the queue of those to be taught. Returns an empty form, and the command line."""
     filled: Any = (settings or {}).get("filled") or {}
     name = suggested_token(noun, token)
-    new = new_job(session, pictures, name, noun, preset, filled)
+    new = training_jobs.new_job(session, pictures, name, noun, preset, filled)
     _queue(session, new)
     return [], "", "", "", command_line(commands.train(session, new.token, noun, preset, filled, folder))
 
 
-def _queue(session: Session, new: TrainingJob) -> None:
+def _queue(session: Session, new: training_jobs.TrainingJob) -> None:
     if session.trainings is None:
         session.trainings = TrainingQueue(session)
     session.trainings.add(new)
@@ -155,21 +143,21 @@ def _queue(session: Session, new: TrainingJob) -> None:
 
 def unfinished(session: Session) -> tuple[Any, ...]:
     """Trainings that can be resumed, the first one chosen."""
-    choices = [(str(own), name) for name, own in unfinished_trainings(session).items()]
+    choices = [(str(own), name) for name, own in training_jobs.unfinished_jobs(session).items()]
     chosen = gr.Radio(choices, value=choices[0][1] if choices else None)
     return gr.Column(visible=bool(choices)), chosen, gr.Row(visible=False)
 
 
 def resume_teaching(session: Session, name: str) -> Any:
     """Put an unfinished training into the queue, from its latest checkpoint on. Returns the command line."""
-    new = resume_job(session, name)
+    new = training_jobs.resume_job(session, name)
     _queue(session, new)
     return command_line(commands.resume(new.place.folder))
 
 
 def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
     """Delete what an unfinished training has left: pictures, settings and checkpoints; not what is in the library."""
-    own = chosen(session, name)
+    own = training_jobs.unfinished_job(session, name)
     own.take()
     own.place.remove()
     return unfinished(session)
@@ -205,7 +193,7 @@ def example_lesson(session: Session, folder: Path) -> tuple[Any, ...]:
     """Pictures with captions, noun and token of an example."""
     about = tomllib.loads((folder / "concept.toml").read_text(encoding="utf-8"))
     pictures: list[dict[str, Any]] = []
-    for source in sorted(path for path in folder.iterdir() if path.suffix in PICTURE_SUFFIXES):
+    for source in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
         caption = source.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
         pictures.append({"id": session.store_upload(source).name, "name": source.name, "caption": text})
