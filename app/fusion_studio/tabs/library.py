@@ -16,7 +16,6 @@ from fusion_studio.tabs.combine import FORMS, export_adapter
 
 EMPTY = markup.nothing("The library is empty", "What you teach lands here, as plain files. You can take in others too.")
 CHOOSE = markup.hint("Choose a card to rename, export or delete it.")
-TAKE_IN = "Take in a file (.safetensors: ours, or a diffusers or kohya LoRA)"
 
 
 def build(session: Session) -> SimpleNamespace:
