@@ -63,9 +63,8 @@ def build(session: Session) -> SimpleNamespace:
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="draw-steps")
                     guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
-                    scheduler = gr.Dropdown(
-                        [("the base's own", "")], value="", label="Scheduler", allow_custom_value=True
-                    )
+                    own = [("the base's own", "")]
+                    scheduler = gr.Dropdown(own, value="", label="Scheduler", allow_custom_value=True)
                 anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
             looks: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}

@@ -64,10 +64,9 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Row(visible=False, elem_id="control") as control:
                 pause = gr.Button("Pause", size="sm", elem_id="pause", min_width=90)
                 stop = gr.Button("Stop and keep", variant="stop", size="sm", elem_id="stop-teaching", min_width=90)
-            looks = {"columns": 5, "fit_columns": False, "height": "auto", "elem_id": "previews", "visible": False}
-            previews = gr.Gallery(
-                label="What it draws so far", show_label=False, allow_preview=False, interactive=False, **looks
-            )
+            looks = {"show_label": False, "allow_preview": False, "interactive": False, "visible": False}
+            looks |= {"columns": 5, "fit_columns": False, "height": "auto", "elem_id": "previews"}
+            previews = gr.Gallery(label="What it draws so far", **looks)
             ending = gr.HTML(elem_id="ending")
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
             queue = gr.HTML(elem_id="queue")
