@@ -42,14 +42,14 @@ app: install
 bench: install
 	$(BIN)/python -m benchmarks
 
-# Hours, and resumable; one more process shares the work. A look in minutes: make bench-fusion QUICK=1
+# Takes hours and can be resumed; a second process shares the work. A short run in minutes: make bench-fusion QUICK=1
 bench-fusion: install
 	$(BIN)/python -m benchmarks.laboratory $(if $(QUICK),--quick)
 
-# Hours, and resumable: stopped, the same command goes on. Needs npm for the artwork.
-# From nothing, or from what is shipped: make pocket START=assets
+# Takes hours; run again, it resumes where it stopped. Needs npm for the artwork.
+# Trains from scratch; from the shipped weights: make pocket START=assets
 FROM := $(if $(START),--start $(START)/pocket)
-# glibc is told to keep what is freed: fresh pages for every large tensor cost a tenth of a step.
+# glibc keeps freed memory: fresh pages for every large tensor cost a tenth of a step.
 pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 pocket: export MALLOC_TOP_PAD_ = 268435456
@@ -65,7 +65,7 @@ pocket: install
 	$(BIN)/python -m tools.pocket evaluate
 	$(BIN)/python -m tools.pocket card
 
-# What was trained or drawn (out/) stays.
+# Adapters and pictures (out/) are kept.
 clean:
 	rm -rf .venv build dist .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
