@@ -8,6 +8,8 @@ from fusion.composition.fusing import fuse as fuse
 from fusion.composition.input_interference import cross_talk as cross_talk
 from fusion.composition.input_interference import merge_error as merge_error
 from fusion.composition.weight_interference import interference as interference
+from fusion.config import Setting as Setting
+from fusion.config import settings_of as settings_of
 from fusion.errors import FusionError as FusionError
 from fusion.evaluation.clip_judge import open_judge as open_judge
 from fusion.evaluation.comparison import Cell as Cell

@@ -1,21 +1,28 @@
 """Strict settings: frozen models that refuse what they do not know, read from TOML and written to it exactly.
 
+`settings_of(model)` is the one reflection of a model: the command line, the studio's forms and typed text follow it.
 Nothing here imports torch, so that `fusion --help` need not.
 """
 
 import json
+import os
 import re
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fusion.errors import ConfigError, closest
 
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
+MAX_SEED = 2**63 - 1  # of torch's generators
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
 _BASE_TABLES = ("training", "generation")
 
@@ -23,19 +30,25 @@ _BASE_TABLES = ("training", "generation")
 class StrictModel(BaseModel):
     """Settings as a frozen value: unknown keys and wrong kinds raise ConfigError, all problems at once.
 
-    Kinds are not guessed: true is no number, "8" is none either. Paths are stored absolute, and those read from
-    a file are relative to that file. `model_fields_set` tells what the user has set.
+    Kinds are not guessed: true is no number, "8" is none either. Paths are stored absolute.
+    `model_fields_set` has the names of what the user has set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    # Text fields that may name a place on this machine or something else: read as a path where it exists.
+    # Text fields that may be a path on this machine or something else: read as a path where it exists.
     names_or_paths: ClassVar[tuple[str, ...]] = ()
+    # Other names of fields, accepted wherever the fields' own are.
+    aliases: ClassVar[Mapping[str, str]] = {}
+    # For help and forms: a group's title -> its first field; the others follow in the order of the class.
+    groups: ClassVar[Mapping[str, str]] = {}
+    # What a base's fusion.toml may not set, besides paths.
+    users_own: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, handler: Any) -> Self:
         try:
-            return handler(values)
+            return handler(cls.canonical(values) if isinstance(values, Mapping) else values)
         except ValidationError as error:
             # One problem a key: a field of several kinds has one for each.
             details = {detail["loc"][:1]: detail for detail in error.errors(include_url=False)}
@@ -44,19 +57,53 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _paths_and_lists(cls, value: Any, info: ValidationInfo) -> Any:
-        folder: Path | None = info.context and info.context["folder"]
-        name = str(info.field_name)
-        if isinstance(value, str | Path) and str(value) and _is_path(cls, name):
-            return ((folder or Path()) / Path(value).expanduser()).absolute()
-        if isinstance(value, str) and folder and name in cls.names_or_paths:
-            place = folder / Path(value).expanduser()
-            return str(place.absolute()) if place.exists() or value.startswith((".", "~")) else value
-        return list(value) if isinstance(value, tuple) else value
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if Path in kinds and isinstance(value, str | Path) and str(value):
+            return _expanded(value).absolute()
+        if isinstance(value, list | tuple):
+            return tuple(value) if tuple in kinds else list(value)
+        return value
+
+    @classmethod
+    def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values under the fields' own names. Raises ConfigError where one setting is given under two names."""
+        keys: dict[str, str] = {}
+        for key in values:
+            name = cls.aliases.get(key, key)
+            if name in keys:
+                raise ConfigError(f"'{keys[name]}' and '{key}' are two names of one setting; give one of them.")
+            keys[name] = key
+        return {name: values[key] for name, key in keys.items()}
+
+    @classmethod
+    def rooted(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Canonical values, with relative paths read from `folder`."""
+        result = cls.canonical(values)
+        for name in cls.places() & result.keys():
+            value = result[name]
+            if isinstance(value, str | Path) and str(value):
+                path = folder / _expanded(value)
+                # Path.exists raises where a name is too long to be one.
+                is_path = name not in cls.names_or_paths or str(value).startswith((".", "~")) or os.path.exists(path)  # noqa: PTH110
+                result[name] = str(path.absolute()) if is_path else value
+        return result
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Settings typed here: relative paths are read from the working folder."""
+        return cls.model_validate(cls.rooted(values, Path()))
+
+    @classmethod
+    def parsed(cls, texts: Mapping[str, str]) -> dict[str, Any]:
+        """Canonical values of typed texts. What is no setting stays as it is, to be refused with the others."""
+        known = {setting.name: setting for setting in settings_of(cls)}
+        return {k: known[k].parse(text) if k in known else text for k, text in cls.canonical(texts).items()}
 
     @classmethod
     def places(cls) -> set[str]:
-        """The fields that say where something is on this machine."""
-        return {*cls.names_or_paths, *(name for name in cls.model_fields if _is_path(cls, name))}
+        """The fields that are, or may be, paths on this machine."""
+        paths = (name for name, field in cls.model_fields.items() if Path in _kinds(field.annotation))
+        return {*cls.names_or_paths, *paths}
 
     def settings(self) -> dict[str, Any]:
         """What the user has set, in the order of the fields."""
@@ -64,18 +111,79 @@ class StrictModel(BaseModel):
 
     def updated(self, values: Mapping[str, Any]) -> Self:
         """The same settings with some replaced, checked again. A value of None takes a setting back."""
-        return type(self).model_validate({k: v for k, v in {**self.settings(), **values}.items() if v is not None})
+        merged = {**self.settings(), **self.canonical(values)}
+        return type(self).model_validate({k: v for k, v in merged.items() if v is not None})
+
+    def with_base_defaults(self, table: Mapping[str, Any]) -> Self:
+        """These settings, with the base's own wherever the user has set nothing.
+
+        `table` is the model's table in the base's `fusion.toml`. A base is other people's work: it may set how to
+        train or draw, but no path and nothing of `users_own`. Raises ConfigError.
+        """
+        try:
+            defaults = self.canonical(table)
+            if refused := sorted({*self.users_own, *self.places()} & defaults.keys()):
+                raise ConfigError(f"it sets '{refused[0]}', which only you may set; remove it.")
+            given = {name: value for name, value in self.settings().items() if value is not None}
+            return type(self).model_validate({**defaults, **given})
+        except ConfigError as error:
+            raise ConfigError(f"With the base's {BASE_DEFAULTS}: {error}") from None
 
 
 Model = TypeVar("Model", bound=StrictModel)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One field of a StrictModel, as a command line or a form shows and reads it."""
+
+    name: str
+    help: str
+    group: str
+    kinds: frozenset[Any]  # of bool, int, float, str, Path, list …; empty where there are only choices
+    choices: tuple[Any, ...]  # empty where any value of the kinds will do
+    default: Any  # None: there is none, or it depends on the base
+    required: bool
+    aliases: tuple[str, ...]
+
+    def parse(self, text: str) -> Any:
+        """The value of typed text. Text of another kind is returned as it is, for the model to refuse."""
+        if bool in self.kinds and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if list in self.kinds and str not in self.kinds:
+            return text.split()
+        if list in self.kinds and "\n" in text:
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        for kind in (int, float):
+            if kind in self.kinds:
+                with suppress(ValueError):
+                    return kind(text)
+        return text
+
+
+@cache
+def settings_of(model: type[StrictModel]) -> tuple[Setting, ...]:
+    """All settings of a model, in the order of its fields."""
+    titles, group, settings = {first: title for title, first in model.groups.items()}, "", list[Setting]()
+    for name, field in model.model_fields.items():
+        group, kinds = titles.get(name, group), _kinds(field.annotation)
+        choices = () if kinds else _choices(field.annotation)
+        default = None if field.is_required() else field.default
+        others = tuple(other for other, of in model.aliases.items() if of == name)
+        about = field.description or ""
+        settings.append(Setting(name, about, group, kinds, choices, default, field.is_required(), others))
+    return tuple(settings)
+
+
 def read_toml(path: str | Path, model: type[Model], over: Mapping[str, Any] | None = None) -> Model:
-    """The settings in a TOML file, those in `over` taking precedence. Raises ConfigError naming the file."""
+    """The settings in a TOML file, those in `over` taking precedence. Raises ConfigError naming the file.
+
+    Relative paths in the file are relative to it, those in `over` to the working folder.
+    """
     path = Path(path)
-    values = {**_parse(path), **(over or {})}
+    values = _parse(path)
     try:
-        return model.model_validate(values, context={"folder": path.parent})
+        return model.model_validate({**model.rooted(values, path.parent), **model.rooted(over or {}, Path())})
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None
 
@@ -117,9 +225,27 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: not valid TOML: {error}.") from None
 
 
-def _is_path(model: type[BaseModel], name: str) -> bool:
-    annotation = model.model_fields[name].annotation
-    return Path in (annotation, *get_args(annotation))
+def _expanded(value: str | Path) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # "~name" of nobody on this machine
+        raise ConfigError(f"'{value}' starts in the home folder of a user who does not exist here.") from None
+
+
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """The plain kinds an annotation allows besides its choices: of `str | list[str] | None` str and list."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return frozenset().union(*map(_kinds, get_args(annotation)))
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return frozenset() if annotation is NoneType or origin is Literal else frozenset([origin or annotation])
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in _choices(part))
 
 
 def _explained(detail: Any, model: type[BaseModel]) -> str:

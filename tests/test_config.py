@@ -4,14 +4,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from fusion.config import BASE_DEFAULTS, StrictModel, listing, read_base_defaults, read_toml, to_toml
+from fusion.config import BASE_DEFAULTS, StrictModel, listing, read_base_defaults, read_toml, settings_of, to_toml
 from fusion.errors import ConfigError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -29,6 +29,8 @@ class Settings(StrictModel):
     prompts: str | list[str] | None = None
     folder: Path | None = None
     base: str | None = None
+    level: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    box: tuple[float, ...] | None = None
 
 
 def problem(**values) -> str:
@@ -171,6 +173,46 @@ def test_a_base_brings_defaults_in_two_tables(tmp_path):
     path.write_text("[trianing]\nrank = 4\n")
     with pytest.raises(ConfigError, match="did you mean 'training'"):
         read_base_defaults(tmp_path, "training")
+
+
+def test_one_reflection_says_what_a_setting_is_and_reads_it():
+    settings = {setting.name: setting for setting in settings_of(Settings)}
+    assert list(settings) == list(Settings.model_fields)
+    kinds = {name: setting.kinds for name, setting in settings.items()}
+    assert kinds == {
+        "rank": {int}, "rate": {float}, "balanced": {bool}, "title": {str}, "precision": set(), "targets": {list},
+        "prompts": {str, list}, "folder": {Path}, "base": {str}, "level": {int}, "box": {tuple},
+    }  # fmt: skip
+    assert settings["precision"].choices == ("no", "fp16") and settings["level"].choices == ()
+    texts = {"rank": "4", "rate": "1e-3", "balanced": "False", "title": "4", "targets": "a b", "prompts": "a b"}
+    assert Settings.parsed(texts) == {
+        "rank": 4, "rate": 1e-3, "balanced": False, "title": "4", "targets": ["a", "b"], "prompts": "a b",
+    }  # fmt: skip
+    assert Settings.parsed({"prompts": " a\n\nb "}) == {"prompts": ["a", "b"]}
+    wrong = {"rank": "four", "rate": "", "balanced": "1", "level": "9" * 5000, "zzz": "1"}
+    assert Settings.parsed(wrong) == wrong  # for the model to refuse
+
+
+def test_two_names_of_one_setting_are_refused_in_one_place_and_merge_in_several(tmp_path):
+    class Renamed(Settings):
+        aliases: ClassVar = {"dimension": "rank"}
+
+    assert Renamed(dimension=4) == Renamed(rank=4) == Renamed(rank=2).updated({"dimension": 4})
+    with pytest.raises(ConfigError, match="'rank' and 'dimension' are two names of one setting"):
+        Renamed(rank=4, dimension=4)
+    (tmp_path / "dog.toml").write_text("dimension = 4\n")
+    assert read_toml(tmp_path / "dog.toml", Renamed, {"rank": 2}).rank == 2
+    assert Renamed(rank=2).with_base_defaults({"dimension": 4}).rank == 2
+    assert Renamed().with_base_defaults({"dimension": 4}).rank == 4
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a" * 5000, "a\0b"])
+def test_senseless_paths_are_no_traceback(name, tmp_path):
+    try:
+        made = Settings.from_values({"folder": name, "base": name})
+        assert name in str(made.folder) and made.base == name
+    except ConfigError as error:
+        assert "does not exist here" in str(error)
 
 
 def test_long_lists_of_problems_are_cut_and_counted():

@@ -135,8 +135,8 @@ def _config(
     session: Session, folder: Path, token: str, noun: str, preset: str, settings: Mapping[str, str]
 ) -> fusion.TrainingConfig:
     values = fusion.preset(preset.lower(), fusion.base_defaults(session.pipe, "training"))
-    allowed = {name: text for name, text in settings.items() if name not in PAGE_SETTINGS}
-    values |= {name: fusion.TrainingConfig.typed(name, text) for name, text in allowed.items()}
+    typed = fusion.TrainingConfig.parsed(settings)
+    values |= {name: value for name, value in typed.items() if name not in PAGE_SETTINGS}
     total = values["max_train_steps"] if isinstance(values["max_train_steps"], int) else 1  # if not, it is refused
     shows = {"validation_steps": max(1, total // PREVIEWS), "num_validation_images": 1}
     kept = {"checkpointing_steps": max(1, min(MAX_LOST_STEPS, total // CHECKPOINTS)), "checkpoints_total_limit": 1}

@@ -1,6 +1,7 @@
 """What the verbs share at the terminal: the parser, messages, tables and sizes."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -9,11 +10,12 @@ import shutil
 import sys
 import textwrap
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fusion.config import Setting, StrictModel, settings_of
 from fusion.errors import FusionError, closest
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -69,6 +71,40 @@ def listening(*, verbose: bool) -> Generator[None]:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(before)
+
+
+def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequence[str] = ()) -> None:
+    """A flag for every setting of a model but those of `leave`; `flags_of` reads what was given."""
+    groups: dict[str, Any] = {}
+    for setting in settings_of(model):
+        if setting.name in leave:
+            continue
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        default = "" if setting.default in (None, "") else f" (default: {json.dumps(setting.default, default=str)})"
+        others = f" Also {', '.join(f'--{other}' for other in setting.aliases)}." if setting.aliases else ""
+        text = f"{setting.help}{others}{default}".replace("%", "%%")
+        reading: dict[str, Any] = {"type": setting.parse, "metavar": metavar(setting)}
+        if setting.choices:
+            reading = {"choices": setting.choices}
+        elif list in setting.kinds:
+            reading = {"nargs": "+", "metavar": "TEXT"}
+        elif bool in setting.kinds:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
+            reading |= {"nargs": "?", "const": True}
+        add = groups[setting.group].add_argument
+        add(f"--{setting.name}", default=SUPPRESS, help=text, **reading)
+        for other in setting.aliases:
+            add(f"--{other}", dest=setting.name, default=SUPPRESS, help=SUPPRESS, **reading)
+
+
+def metavar(setting: Setting) -> str:
+    names = {bool: "true|false", int: "N", float: "X", Path: "PATH"}
+    return next((name for kind, name in names.items() if kind in setting.kinds), "TEXT")
+
+
+def flags_of(args: Namespace, model: type[StrictModel]) -> dict[str, Any]:
+    """The settings given on the command line."""
+    return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
 def add_base_arguments(parser: ArgumentParser) -> None:

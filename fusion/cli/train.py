@@ -5,17 +5,15 @@ defaults below, which suit Stable Diffusion 1.5. --print_config shows what appli
 """
 
 import argparse
-import json
 import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from fusion.cli.console import UsageError, example, open_base, progress, short, size
-from fusion.config import read_base_defaults
+from fusion.cli.console import UsageError, add_settings, example, flags_of, open_base, progress, short, size
+from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError
 from fusion.training.config import TrainingConfig
 from fusion.training.presets import PRESETS, preset
@@ -31,44 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
     how = ", ".join(f"{name} ({share:g})" for name, share in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, help=f"how much of the base's usual steps to train: {how}")
-    for title, names in TrainingConfig.groups().items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            field = TrainingConfig.model_fields[name]
-            text = (field.description or "").replace("%", "%%")
-            if not field.is_required() and field.default not in (None, ""):
-                text += f" (default: {json.dumps(field.default, default=str)})"
-            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind(field.annotation))
-
-
-def kind(annotation: Any) -> dict[str, Any]:
-    """How argparse reads the values of a field."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    only = next(k for k in kinds if k is not type(None))
-    if any(get_origin(k) is list for k in kinds):
-        return {"nargs": "+", "metavar": "TEXT"}
-    if get_origin(only) is Literal:
-        return {"choices": get_args(only)}
-    if only is bool:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
-        return {"nargs": "?", "const": True, "type": truth, "metavar": "true|false"}
-    return {"type": only, "metavar": {int: "N", float: "X", Path: "PATH"}.get(only, "TEXT")}
-
-
-def truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, not '{word}'")
-    return word.lower() == "true"
+    add_settings(parser, TrainingConfig)
 
 
 def configure(args: argparse.Namespace) -> TrainingConfig:
     """Flags over file. Raises UsageError: a wrong setting is a wrong command."""
-    flags = {name: rooted(name, value) for name, value in vars(args).items() if name in TrainingConfig.model_fields}
+    flags = flags_of(args, TrainingConfig)
     try:
-        made = TrainingConfig.from_toml(args.config, flags) if args.config else TrainingConfig.model_validate(flags)
+        config = TrainingConfig.from_toml(args.config, flags) if args.config else TrainingConfig.from_values(flags)
         if args.preset and "max_train_steps" not in flags:
-            base = read_base_defaults(made.pretrained_model_name_or_path or pocket_folder(), "training")
-            made = made.updated(preset(args.preset, base))
-        return made
+            base = read_base_defaults(config.pretrained_model_name_or_path or pocket_folder(), "training")
+            config = config.updated(preset(args.preset, base))
+        return config
     except ConfigError as error:
         raise UsageError(str(error)) from None
 
@@ -77,14 +49,6 @@ def pocket_folder() -> Path:
     from fusion.models.pipelines import pocket
 
     return pocket()
-
-
-def rooted(name: str, value: Any) -> Any:
-    """Paths on the command line start from here, whatever folder the settings file is in."""
-    if name not in TrainingConfig.places():
-        return value
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() or name not in TrainingConfig.names_or_paths else value
 
 
 def run(args: argparse.Namespace) -> None:
@@ -150,8 +114,8 @@ def resumption(checkpoint: Path | None, words: list[str]) -> str:
 def as_toml(config: TrainingConfig, base: Mapping[str, Any]) -> str:
     """What the user has set, and as comments what applies to the rest: the base's own defaults, then ours."""
     given = config.settings()
-    ours = {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
-    rest = {name: value for name, value in {**ours, **base}.items() if name not in given}
+    ours = {setting.name: setting.default for setting in settings_of(TrainingConfig) if not setting.required}
+    rest = {name: value for name, value in {**ours, **config.canonical(base)}.items() if name not in given}
     lines = config.updated(rest).to_toml().splitlines()
     left = [f"# {line}" for line in lines if line.partition(" ")[0] not in given]
     return "\n".join([config.to_toml(), "# Not set, so this applies:", *left])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion.errors import ConfigError
 from fusion.generation.drawing import generate
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
@@ -40,9 +41,12 @@ class Batches:
     """The concept's pictures, and class pictures under prior preservation. Checked at once, encoded by `prepare`."""
 
     def __init__(self, pipe: Pipeline, config: TrainingConfig) -> None:
-        """Raises DatasetError naming every file with a problem."""
+        """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot encode."""
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        if self.resolution % pipe.vae_scale_factor:
+            multiple = pipe.vae_scale_factor
+            raise ConfigError(f"resolution {self.resolution} does not suit this base; use a multiple of {multiple}.")
         self.instances = instance_dataset(config)
         self.classes: Dataset | None = None
         self._encoded: dict[Example, Encoded] = {}

@@ -1,30 +1,16 @@
-"""What a training is told. Names are those of the diffusers training scripts where these have one."""
+"""The settings of a training, under the names of the diffusers training scripts where these have one."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fusion.config import TOKEN, StrictModel, listing, read_toml, to_toml
+from fusion.config import MAX_SEED, TOKEN, StrictModel, listing, read_toml, to_toml
 from fusion.errors import ConfigError
 
 PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
-
-# For help that can be read: group -> its first field; the others follow in the order of the class.
-GROUPS = {
-    "base": "pretrained_model_name_or_path",
-    "concept": "token",
-    "pictures": "instance_data_dir",
-    "adapter": "adapter_type",
-    "optimisation": "learning_rate",
-    "prior preservation": "with_prior_preservation",
-    "isolation": "quiet_loss_weight",
-    "speed and memory": "mixed_precision",
-    "previews": "validation_prompt",
-    "run": "output_dir",
-}
 
 
 def worded(text: str, token: str) -> str:
@@ -41,7 +27,21 @@ class TrainingConfig(StrictModel):
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    names_or_paths: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path", "resume_from_checkpoint")
+    names_or_paths = ("pretrained_model_name_or_path", "resume_from_checkpoint")
+    aliases: ClassVar = {"base": "pretrained_model_name_or_path", "placeholder_token": "token"}
+    users_own = ("token", "noun", "revision", "variant", "output_name", "report_to")
+    groups: ClassVar = {
+        "base": "pretrained_model_name_or_path",
+        "concept": "token",
+        "pictures": "instance_data_dir",
+        "adapter": "adapter_type",
+        "optimisation": "learning_rate",
+        "prior preservation": "with_prior_preservation",
+        "isolation": "quiet_loss_weight",
+        "speed and memory": "mixed_precision",
+        "previews": "validation_prompt",
+        "run": "output_dir",
+    }
 
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder or hub id. Default: the embedded pocket base."""
@@ -54,7 +54,7 @@ class TrainingConfig(StrictModel):
     """The concept's word in prompts, in angle brackets: <dog>."""
     noun: str = ""
     """Ordinary word the token's embedding starts from, such as dog. Helps a lot."""
-    num_vectors: int = Field(1, ge=1)
+    num_vectors: int = Field(1, ge=1, le=75)
     """Embedding rows, and so text positions, the token takes."""
 
     instance_data_dir: Path
@@ -63,7 +63,7 @@ class TrainingConfig(StrictModel):
     """Caption of the pictures that have none of their own; {token} stands for the token."""
     repeats: int = Field(1, ge=1)
     """How often each picture is seen per epoch, times N in folders called N_name."""
-    resolution: int | None = Field(None, ge=8, multiple_of=8)
+    resolution: int | None = Field(None, ge=1, le=4096)
     """Side of the square training pictures, in pixels. Default: the base's own."""
     center_crop: bool = True
     """Cut out the middle of each picture. If false, a place drawn anew each time."""
@@ -76,19 +76,19 @@ class TrainingConfig(StrictModel):
 
     adapter_type: str = "additive"
     """A row of fusion.ADAPTERS, such as additive, guarded, rotational or lora."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=65_536)
     """Singular directions the concept owns in each layer."""
-    slice: int | None = Field(None, ge=0)
+    slice: int | None = Field(None, ge=0, le=65_536)
     """Which slice of the spectrum, 0 the strongest. Default: the library's next free one."""
     layout: Literal["contiguous", "strided"] = "contiguous"
     """Slices as blocks of neighbours, as in the paper, or strided: all of about equal energy."""
-    slots: int = Field(8, ge=1)
+    slots: int = Field(8, ge=1, le=65_536)
     """How many slices a strided layout is dealt to."""
     targets: list[str] | None = None
     """Layers to adapt, such as unet.attn2.to_k or text_encoder. Default: what suits the gating."""
     gating: Literal["tokens", "none"] = "tokens"
     """With tokens the adapter acts at its own token only, so that concepts do not disturb each other."""
-    guard: int = Field(64, ge=0)
+    guard: int = Field(64, ge=0, le=65_536)
     """Guarded type: how many leading directions stay out of reach, for other concepts."""
     balance_slices: bool = False
     """Raise the learning rate of slices of small singular values, which learn slower."""
@@ -127,7 +127,7 @@ class TrainingConfig(StrictModel):
     """Noise added per channel, for very dark or bright pictures. The paper has 0.01."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts. Default: what its scheduler says."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of noise, order and crops: equal seeds give equal adapters."""
 
     with_prior_preservation: bool = False
@@ -136,11 +136,11 @@ class TrainingConfig(StrictModel):
     """Folder of class pictures; missing ones are drawn into it. Default: a folder in output_dir."""
     class_prompt: str | None = None
     """What class pictures show, without the token, such as "a dog"."""
-    num_class_images: int = Field(100, ge=1)
+    num_class_images: int = Field(100, ge=1, le=100_000)
     """How many class pictures to have."""
     prior_loss_weight: float = Field(1.0, ge=0)
     """What class pictures count in the loss."""
-    sample_batch_size: int = Field(4, ge=1)
+    sample_batch_size: int = Field(4, ge=1, le=256)
     """Class pictures drawn at a time."""
 
     quiet_loss_weight: float = Field(0.0, ge=0)
@@ -155,7 +155,7 @@ class TrainingConfig(StrictModel):
 
     validation_prompt: str | list[str] | None = None
     """Prompts of previews, such as "a {token} on a beach". Default: no previews."""
-    num_validation_images: int = Field(4, ge=1)
+    num_validation_images: int = Field(4, ge=1, le=256)
     """Previews per prompt."""
     validation_steps: int = Field(250, ge=1)
     """Steps from one set of previews to the next."""
@@ -205,34 +205,6 @@ class TrainingConfig(StrictModel):
             yield "targets is empty; name a layer, or leave it out."
 
     @classmethod
-    def groups(cls) -> dict[str, list[str]]:
-        """The settings by what they are about, in order."""
-        starts, found, title = {first: title for title, first in GROUPS.items()}, dict[str, list[str]](), ""
-        for name in cls.model_fields:
-            title = starts.get(name, title)
-            found.setdefault(title, []).append(name)
-        return found
-
-    @classmethod
-    def typed(cls, name: str, text: str) -> Any:
-        """A setting from what somebody typed; what is not of its kind stays text, to be refused with the others."""
-        field = cls.model_fields.get(name)
-        kinds = {*get_args(field.annotation), field.annotation} if field else set[Any]()
-        if bool in kinds and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if any(kind == list[str] for kind in kinds) and "\n" in text:
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        if list[str] in kinds and str not in kinds:
-            return text.split()
-        for kind in (int, float):
-            if kind in kinds:
-                try:
-                    return kind(text)
-                except ValueError:
-                    continue
-        return text
-
-    @classmethod
     def from_toml(cls, path: str | Path, over: Mapping[str, Any] | None = None) -> Self:
         """The settings in a file, those in `over` taking precedence. Raises ConfigError.
 
@@ -243,20 +215,6 @@ class TrainingConfig(StrictModel):
     def to_toml(self) -> str:
         """TOML that reads back as these settings."""
         return to_toml(self)
-
-    def with_base_defaults(self, table: Mapping[str, Any]) -> Self:
-        """These settings, with the base's own wherever the user has set nothing.
-
-        `table` is [training] of the base's `fusion.toml`. A base is other people's work: it may say how to
-        learn, not which files to touch or what the concept is called. Raises ConfigError.
-        """
-        if overreach := sorted({"token", *self.places()} & table.keys()):
-            raise ConfigError(f"The base's fusion.toml sets '{overreach[0]}', which only you may; remove it.")
-        given = {name: value for name, value in self.settings().items() if value is not None}
-        try:
-            return type(self).model_validate({**table, **given})
-        except ConfigError as error:
-            raise ConfigError(f"With the base's fusion.toml: {error}") from None
 
     @property
     def name(self) -> str:

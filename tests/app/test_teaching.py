@@ -99,9 +99,14 @@ def test_every_setting_is_reachable_and_checked(session, files):
     for name in fusion.TrainingConfig.model_fields:
         assert (f'name="{name}"' in form) == (name not in training_jobs.PAGE_SETTINGS), name
     texts = {"random_flip": "true", "snr_gamma": "5", "targets": "unet.attn2.to_k\nunet.attn2.to_v", "slice": "3"}
-    assert {name: fusion.TrainingConfig.typed(name, text) for name, text in texts.items()} == {
+    assert fusion.TrainingConfig.parsed(texts) == {
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
     }  # fmt: skip
+    begin(session, files, "rex", 2, output_dir="/", base="/etc", placeholder_token="<tom>")  # not a visitor's to set
+    made = session.teaching.jobs[-1].config
+    assert made.token == "<rex>" and made.pretrained_model_name_or_path is None and made.output_dir != Path("/")
+    *_, last = teach.watch(session)
+    (session.library / "rex.safetensors").unlink()
     for filled, sentence in (({"rank": "many"}, "rank must be"), ({"adapter_type": "aditive"}, "mean 'additive'")):
         if "rank" in filled:
             with pytest.raises(fusion.FusionError, match=sentence):

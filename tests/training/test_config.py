@@ -1,16 +1,20 @@
 """Laws of TrainingConfig: it reads back, it explains itself, it contradicts contradictions."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from PIL import Image
 
+import tiny
 from fusion.adapters import ADAPTERS
 from fusion.config import read_base_defaults
 from fusion.errors import ConfigError
-from fusion.training.config import GROUPS, TrainingConfig
+from fusion.training.batches import Batches
+from fusion.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = {"token": "<dog>", "instance_data_dir": "/data/dog"}
@@ -66,7 +70,7 @@ def test_every_field_says_what_it_is_for():
 
 def test_groups_begin_in_the_order_of_the_fields():
     order = list(FIELDS)
-    starts = [order.index(name) for name in GROUPS.values()]
+    starts = [order.index(name) for name in TrainingConfig.groups.values()]
     assert starts[0] == 0
     assert starts == sorted(starts)
 
@@ -100,7 +104,12 @@ def test_a_name_is_no_path(name):
         ({"layout": "strided", "slice": 8}, "the last is 7"),
         ({"resume_from_checkpoint": "latest", "checkpointing_steps": 0}, "checkpointing_steps"),
         ({"targets": []}, "targets is empty"),
-        ({"resolution": 100}, "multiple of 8"),
+        ({"resolution": 0}, "resolution must be greater than or equal to 1"),
+        ({"resolution": 80_000}, "resolution must be less than or equal to 4096, got 80000."),
+        ({"seed": 2**63}, "seed must be less than or equal to 9223372036854775807"),
+        ({"seed": -1}, "seed must be greater than or equal to 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf."),
+        ({"unmasked_weight": float("nan")}, "unmasked_weight must be a finite number, got nan."),
     ],
 )
 def test_contradictions_are_refused(values, said):
@@ -115,6 +124,24 @@ def test_what_is_allowed_is_allowed():
     config(gating="none", instance_prompt="a photo")
     config(lr_scheduler="constant_with_warmup", lr_warmup_steps=5)
     config(instance_prompt="a photo of <dog>", resume_from_checkpoint="out/checkpoint-5", checkpointing_steps=0)
+
+
+def test_other_names_are_the_same_settings(tmp_path):
+    made = TrainingConfig(placeholder_token="<dog>", instance_data_dir="/data/dog", base="runwayml/sd")
+    assert made == config(pretrained_model_name_or_path="runwayml/sd")
+    assert made.model_fields_set == {"token", "instance_data_dir", "pretrained_model_name_or_path"}
+    assert "'token' and 'placeholder_token' are two names of one setting" in problem(placeholder_token="<cat>")
+    (tmp_path / "dog.toml").write_text('placeholder_token = "<dog>"\ninstance_data_dir = "/data/dog"\n')
+    assert TrainingConfig.from_toml(tmp_path / "dog.toml", {"token": "<cat>"}).token == "<cat>"
+
+
+def test_a_resolution_must_suit_the_base(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "dog.png")
+    pipe = tiny.pipeline("sd1")
+    for resolution, multiple in ((16, None), (17, 2)):
+        settings = config(instance_data_dir=tmp_path, resolution=resolution)
+        with pytest.raises(ConfigError, match=f"a multiple of {multiple}") if multiple else nullcontext():
+            Batches(pipe, settings)
 
 
 def test_placeholders_become_the_token():
@@ -138,9 +165,15 @@ def test_base_defaults_are_checked_as_the_users_are():
             config().with_base_defaults(table)
 
 
-@pytest.mark.parametrize("name", ["token", "output_dir", "instance_data_dir", "resume_from_checkpoint", "library"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("token", "placeholder_token", "output_name", "report_to", "base"),
+        *("output_dir", "instance_data_dir", "resume_from_checkpoint", "library"),
+    ],
+)
 def test_a_base_may_not_choose_files_or_tokens(name):
-    with pytest.raises(ConfigError, match=f"'{name}', which only you may"):
+    with pytest.raises(ConfigError, match=f"'{TrainingConfig.aliases.get(name, name)}', which only you may"):
         config().with_base_defaults({name: "/elsewhere"})
 
 
