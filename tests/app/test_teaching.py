@@ -103,7 +103,7 @@ def test_every_setting_is_reachable_and_checked(session, files):
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
     }  # fmt: skip
     begin(session, files, "rex", 2, output_dir="/", base="/etc", placeholder_token="<tom>")  # not a visitor's to set
-    made = session.teaching.jobs[-1].config
+    made = session.trainings.jobs[-1].config
     assert made.token == "<rex>" and made.pretrained_model_name_or_path is None and made.output_dir != Path("/")
     *_, last = teach.watch(session)
     (session.library / "rex.safetensors").unlink()
