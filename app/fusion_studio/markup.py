@@ -124,8 +124,8 @@ def slice_map(found: Any) -> str:
         for index in part.indices if part.step > 1 else (part.start,):
             width = 1 if part.step > 1 else part.rank
             sides = f"left:{100 * index / found.capacity:.3f}%;width:{100 * width / found.capacity:.3f}%"
-            strip += f'<i style="{sides};background:{colour}" title="{escape(owner.who)}: {part}"></i>'
-        legend += f'<li><b style="background:{colour}"></b>{escape(owner.who)} <small>{part}</small></li>'
+            strip += f'<i style="{sides};background:{colour}" title="{escape(owner.owner)}: {part}"></i>'
+        legend += f'<li><b style="background:{colour}"></b>{escape(owner.owner)} <small>{part}</small></li>'
     free = f"{found.free} of {found.capacity} directions are free"
     title = f"<h3>Slices of {escape(found.base.name)} <small>{free}</small></h3>"
     ends = f"<small>strongest</small><small>weakest</small><small hidden>{found.capacity}</small>"

@@ -74,7 +74,7 @@ def new_job(
     if token in [own.config.token for own in unfinished_jobs(session).values() if own.config]:
         raise fusion.FusionError(f"{token} is not learned to the end yet; resume or discard that training first.")
     sources = [session.upload_path(picture.get("id", "")) for picture in usable]
-    place = fusion.Library(session.library).workplace(safe_name(token))
+    place = fusion.Library(session.library).new_training_folder(safe_name(token))
     folder = place.folder / "pictures"
     try:
         folder.mkdir()
@@ -87,7 +87,7 @@ def new_job(
         fusion.keep_settings(place, config)
         made = _job(session, config, place)
     except BaseException:
-        place.remove()
+        place.delete()
         raise
     for source in sources:
         source.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def resume_job(session: Session, name: str) -> TrainingJob:
             raise fusion.FusionError(f"{config.token} was being taught on {base or 'pocket'}; choose that base first.")
         made = _job(session, config, own.place)
     except BaseException:
-        own.place.leave()
+        own.place.release()
         raise
     made.begun = made.step = own.done
     same = [entry for entry in session.entries().values() if own.sofar and entry.slices == own.sofar.slices]
@@ -199,7 +199,7 @@ class TrainingQueue:
                 own.error = error_sentence(error)
             finally:
                 done = state == "learned" or (state == "failed" and not own.sofar.exists())  # nothing to go on with
-                (own.place.remove if done else own.place.leave)()
+                (own.place.delete if done else own.place.release)()
                 own.state = state
                 self.changed.set()
 
@@ -227,8 +227,10 @@ class TrainingQueue:
 
     def _keep(self, own: TrainingJob, last: fusion.TrainStep) -> Path:
         """Into the library, with the latest preview beside it: other tools too show name.png for name.safetensors."""
-        path = own.earlier or fusion.Library(self.session.library).place(safe_name(own.token))
-        fusion.save(last.adapter, path, dtype=own.config.save_precision)
+        library, dtype = fusion.Library(self.session.library), own.config.save_precision
+        path = own.earlier or library.save(last.adapter, safe_name(own.token), dtype)
+        if own.earlier:
+            fusion.save(last.adapter, path, dtype=dtype)
         if own.previews:
             thumbnail = own.previews[-1][0].copy()
             thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))

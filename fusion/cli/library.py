@@ -69,4 +69,4 @@ def print_slices(pipe: Any, library: Any) -> None:
     found = slice_map(pipe, library)
     print(f"{found.base.name}: {found.free} of {found.capacity} directions are free")
     for owner in found.owners:
-        print(f"  {owner.slice}  {owner.who}")
+        print(f"  {owner.slice}  {owner.owner}")

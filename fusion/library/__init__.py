@@ -1,1 +1,1 @@
-"""Folders of adapters: who owns which slice, reservations, unfinished trainings, cached spectra."""
+"""Folders of adapters: who owns which slice, reserved slices, folders of unfinished trainings, cached spectra."""

@@ -1,9 +1,10 @@
-"""Who owns what of a base's spectrum, and what is free: what a library says, held against a pipeline."""
+"""Who owns what of a base's spectrum, and what is free: what a library says, for the base of a pipeline."""
 
 from dataclasses import dataclass
 
 from fusion.adapters.adapter import BaseInfo
-from fusion.library.library_folder import Library, SliceOwner
+from fusion.library.library_folder import Library
+from fusion.library.reservations import OwnedSlice
 from fusion.models.layer_sites import components, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
@@ -16,7 +17,7 @@ class SliceMap:
 
     base: BaseInfo
     capacity: int  # directions of the narrowest layer that is adapted by default
-    owners: list[SliceOwner]
+    owners: list[OwnedSlice]
 
     @property
     def free(self) -> int:
@@ -25,7 +26,7 @@ class SliceMap:
 
 
 def slice_map(pipe: Pipeline, library: Library) -> SliceMap:
-    """The slices of the base in `pipe`: owned by the library's adapters, or by trainings under way there."""
-    info, places = base_info(pipe), sites(pipe)
-    names = resolve(default_targets(components(pipe), gated=True), places)
-    return SliceMap(info, min(min(matrix(places[name]).shape) for name in names), library.slice_map(info))
+    """The slices of the base in `pipe`, owned by the library's adapters or by unfinished and running trainings."""
+    info, layers = base_info(pipe), sites(pipe)
+    names = resolve(default_targets(components(pipe), gated=True), layers)
+    return SliceMap(info, min(min(matrix(layers[name]).shape) for name in names), library.slice_map(info))

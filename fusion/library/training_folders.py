@@ -1,7 +1,8 @@
 """Where a training keeps what it needs until it is done: a hidden folder of the library, `.unfinished/<name>`.
 
-Whoever works there holds a lock, so that what a closed program has left behind is told from what is under way. An
-adapter in the folder, what has been learned so far, owns its slice like any other of the library.
+Whoever works there holds its lock; a folder that nobody has locked was left by a training that was stopped, or by a
+program that has ended. An adapter in the folder, as it was at the latest checkpoint, owns its slice like any other of
+the library.
 """
 
 import secrets
@@ -10,53 +11,71 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fusion.errors import FormatError
+from fusion.library.locks import create_folder, library_lock
+
 UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 
 
 class TrainingFolder:
-    """One such folder. Nobody's until `take`."""
+    """One such folder. Nobody works in it until `acquire`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._library = folder, folder.parent.parent
         # Not bound to a thread: one begins a training, another one ends it.
         self._lock = FileLock(folder / _LOCK, thread_local=False)
 
-    def take(self) -> bool:
-        """Work here, until `leave` or `remove`. False where somebody does already."""
+    def acquire(self) -> bool:
+        """Work here, until `release` or `delete`. False where somebody does already, and where it was deleted."""
+        # Listing probes the locks of all folders, under the same lock: it is never in the way.
+        with library_lock(self._library):
+            return self._acquired()
+
+    def _acquired(self) -> bool:
+        if self._lock.is_locked or not self.folder.is_dir():  # locking would create the folder again
+            return False
         try:
             self._lock.acquire(timeout=0)
-        except (Timeout, OSError):  # OSError: removed this very moment
+        except Timeout:
             return False
         return True
 
-    def leave(self) -> None:
-        """Keep everything, for whoever takes it up again."""
+    def release(self) -> None:
+        """Keep everything, for whoever resumes the training."""
         self._lock.release()
 
-    def remove(self) -> None:
+    def delete(self) -> None:
         """Delete everything; the slice is free again, unless an adapter in the library has it."""
-        self._lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with library_lock(self._library):
+            self._lock.release()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def new_workplace(library: Path, name: str) -> TrainingFolder:
-    """An empty one, taken."""
+def new_training_folder(library: Path, name: str) -> TrainingFolder:
+    """An empty one, acquired. Raises FormatError where nothing can be written."""
     folder = library / UNFINISHED / f"{name}-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
-    made = TrainingFolder(folder)
-    made.take()
-    return made
+    create_folder(library)
+    with library_lock(library):
+        create_folder(folder)
+        training = TrainingFolder(folder)
+        training._acquired()
+    return training
 
 
-def left_workplaces(library: Path) -> list[TrainingFolder]:
-    """Those nobody works in, by name."""
-    found = [TrainingFolder(folder) for folder in workplaces(library)]
-    left = [place for place in found if place.take()]
-    for place in left:
-        place.leave()
-    return left
+def idle_training_folders(library: Path) -> list[TrainingFolder]:
+    """Those that nobody works in, by name."""
+    if not (folders := training_folders(library)):
+        return []
+    try:
+        with library_lock(library):
+            idle = [training for training in map(TrainingFolder, folders) if training._acquired()]
+            for training in idle:
+                training.release()
+    except FormatError:
+        return []  # no training can be resumed where nothing can be written
+    return idle
 
 
-def workplaces(library: Path) -> list[Path]:
+def training_folders(library: Path) -> list[Path]:
     return sorted(folder for folder in library.glob(f"{UNFINISHED}/*") if folder.is_dir())

@@ -1,7 +1,8 @@
 """Trainings that ended before their last step, and what it takes to go on with them exactly.
 
-A training that may be interrupted works in a folder of its library (Library.workplace). There are its settings, its
-pictures, its checkpoints, and the adapter as it was at the latest of them, which owns the slice meanwhile.
+A training that may be interrupted works in a folder of its library (Library.new_training_folder). There are its
+settings, its pictures, its checkpoints, and the adapter as it was at the latest of them, which owns the slice until
+then.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Unfinished:
 
     def take(self) -> TrainingConfig | None:
         """Work at it: settings that go on from the latest checkpoint. Raises FusionError where somebody does."""
-        if not self.place.take():
+        if not self.place.acquire():
             raise FusionError("Somebody is at work on this training already.")
         return self.config.updated({"resume_from_checkpoint": "latest"}) if self.config and self.sofar else self.config
 

@@ -6,27 +6,40 @@ import threading
 import time
 
 import pytest
+import torch
 
-from fusion.adapters.adapter import BaseInfo
-from fusion.errors import FormatError, SliceConflict
+from fusion.adapters.adapter import Adapter, AdapterInfo, BaseInfo, Branch, Concept
+from fusion.adapters.singular_values import SingularValuesLayer
+from fusion.errors import FormatError, SliceConflict, UnknownName
 from fusion.formats import adapter_file
 from fusion.library.library_folder import Library
+from fusion.library.training_folders import training_folders
 from fusion.spectral.slices import SpectralSlice
+from fusion.spectral.spectrum import Spectrum
 
 BASE = BaseInfo("sd1", "unnamed", "epsilon")
 
 
-def reserve(folder, **options):
-    return Library(folder).reserve(BASE, 4, **({"capacity": 32} | options))
+def reserve(folder, rank=4, **options):
+    return Library(folder).reserve(BASE, rank, **({"capacity": 32} | options))
+
+
+def small(name, directions, token="<rex>", value=0.0):
+    """An adapter of one layer, which owns a slice; `value` tells it from others."""
+    rank = directions.rank
+    layer = SingularValuesLayer(Spectrum(torch.zeros(2, rank), torch.zeros(rank), torch.zeros(3, rank)))
+    with torch.no_grad():
+        layer.dS.fill_(value)
+    branch = Branch(name, "singular_values", {"unet.mid_block": layer}, (directions,), gate=(token,))
+    row = torch.zeros(1, 4)
+    return Adapter(AdapterInfo(name, BASE, (Concept(token, name),)), (branch,), {token: {"text_encoder": row}})
 
 
 @pytest.fixture
-def filled(trained, tmp_path):
+def filled(tmp_path):
     """A library with `dog` on slice 0-3 and `cat` on 8-11."""
-    import tiny  # not above: the processes below import this module, and need no diffusers
-
-    for noun, token, k in [("dog", "<rex>", 0), ("cat", "<tom>", 2)]:
-        adapter_file.save(trained(tiny.pipeline("sd1"), noun=noun, token=token, k=k), tmp_path / f"{noun}.safetensors")
+    for name, token, k in [("dog", "<rex>", 0), ("cat", "<tom>", 2)]:
+        adapter_file.save(small(name, SpectralSlice(4 * k, 4), token), tmp_path / f"{name}.safetensors")
     return tmp_path
 
 
@@ -118,6 +131,101 @@ def test_processes_side_by_side_get_slices_of_their_own(tmp_path):
     assert got == [0, 4, 8, 12, 16, 20] and all(worker.exitcode == 0 for worker in workers)
 
 
+def run_side_by_side(work, *args, count=8):
+    """Run `work(number, start, *args)` in as many processes, which all begin at `start.wait()`."""
+    context = processes()
+    start = context.Barrier(count)
+    workers = [context.Process(target=work, args=(number, start, *args), daemon=True) for number in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * count
+
+
+def _reserve_and_save(number, start, folder):
+    library = Library(folder)
+    start.wait()
+    for i in range(25):
+        with reserve(folder, rank=1, capacity=256) as reserved:
+            if i % 2:
+                adapter_file.save(small("rex", reserved.slice), folder / f"{number}-{i}.safetensors")
+            else:  # as a training does that may be interrupted
+                training = library.new_training_folder("rex")
+                adapter_file.save(small("rex", reserved.slice), training.folder / "rex.safetensors")
+                library.add(training.folder / "rex.safetensors")
+                training.delete()
+
+
+def test_no_slice_is_booked_twice_while_some_trainings_begin_and_others_end(tmp_path):
+    run_side_by_side(_reserve_and_save, tmp_path)
+    slices = [directions for entry in Library(tmp_path).adapters() for directions in entry.slices]
+    assert len(slices) == 200 == len(set(slices))
+    assert len(Library(tmp_path).slice_map(BASE)) == 200  # no reservation is left
+
+
+def _add_and_rename(number, start, folder, source):
+    library = Library(folder)
+    start.wait()
+    for _ in range(6):
+        library.add(source / f"{number}.safetensors", "rex")
+    for name in (f"own-{number}-{i}" for i in range(3)):
+        library.save(small(name, SpectralSlice(number, 1), value=number), name, "float32")
+        library.rename(name, "tom")
+
+
+def test_processes_that_add_and_rename_lose_no_adapter(tmp_path):
+    for number in range(8):
+        adapter_file.save(small("rex", SpectralSlice(number, 1)), tmp_path / f"sources/{number}.safetensors")
+    run_side_by_side(_add_and_rename, tmp_path / "library", tmp_path / "sources")
+    entries = Library(tmp_path / "library").adapters()
+    names = {word: {word, *(f"{word}-{i}" for i in range(2, count + 1))} for word, count in (("rex", 48), ("tom", 24))}
+    assert {entry.path.stem for entry in entries} == names["rex"] | names["tom"]
+    for word, count in (("rex", 6), ("tom", 3)):
+        starts = [entry.slices[0].start for entry in entries if entry.path.stem in names[word]]
+        assert sorted(starts) == sorted([*range(8)] * count)
+    assert all(entry.info.name == entry.path.stem for entry in entries)
+
+
+def _rename_the_same(number, start, folder, results):
+    start.wait()
+    try:
+        results.put(Library(folder).rename("dog", f"pet-{number}").stem)
+    except UnknownName:
+        results.put(None)
+
+
+def test_of_processes_that_rename_the_same_adapter_one_does(filled):
+    results = processes().Queue()
+    (filled / "dog.png").write_bytes(b"picture")
+    run_side_by_side(_rename_the_same, filled, results, count=4)
+    (name,) = {results.get() for _ in range(4)} - {None}
+    assert {path.name for path in filled.glob("[!.]*")} == {f"{name}.safetensors", f"{name}.png", "cat.safetensors"}
+
+
+def _acquire_or_list(number, start, folder, refused):
+    library = Library(folder)
+    training = library.new_training_folder("rex") if number < 4 else None
+    start.wait()
+    if training is None:
+        while training_folders(folder):
+            library.unfinished()
+        return
+    training.release()
+    count = 0
+    for _ in range(500):
+        count += not training.acquire()
+        training.release()
+    refused.put(count)
+    training.delete()
+
+
+def test_listing_unfinished_trainings_refuses_nobody_who_resumes_one(tmp_path):
+    refused = processes().Queue()
+    run_side_by_side(_acquire_or_list, tmp_path, refused, count=6)
+    assert [refused.get() for _ in range(4)] == [0] * 4
+
+
 def _hold(folder, ready):
     with reserve(folder):
         ready.set()
@@ -132,7 +240,7 @@ def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
     assert ready.wait(120)
     with reserve(tmp_path) as beside:
         assert beside.slice.start == 4
-    assert f"process {worker.pid})" in Library(tmp_path).slice_map(BASE)[0].who
+    assert f"process {worker.pid})" in Library(tmp_path).slice_map(BASE)[0].owner
     worker.kill()
     worker.join(60)
     with reserve(tmp_path) as again:
@@ -142,17 +250,17 @@ def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
 
 def test_an_unfinished_training_owns_its_slice_and_is_found_once_nobody_works_at_it(filled):
     library = Library(filled)
-    place = library.workplace("rex")
+    place = library.new_training_folder("rex")
     (filled / "dog.safetensors").rename(place.folder / "rex.safetensors")
     assert library.unfinished() == []
     assert ("'dog' (<rex>), unfinished", SpectralSlice(0, 4)) in library.slice_map(BASE)
     with reserve(filled) as other, reserve(filled, replacing="<rex>") as own:
         assert (other.slice, own.slice) == (SpectralSlice(4, 4), SpectralSlice(0, 4))
-    place.leave()
+    place.release()
     (found,) = library.unfinished()
-    assert found.folder == place.folder and found.take() and not place.take() and library.unfinished() == []
-    found.remove()
+    assert found.folder == place.folder and found.acquire() and not place.acquire() and library.unfinished() == []
+    found.delete()
     assert library.unfinished() == [] and not place.folder.exists()
     (filled / "a file").write_text("")
     with pytest.raises(FormatError, match="cannot be a library folder"):
-        Library(filled / "a file").workplace("rex")
+        Library(filled / "a file").new_training_folder("rex")

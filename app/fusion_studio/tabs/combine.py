@@ -69,8 +69,7 @@ def judged(session: Session, picks: Picks, method: str) -> str:
 def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
     """The picked concepts as one adapter in the library, which can be drawn with, exported and combined like any."""
     picked = picked_of(picks)
-    target = fusion.Library(session.library).place(called(picked, name))
-    fusion.save(session.fused(picked, method, target.stem), target)
+    target = fusion.Library(session.library).save(session.fused(picked, method), called(picked, name))
     said = markup.hint(f"'{target.stem}' is in the library now.")
     return said, command_line(_fuse_line(session, picked, method, commands.file_of(session, target.stem)))
 

@@ -158,7 +158,7 @@ def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
     """Delete what an unfinished training has left: pictures, settings and checkpoints; not what is in the library."""
     own = training_jobs.unfinished_job(session, name)
     own.take()
-    own.place.remove()
+    own.place.delete()
     return unfinished(session)
 
 

@@ -1,0 +1,50 @@
+"""The lock of a library: whoever hands out, gives back or counts names, slices and training folders holds it.
+
+Locks are files that the operating system unlocks when their process ends, on any platform and after any crash.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fusion.errors import FormatError
+
+
+def create_folder(folder: Path) -> None:
+    """Create a library's folder. Raises FormatError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"'{folder}' cannot be a library folder: {error.strerror}.") from error
+
+
+@contextmanager
+def library_lock(folder: Path) -> Generator[None, None, None]:
+    """Wait for the library's lock and hold it; not re-entrant. A folder that does not exist has nothing to lock.
+
+    Raises FormatError where nothing can be written.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    lock = FileLock(folder / ".library.lock", poll_interval=0.005)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise FormatError(f"'{folder}' cannot be locked as a library: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """The lock at `path`, acquired, or None where another holds it; any thread may release it."""
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock

@@ -1,0 +1,75 @@
+"""Slices reserved by trainings that are running: a locked file each, `.<random>.<kind>.<slice>.<process>.reserved`.
+
+The name says which slice it is and of what kind, the lock that its process lives.
+"""
+
+import hashlib
+import os
+import secrets
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from fusion.adapters.adapter import BaseInfo
+from fusion.library.locks import library_lock, try_lock
+from fusion.spectral.slices import SpectralSlice
+
+
+class OwnedSlice(NamedTuple):
+    """A slice and its owner in words: an adapter file by name and tokens, or a running training."""
+
+    owner: str
+    slice: SpectralSlice
+
+
+@dataclass
+class Reservation(AbstractContextManager["Reservation"]):
+    """A slice reserved for as long as a training runs. `release()` ends it; so does leaving a `with` block."""
+
+    slice: SpectralSlice
+    _lock: FileLock
+
+    def release(self) -> None:
+        """End the reservation; an adapter saved in the library before keeps the slice. Twice does nothing."""
+        if self._lock.is_locked:
+            with library_lock(Path(self._lock.lock_file).parent):
+                _delete(self._lock)
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def add_reservation(folder: Path, base: BaseInfo, slice_of: str, directions: SpectralSlice) -> Reservation:
+    """Reserve a slice that is free. The caller holds the library's lock."""
+    numbers = "-".join(map(str, directions.to_json()))
+    name = f".{secrets.token_hex(4)}.{_kind(base, slice_of)}.{numbers}.{os.getpid()}.reserved"
+    lock = try_lock(folder / name)
+    assert lock is not None  # nobody else has a file of this name
+    return Reservation(directions, lock)
+
+
+def reserved_slices(folder: Path, base: BaseInfo, slice_of: str) -> list[OwnedSlice]:
+    """Slices of running trainings; the caller holds the library's lock. Files of processes that died are deleted."""
+    owned: list[OwnedSlice] = []
+    for path in sorted(folder.glob(f".*.{_kind(base, slice_of)}.*.reserved")):
+        if lock := try_lock(path):
+            _delete(lock)
+        else:
+            numbers, process = path.name.split(".")[3:5]
+            directions = SpectralSlice.from_json([int(number) for number in numbers.split("-")])
+            owned.append(OwnedSlice(f"a training under way (process {process})", directions))
+    return owned
+
+
+def _kind(base: BaseInfo, slice_of: str) -> str:
+    """Whose slices these are, as letters that any file name may have."""
+    return hashlib.sha256(f"{base.family}\n{base.name}\n{slice_of}".encode()).hexdigest()[:16]
+
+
+def _delete(lock: FileLock) -> None:
+    lock.release()
+    with suppress(OSError):  # on Windows another program may have it open; the next count deletes it
+        Path(lock.lock_file).unlink()
