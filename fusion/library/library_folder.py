@@ -23,9 +23,9 @@ from fusion.library.locks import create_folder, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
 from fusion.library.training_folders import (
     TrainingFolder,
+    all_training_folders,
     idle_training_folders,
     new_training_folder,
-    training_folders,
 )
 from fusion.spectral.slices import SpectralSlice, free_slice
 
@@ -146,7 +146,7 @@ class Library:
 
     def _owned(self, base: BaseInfo, slice_of: str, replacing: str | None) -> list[OwnedSlice]:
         reserved = reserved_slices(self.folder, base, slice_of)  # first: a training saves its adapter, then releases
-        unfinished = [entry for folder in training_folders(self.folder) for entry in Library(folder).adapters()]
+        unfinished = [entry for folder in all_training_folders(self.folder) for entry in Library(folder).adapters()]
         saved = self.adapters()
         owned: list[OwnedSlice] = []
         for entries, state in ((saved, ""), (unfinished, ", unfinished")):

@@ -65,7 +65,7 @@ def new_training_folder(library: Path, name: str) -> TrainingFolder:
 
 def idle_training_folders(library: Path) -> list[TrainingFolder]:
     """Those that nobody works in, by name."""
-    if not (folders := training_folders(library)):
+    if not (folders := all_training_folders(library)):
         return []
     try:
         with library_lock(library):
@@ -77,5 +77,5 @@ def idle_training_folders(library: Path) -> list[TrainingFolder]:
     return idle
 
 
-def training_folders(library: Path) -> list[Path]:
+def all_training_folders(library: Path) -> list[Path]:
     return sorted(folder for folder in library.glob(f"{UNFINISHED}/*") if folder.is_dir())

@@ -13,7 +13,7 @@ from fusion.adapters.singular_values import SingularValuesLayer
 from fusion.errors import FormatError, SliceConflict, UnknownName
 from fusion.formats import adapter_file
 from fusion.library.library_folder import Library
-from fusion.library.training_folders import training_folders
+from fusion.library.training_folders import all_training_folders
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
 
@@ -208,7 +208,7 @@ def _acquire_or_list(number, start, folder, refused):
     training = library.new_training_folder("rex") if number < 4 else None
     start.wait()
     if training is None:
-        while training_folders(folder):
+        while all_training_folders(folder):
             library.unfinished()
         return
     training.release()
