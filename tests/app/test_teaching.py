@@ -104,7 +104,8 @@ def test_every_setting_is_reachable_and_checked(session, files):
     }  # fmt: skip
     begin(session, files, "rex", 2, output_dir="/", base="/etc", placeholder_token="<tom>")  # not a visitor's to set
     made = session.trainings.jobs[-1].config
-    assert made.token == "<rex>" and made.pretrained_model_name_or_path is None and made.output_dir != Path("/")
+    assert (made.token, made.pretrained_model_name_or_path) == ("<rex>", session.base_path)
+    assert made.output_dir.is_relative_to(session.library.absolute())
     *_, last = teach.watch(session)
     (session.library / "rex.safetensors").unlink()
     for filled, sentence in (({"rank": "many"}, "rank must be"), ({"adapter_type": "aditive"}, "mean 'additive'")):
