@@ -1,1 +1,1 @@
-"""The studio in the browser: teach concepts, pick them, draw them. Sees only the public names of `fusion`."""
+"""The studio in the browser: teach concepts, pick them, draw them. Uses only the public names of `fusion`."""

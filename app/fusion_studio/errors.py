@@ -1,4 +1,4 @@
-"""Errors and notes as one sentence on the page. Gradio renders them as HTML, and tokens look like tags: escape."""
+"""Errors and warnings as one sentence on the page. Gradio renders them as HTML, and tokens look like tags: escape."""
 
 import html
 import inspect
@@ -15,23 +15,23 @@ def bind(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     """`handler` with its first arguments filled in, whose errors appear on the page as one sentence."""
 
     def answering(*values: Any) -> Any:
-        with _noticed():
+        with _errors_on_page():
             return handler(*first, *values)
 
     def streaming(*values: Any) -> Iterator[Any]:
-        with _noticed():
+        with _errors_on_page():
             yield from handler(*first, *values)
 
-    wrapped: Any = streaming if inspect.isgeneratorfunction(handler) else answering
-    wrapped.__name__, wrapped.__doc__ = handler.__name__, handler.__doc__
+    bound: Any = streaming if inspect.isgeneratorfunction(handler) else answering
+    bound.__name__, bound.__doc__ = handler.__name__, handler.__doc__
     signature = inspect.signature(handler)  # the API that gradio publishes takes its names from here
-    wrapped.__annotations__ = {"event": gr.EventData} if "event" in signature.parameters else {}
-    wrapped.__signature__ = signature.replace(parameters=list(signature.parameters.values())[len(first) :])
-    return wrapped
+    bound.__annotations__ = {"event": gr.EventData} if "event" in signature.parameters else {}
+    bound.__signature__ = signature.replace(parameters=list(signature.parameters.values())[len(first) :])
+    return bound
 
 
 @contextmanager
-def _noticed() -> Generator[None]:
+def _errors_on_page() -> Generator[None]:
     try:
         yield
     except Exception as error:

@@ -1,7 +1,6 @@
-"""The page: header, five tabs, and what happens between them."""
+"""The page: header, five tabs, and the events between them."""
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -16,9 +15,11 @@ HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
     "<p>Teach Stable Diffusion things of your own, and draw them together.</p></div>"
 )
-SMALL = 128  # pixels; smaller pictures are shown in crisp squares, not blurred to the size of the page
-CRISP = "<style>#stage img, #wall img, #previews img, .grid img, .ending img { image-rendering: pixelated; }</style>"
-CHIP = 96  # pixels, of the pictures on chips
+SMALL_SIDE = 128  # pixels; smaller pictures are enlarged in sharp squares, not blurred
+SHARP_PIXELS = (
+    "<style>#stage img, #wall img, #previews img, .grid img, .result img {image-rendering: pixelated;}</style>"
+)
+CHIP_SIDE = 96  # pixels, of the pictures on chips
 
 
 def build(session: Session) -> gr.Blocks:
@@ -26,8 +27,8 @@ def build(session: Session) -> gr.Blocks:
         with gr.Row(elem_id="header"):
             title = gr.HTML(HEADER)
             names = ["pocket", *([session.base] if session.base else [])]
-            looks: dict[str, Any] = {"elem_id": "base", "scale": 0, "min_width": 260, "info": "opening …"}
-            base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **looks)
+            options: dict[str, Any] = {"elem_id": "base", "scale": 0, "min_width": 260, "info": "opening …"}
+            base = gr.Dropdown(names, value=names[-1], label="Base", allow_custom_value=True, **options)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             with gr.Tab("Draw", id="draw") as draw_tab:
                 drawing = draw.build(session)
@@ -40,92 +41,90 @@ def build(session: Session) -> gr.Blocks:
                 comparing = compare.build(session)
             with gr.Tab("Library", id="library") as library_tab:
                 shelf = library.build(session)
-        usual = [title, base, *drawing.base_controls, teaching.settings]
-        parts = SimpleNamespace(
-            drawing=drawing, teaching=teaching, combining=combining, comparing=comparing, shelf=shelf, tabs=tabs
-        )
-        fresh = connect(session, parts, (draw_tab, combine_tab, compare_tab, library_tab))
+        base_views = [title, base, *drawing.base_controls, teaching.settings]
+        parts = (drawing, teaching, combining, comparing, shelf)
+        refresh = connect(session, parts, tabs, (draw_tab, combine_tab, compare_tab, library_tab))
 
-        page.load(*fresh, **PRIVATE)
-        page.load(bind(base_ready, session), None, usual, **PRIVATE)
+        page.load(*refresh, **PRIVATE)
+        page.load(bind(base_ready, session), None, base_views, **PRIVATE)
         page.load(bind(draw.first_picture, session), None, drawing.outputs, **PRIVATE)
-        page.load(teaching.look, None, teaching.left, **PRIVATE)
-        page.load(bind(teach.watch, session), None, teaching.views, **STREAM | PRIVATE).then(*fresh, **PRIVATE)
+        page.load(*teaching.unfinished, **PRIVATE)
+        page.load(bind(teach.watch, session), None, teaching.views, **STREAM | PRIVATE).then(*refresh, **PRIVATE)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **PRIVATE)
         changed = opening.then(bind(Session.open_base, session), base, None, api_name="base", **STREAM)
         for after in (changed.then, changed.failure):
-            after(bind(base_ready, session), None, usual, **PRIVATE)
+            after(bind(base_ready, session), None, base_views, **PRIVATE)
     return page
 
 
-def connect(session: Session, parts: SimpleNamespace, tabs: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """What is picked in one tab is picked in all; what is new in the library is seen wherever one goes next."""
-    drawing, combining, comparing, shelf = parts.drawing, parts.combining, parts.comparing, parts.shelf
-    picked = gr.State({})
+def connect(session: Session, parts: tuple[Any, ...], tabs: gr.Tabs, pages: tuple[gr.Tab, ...]) -> tuple[Any, ...]:
+    """One selection for all tabs; what is new in the library appears in whichever tab is opened next."""
+    drawing, teaching, combining, comparing, shelf = parts
+    selection = gr.State({})
     pickers = [drawing.picks, combining.picks, comparing.picks]
     for picker in pickers:
-        picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, picked, **LATEST)
-    look, seen_in = bind(library_choices, session), [*pickers, drawing.no_concepts]
-    seen, fresh = (look, picked, seen_in), (look, None, seen_in)
+        picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, selection, **LATEST)
+    choices, choice_views = bind(library_choices, session), [*pickers, drawing.no_concepts]
+    update, refresh = (choices, selection, choice_views), (choices, None, choice_views)
     judge = (bind(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
-    to_judge = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
-    draw_tab, combine_tab, compare_tab, library_tab = tabs
-    draw_tab.select(*seen, **PRIVATE).then(*judge, to_judge, **PRIVATE)
-    judged = (bind(combine.judged, session), [combining.picks, combining.method], combining.verdict)
-    combine_tab.select(*seen, **PRIVATE).then(*judged, **PRIVATE)
-    prompted = (bind(compare.prompted, session), [comparing.picks, comparing.prompt], comparing.prompt)
-    compare_tab.select(*seen, **PRIVATE).then(*prompted, **PRIVATE)
-    library_tab.select(shelf.look, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **PRIVATE)
-    for event in (*parts.teaching.watching, *shelf.changed, combining.saved):
-        event.then(*fresh, **PRIVATE)
+    verdict_views = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
+    draw_tab, combine_tab, compare_tab, library_tab = pages
+    draw_tab.select(*update, **PRIVATE).then(*judge, verdict_views, **PRIVATE)
+    combined = (bind(combine.verdict_html, session), [combining.picks, combining.method], combining.verdict)
+    combine_tab.select(*update, **PRIVATE).then(*combined, **PRIVATE)
+    suggestion = (bind(compare.suggest_prompt, session), [comparing.picks, comparing.prompt], comparing.prompt)
+    compare_tab.select(*update, **PRIVATE).then(*suggestion, **PRIVATE)
+    library_tab.select(shelf.refreshed, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **PRIVATE)
+    for event in (*teaching.watching, *shelf.changed, combining.saved):
+        event.then(*refresh, **PRIVATE)
 
-    def leads_to_draw(button: Any, handler: Any, inputs: Any) -> None:
-        lead = lambda *values: ({"picked": handler(*values)}, gr.Tabs(selected="draw"))  # noqa: E731
-        chosen = button.click(lead, inputs, [picked, parts.tabs], **PRIVATE)
-        chosen.then(*seen, **PRIVATE).then(*judge, to_judge, **PRIVATE)
+    def link_to_draw(button: Any, handler: Any, inputs: Any) -> None:
+        select = lambda *values: ({"picked": handler(*values)}, gr.Tabs(selected="draw"))  # noqa: E731
+        selected = button.click(select, inputs, [selection, tabs], **PRIVATE)
+        selected.then(*update, **PRIVATE).then(*judge, verdict_views, **PRIVATE)
 
-    leads_to_draw(parts.teaching.use, lambda: latest_concept(session), None)
-    leads_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
-    leads_to_draw(combining.draw, picked_of, combining.picks)
-    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, parts.tabs, **PRIVATE)
-    return fresh
+    link_to_draw(teaching.use, lambda: latest_concept(session), None)
+    link_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
+    link_to_draw(combining.draw, picked_of, combining.picks)
+    drawing.teach_first.click(lambda: gr.Tabs(selected="teach"), None, tabs, **PRIVATE)
+    return refresh
 
 
 def latest_concept(session: Session) -> dict[str, float]:
     """The concept that was taught last, picked."""
-    last = session.trainings.now if session.trainings else None
-    return {last.saved.stem: 1.0} if last and last.saved else {}
+    job = session.trainings.current if session.trainings else None
+    return {job.saved.stem: 1.0} if job and job.saved else {}
 
 
 def library_choices(session: Session, picks: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
     names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
-    twice = {name for name in names.values() if list(names.values()).count(name) > 1}
+    ambiguous = {name for name in names.values() if list(names.values()).count(name) > 1}
     choices = [
         {
             "key": key,
-            "label": f"{names[key]} ({key})" if names[key] in twice else names[key],
+            "label": f"{names[key]} ({key})" if names[key] in ambiguous else names[key],
             "tokens": tokens_of(entry.info),
-            "picture": markup.picture_beside(entry.path, CHIP),
+            "picture": markup.picture_beside(entry.path, CHIP_SIDE),
         }
         for key, entry in entries.items()
     ]
-    kept = {key: strength for key, strength in picked_of(picks).items() if key in entries}
-    value = {"choices": choices, "picked": None if picks is None else kept, "at": (picks or {}).get("at")}
+    picked = {key: strength for key, strength in picked_of(picks).items() if key in entries}
+    value = {"choices": choices, "picked": None if picks is None else picked, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)
 
 
 def base_ready(session: Session) -> tuple[Any, ...]:
-    """Opens the base if that has not happened yet, and says what it is; what can be chosen comes from the library."""
+    """Open the base if it is not open yet, and return its name, size, defaults and schedulers for the page."""
     name = session.base or "pocket"
     try:
-        size, (_, steps, guidance) = session.resolution(), session.defaults()
-    except Exception as error:  # whatever it is, the page must not go on saying "opening …"
+        side, (_, steps, guidance) = session.resolution(), session.defaults()
+    except Exception as error:  # whatever it is, the page must not go on showing "opening …"
         warn(error_sentence(error))
         return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
-    base = gr.update(value=name, info=f"ready, draws {size} × {size}")
+    base = gr.update(value=name, info=f"ready, draws {side} × {side}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])
-    usual = {key: str(value).lower() for key, value in fusion.base_defaults(session.pipe, "training").items()}
-    settings = {"filled": {}, "defaults": usual}
-    return HEADER + CRISP * (size <= SMALL), base, steps, guidance, schedulers, settings
+    defaults = {key: str(value).lower() for key, value in fusion.base_defaults(session.pipe, "training").items()}
+    settings = {"filled": {}, "defaults": defaults}
+    return HEADER + SHARP_PIXELS * (side <= SMALL_SIDE), base, steps, guidance, schedulers, settings

@@ -1,4 +1,4 @@
-"""Values as HTML. Everything that comes from people or files is escaped here, and nowhere else."""
+"""Values as HTML. Text from people and files is escaped here, and nowhere else."""
 
 import base64
 import html
@@ -24,29 +24,28 @@ def hint(text: object) -> str:
     return f'<p class="hint" role="status">{escape(str(text))}</p>'
 
 
-def nothing(title: str, text: str) -> str:
-    return f'<div class="nothing"><h3>{escape(title)}</h3><p>{escape(text)}</p></div>'
+def empty(title: str, text: str) -> str:
+    return f'<div class="empty"><h3>{escape(title)}</h3><p>{escape(text)}</p></div>'
 
 
-def bar(step: float, total: float, what: str = "") -> str:
+def bar(step: float, total: float, text: str = "") -> str:
     share = 100 * step / max(1, total)
-    words = hint(what) if what else ""
     progress = f'role="progressbar" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100"'
-    return f'<div class="bar" {progress}><i style="width:{share:.1f}%"></i></div>{words}'
+    return f'<div class="bar" {progress}><i style="width:{share:.1f}%"></i></div>{hint(text) if text else ""}'
 
 
 def data_url(image: Image.Image, side: int | None = THUMBNAIL, form: str = "PNG") -> str:
-    """A picture inside the page, so that no folder is opened to visitors."""
-    small, data = image.convert("RGB"), BytesIO()
+    """A picture as text inside the page, so that no folder is opened to visitors."""
+    copy, data = image.convert("RGB"), BytesIO()
     if side:
-        small.thumbnail((side, side))
-    small.save(data, form)
+        copy.thumbnail((side, side))
+    copy.save(data, form)
     return f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def picture_beside(adapter: Path, side: int = THUMBNAIL) -> str | None:
     """The picture that lies beside an adapter's file, as a data URL."""
-    for path in (adapter.with_suffix(ending) for ending in (".png", ".jpg", ".webp")):
+    for path in (adapter.with_suffix(suffix) for suffix in (".png", ".jpg", ".webp")):
         try:
             with Image.open(path) as image:
                 return data_url(image, side)
@@ -55,31 +54,31 @@ def picture_beside(adapter: Path, side: int = THUMBNAIL) -> str | None:
     return None
 
 
-def verdict(found: Any) -> str:
-    """One sentence, and what else there is to know under it."""
-    more = "".join(f"<p>{escape(text)}</p>" for text in [*found.problems[1:], *found.advice])
-    said = f"<b>{VERDICTS[found.verdict]}</b> {escape(found.sentence)}{more}"
-    return f'<div class="verdict {found.verdict}" role="status">{said}</div>'
+def verdict(report: Any) -> str:
+    """The sentence of a compatibility report, with further problems and advice under it."""
+    more = "".join(f"<p>{escape(text)}</p>" for text in [*report.problems[1:], *report.advice])
+    sentence = f"<b>{VERDICTS[report.verdict]}</b> {escape(report.sentence)}"
+    return f'<div class="verdict {report.verdict}" role="status">{sentence}{more}</div>'
 
 
-def heat_map(found: Any) -> str:
-    """Cosines between what adapters change, as a table whose cells are coloured: numbers first, colour as well."""
-    names, measured = found.names, found.interference
+def heat_map(report: Any) -> str:
+    """Cosines between the changes of adapters, as a table of numbers with coloured cells."""
+    names, interference = report.names, report.interference
     head = "".join(f"<th scope=col>{escape(name)}</th>" for name in names)
     rows = ""
     for i, name in enumerate(names):
-        cells = "".join(_heat(value, own=i == j) for j, value in enumerate(measured.cosine[i]))
-        rows += f"<tr><th scope=row>{escape(name)}</th>{cells}<td>{measured.retention[i]:.0%}</td></tr>"
-    about = (
+        cells = "".join(_heat(value, diagonal=i == j) for j, value in enumerate(interference.cosine[i]))
+        rows += f"<tr><th scope=row>{escape(name)}</th>{cells}<td>{interference.retention[i]:.0%}</td></tr>"
+    legend = (
         "How much two adapters change the same thing in the same way: 0 independent, +1 alike, −1 opposed. "
-        "In the sum: how much of each is found in the sum of all, 100% unchanged."
+        "In the sum: how much of each remains in the sum of all, 100% unchanged."
     )
     table = f"<table><thead><tr><td></td>{head}<th scope=col>in the sum</th></tr></thead><tbody>{rows}</tbody></table>"
-    return f'<figure class="heat">{table}<figcaption>{about}</figcaption></figure>'
+    return f'<figure class="heat">{table}<figcaption>{legend}</figcaption></figure>'
 
 
-def _heat(value: float, *, own: bool) -> str:
-    if own:
+def _heat(value: float, *, diagonal: bool) -> str:
+    if diagonal:
         return '<td class="own">1</td>'
     share, colour = min(1.0, abs(value) / 0.3), "217, 119, 6" if value > 0 else "37, 99, 235"
     return f'<td style="background: rgba({colour}, {0.75 * share:.2f})">{value:+.2f}</td>'
@@ -91,19 +90,19 @@ def card(entry: Any, *, chosen: bool = False) -> str:
     tokens, nouns = tokens_of(info), ", ".join(concept.noun for concept in info.concepts if concept.noun)
     url = picture_beside(entry.path)
     initial = escape((tokens[0].strip("<>") if tokens else key)[:1])
-    shown = f'<img alt="" src="{url}">' if url else f'<span class="initial" aria-hidden="true">{initial}</span>'
+    image = f'<img alt="" src="{url}">' if url else f'<span class="initial" aria-hidden="true">{initial}</span>'
     facts = [info.base.name if info.base else "base unknown", size_of(entry.size)]
     if entry.slices:
         facts.insert(1, f"slice {', '.join(map(str, entry.slices))}")
-    made, date = info.provenance, datetime.fromtimestamp(entry.path.stat().st_mtime)
-    how = f"{made.steps} steps" if made.steps else "fused" if made.parents else "taken in"
+    origin, date = info.provenance, datetime.fromtimestamp(entry.path.stat().st_mtime)
+    how = f"{origin.steps} steps" if origin.steps else "fused" if origin.parents else "imported"
     facts += [f"{how}, {date:%-d %b %Y}"]
     title = f"<h3>{escape(' '.join(tokens) or key)}</h3><p>{escape(nouns or key)}</p>"
     small = f"<small>{escape(' · '.join(facts))}</small>"
     pressed = str(chosen).lower()
     return (
         f'<button type="button" class="card" data-key="{escape(key)}" aria-pressed="{pressed}">'
-        f"{shown}{title}{small}</button>"
+        f"{image}{title}{small}</button>"
     )
 
 
@@ -116,19 +115,19 @@ def size_of(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def slice_map(found: Any) -> str:
-    """The spectrum of a base as a strip: who owns what, what is free."""
+def slice_map(slices: Any) -> str:
+    """The spectrum of a base as a strip: which adapter owns which directions, and how many are free."""
     strip, legend = "", ""
-    for number, owner in enumerate(found.owners):
+    for number, owner in enumerate(slices.owners):
         colour, part = COLOURS[number % len(COLOURS)], owner.slice
         for index in part.indices if part.step > 1 else (part.start,):
             width = 1 if part.step > 1 else part.rank
-            sides = f"left:{100 * index / found.capacity:.3f}%;width:{100 * width / found.capacity:.3f}%"
+            sides = f"left:{100 * index / slices.capacity:.3f}%;width:{100 * width / slices.capacity:.3f}%"
             strip += f'<i style="{sides};background:{colour}" title="{escape(owner.owner)}: {part}"></i>'
         legend += f'<li><b style="background:{colour}"></b>{escape(owner.owner)} <small>{part}</small></li>'
-    free = f"{found.free} of {found.capacity} directions are free"
-    title = f"<h3>Slices of {escape(found.base.name)} <small>{free}</small></h3>"
-    ends = f"<small>strongest</small><small>weakest</small><small hidden>{found.capacity}</small>"
+    free = f"{slices.free} of {slices.capacity} directions are free"
+    title = f"<h3>Slices of {escape(slices.base.name)} <small>{free}</small></h3>"
+    ends = f"<small>strongest</small><small>weakest</small><small hidden>{slices.capacity}</small>"
     return (
         f'<section class="slices">{title}<div class="strip" role="img" aria-label="{free}">{strip}</div>'
         f'<div class="ends">{ends}</div><ul>{legend}</ul></section>'
@@ -136,23 +135,23 @@ def slice_map(found: Any) -> str:
 
 
 def loss_svg(losses: Sequence[float], total: int) -> str:
-    """The loss, faint, and its running mean; drawn by hand so that it follows the theme and does not flicker."""
+    """The loss and its running mean, as an SVG that follows the page's theme and does not flicker."""
     means = list(losses[:1])
     for value in losses[1:]:
         means.append(means[-1] + max(0.08, 1 / (len(means) + 1)) * (value - means[-1]))
     across, down = WIDTH / max(1, total - 1), HEIGHT / (1.05 * max(losses, default=1.0) or 1.0)
     lines = ""
     for name, values in (("raw", losses), ("mean", means)):
-        picked = range(0, len(values), max(1, len(values) // WIDTH))
-        points = " ".join(f"{across * i:.1f},{HEIGHT - down * values[i]:.1f}" for i in picked)
+        steps = range(0, len(values), max(1, len(values) // WIDTH))
+        points = " ".join(f"{across * i:.1f},{HEIGHT - down * values[i]:.1f}" for i in steps)
         lines += f'<polyline class="{name}" points="{points}"/>'
     figure = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
     return f'<figure class="loss"><figcaption>Loss <b>{means[-1] if means else 0:.3f}</b></figcaption>{figure}</figure>'
 
 
 def pictures_row(title: str, images: Sequence[Image.Image]) -> str:
-    shown = "".join(f'<img alt="{escape(title)} {i}" src="{data_url(im)}">' for i, im in enumerate(images, start=1))
-    return f'<figure class="row"><figcaption>{escape(title)}</figcaption><div>{shown}</div></figure>'
+    pictures = "".join(f'<img alt="{escape(title)} {i}" src="{data_url(im)}">' for i, im in enumerate(images, start=1))
+    return f'<figure class="row"><figcaption>{escape(title)}</figcaption><div>{pictures}</div></figure>'
 
 
 def in_time(seconds: float) -> str:

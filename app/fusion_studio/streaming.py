@@ -1,4 +1,4 @@
-"""Long work in a thread of its own, whose results are shown as they come, and which ends when nobody watches."""
+"""Long work in a thread of its own: its results are shown as they come, and it is cancelled when the page is left."""
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
@@ -15,7 +15,7 @@ from fusion_studio.session import Session
 
 
 class StepProgress(NamedTuple):
-    """One moment of a drawing: how far it is, and sometimes a preview."""
+    """How far a drawing is, and sometimes a preview."""
 
     step: int
     total: int
@@ -29,61 +29,60 @@ class Result(NamedTuple):
 
 
 class ProgressStream:
-    """Where the work shows what it has. Raises Cancelled when nobody watches any more."""
+    """Takes what the work has to show. Raises Cancelled once the page is left."""
 
-    # Seconds from frame to frame, and from preview to preview, at least: the server sends and the page draws them on
-    # the cores that the picture needs.
-    PAUSE, PREVIEW_PAUSE = 0.2, 0.5
+    # Seconds between two updates, and between two previews, at least: the server sends and the page draws them on the
+    # cores that the picture needs.
+    INTERVAL, PREVIEW_INTERVAL = 0.2, 0.5
 
     def __init__(self) -> None:
-        self.frames: Queue[Any] = Queue()
-        self.left = threading.Event()
-        self._cost, self._last = 0.0, 0.0  # seconds a preview takes; when the latest was ready
-        self._shown = 0.0  # when the latest frame was
+        self.updates: Queue[Any] = Queue()
+        self.cancelled = threading.Event()
+        self._preview_cost, self._last_preview, self._last_update = 0.0, 0.0, 0.0  # seconds, and two points in time
 
-    def show(self, frame: Any) -> None:
-        self.check()
-        self.frames.put(frame)
+    def send(self, update: Any) -> None:
+        self._check()
+        self.updates.put(update)
 
-    def check(self) -> None:
-        if self.left.is_set():
+    def _check(self) -> None:
+        if self.cancelled.is_set():
             raise fusion.Cancelled("Nobody is waiting for this any more.")
 
     def on_step(self, step: int, total: int, preview: Callable[[], Image.Image]) -> None:
         """For generate: two previews a second, fewer on a slow page or where they take a quarter of the time."""
-        began, image = time.monotonic(), None
-        if self.frames.empty() and began - self._last >= max(self.PREVIEW_PAUSE, 3 * self._cost):
+        start, image = time.monotonic(), None
+        if self.updates.empty() and start - self._last_preview >= max(self.PREVIEW_INTERVAL, 3 * self._preview_cost):
             image = preview()
-            self._last = time.monotonic()
-            self._cost = self._last - began
-        self.check()
-        if image or step == total or began - self._shown >= self.PAUSE:
-            self.show(StepProgress(step, total, image))
-            self._shown = time.monotonic()
+            self._last_preview = time.monotonic()
+            self._preview_cost = self._last_preview - start
+        self._check()
+        if image or step == total or start - self._last_update >= self.INTERVAL:
+            self.send(StepProgress(step, total, image))
+            self._last_update = time.monotonic()
 
 
-def stream_results(session: Session, clause: str, work: Callable[[ProgressStream], Any]) -> Iterator[Any]:
-    """Waiting while others have the pipeline, then what `work` shows, and Done last. Closing the iterator cancels."""
-    screen = ProgressStream()
+def stream_results(session: Session, activity: str, work: Callable[[ProgressStream], Any]) -> Iterator[Any]:
+    """Waiting while others have the pipeline, then what `work` sends, and Result last. Closing the iterator cancels."""
+    stream = ProgressStream()
 
     def run() -> None:
         try:
-            screen.frames.put(Result(work(screen)))
-        except BaseException as error:  # handed to the one who asked
-            screen.frames.put(error)
+            stream.updates.put(Result(work(stream)))
+        except BaseException as error:  # raised again in the thread that reads
+            stream.updates.put(error)
 
-    with session.queue.enter(clause) as place:
-        yield from place
+    with session.queue.enter(activity) as waiting:
+        yield from waiting
         thread = threading.Thread(target=run, name="drawing", daemon=True)
         thread.start()
         try:
             while True:
-                frame = screen.frames.get()
-                if isinstance(frame, BaseException):
-                    raise frame
-                yield frame
-                if isinstance(frame, Result):
+                update = stream.updates.get()
+                if isinstance(update, BaseException):
+                    raise update
+                yield update
+                if isinstance(update, Result):
                     return
         finally:
-            screen.left.set()
+            stream.cancelled.set()
             thread.join()

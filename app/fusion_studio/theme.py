@@ -1,4 +1,4 @@
-"""How the page looks: quiet stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
+"""Colours and fonts: stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
 def studio_theme() -> gr.themes.Base:
-    look = gr.themes.Base(primary_hue="violet", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
+    theme = gr.themes.Base(primary_hue="violet", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
     for name, light, dark in (
         ("body_background_fill", "*neutral_50", "*neutral_950"),
         ("block_background_fill", "white", "*neutral_900"),
@@ -19,14 +19,14 @@ def studio_theme() -> gr.themes.Base:
         ("input_background_fill", "*neutral_50", "*neutral_950"),
         ("button_primary_background_fill", "*primary_600", "*primary_600"),
         ("body_text_color_subdued", "*neutral_500", "*neutral_400"),
-        ("input_placeholder_color", "*neutral_500", "*neutral_400"),  # gradio's are too faint to read
+        ("input_placeholder_color", "*neutral_500", "*neutral_400"),  # gradio's have too little contrast
     ):
-        look.set(**{name: light, f"{name}_dark": dark})
-    return look.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")
+        theme.set(**{name: light, f"{name}_dark": dark})
+    return theme.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")
 
 
 def launch_options() -> dict[str, Any]:
-    """For launch(): looks, and privacy. Pictures of people's own things stay on this machine."""
+    """For launch(): theme and privacy. People's pictures stay on this machine."""
     return {
         "theme": studio_theme(),
         "css_paths": [Path(__file__).parent / "style.css"],

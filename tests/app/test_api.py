@@ -75,7 +75,7 @@ def test_teach_draw_compare_and_take_along(client, session, files):
 
 def test_stop_ends_a_training(client, session, files):
     job = teach(client, files, steps=5000)
-    until(lambda: session.trainings.now and session.trainings.now.step >= 2)
+    until(lambda: session.trainings.current and session.trainings.current.step >= 2)
     client.predict(api_name="/pause_teaching"), client.predict(api_name="/pause_teaching")
     client.predict(api_name="/stop_teaching")
     progress, *_ = job.result(timeout=60)
@@ -101,7 +101,7 @@ def test_two_at_once_do_not_disturb_each_other(served, session, files):
     assert Path(short.result(timeout=60)[0]).read_bytes() == Path(alone).read_bytes()
     assert long.result(timeout=60)[0].endswith(".png")  # the first came first, whole
     watching = teach(anna, files, steps=5000)
-    until(lambda: session.trainings.now and session.trainings.now.step >= 2)
+    until(lambda: session.trainings.current and session.trainings.current.step >= 2)
     meanwhile = draw(bert, "a dog", seed=5).result(timeout=60)[0]  # while a concept is being taught
     assert Path(meanwhile).read_bytes() == Path(alone).read_bytes()
     assert not watching.done()
@@ -140,7 +140,7 @@ def test_hostile_files_are_named_and_the_app_goes_on(client, session, files, tmp
         client.predict(handle_file(huge), api_name="/start_picture")
     (tmp_path / "weights.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(AppError, match=r"weights.safetensors&#x27; is a Python pickle"):
-        client.predict(handle_file(str(tmp_path / "weights.safetensors")), api_name="/take_in")
+        client.predict(handle_file(str(tmp_path / "weights.safetensors")), api_name="/import")
     with pytest.raises(AppError, match="Invalid file type"):
         client.predict(handle_file(str(tmp_path / "weights.safetensors")), api_name="/start_picture")
     with pytest.raises(AppError, match="no longer here"):
@@ -162,7 +162,7 @@ def test_only_meant_endpoints_are_published(client):
     named = client.view_api(return_format="dict")["named_endpoints"]
     teaching = {"/pictures", "/teach", "/watch", "/pause_teaching", "/stop_teaching"}
     using = {"/start_picture", "/draw", "/compare", "/fuse", "/export", "/bake", "/base"}
-    assert named.keys() == {*teaching, *using, "/library", "/rename", "/delete", "/take_in"}
+    assert named.keys() == {*teaching, *using, "/library", "/rename", "/delete", "/import"}
 
 
 def test_no_file_of_the_machine_is_served(served, session, tmp_path):

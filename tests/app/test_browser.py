@@ -81,7 +81,7 @@ def test_teach_combine_draw_two_regions_and_export(tab, session):
     expect(tab.locator("#progress")).to_contain_text("<octopus>")
     expect(tab.locator("#progress")).to_contain_text(f"Learned in {STEPS} steps")
     expect(tab.locator("#loss polyline")).to_have_count(2)
-    expect(tab.locator("#ending img")).to_have_count(5)
+    expect(tab.locator("#result img")).to_have_count(5)
     tab.locator("#teach-settings button").first.click()
     photograph(tab, "teach")
 
@@ -213,7 +213,7 @@ def drag(tab, start, end, **button) -> None:
 
 
 def test_what_is_painted_can_be_erased_taken_back_and_cleared(tab):
-    canvas, tells = tab.locator(".plane canvas"), tab.locator(".telling")
+    canvas, tells = tab.locator(".plane canvas"), tab.locator(".status")
 
     def covered() -> int:
         """Pixels of the mask that are painted."""

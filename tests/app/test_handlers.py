@@ -68,11 +68,11 @@ def test_private_by_default(session):
 def test_the_line_is_first_come_first_served_and_says_how_long_it_is():
     line, order = PipelineQueue(), []
     with line.acquire("A picture is being drawn"):
-        with line.enter("second", every=0.01) as second, line.enter("third", every=0.01) as third:
-            told_second, told_third = next(second), next(third)
-            assert (told_second.ahead, told_third.ahead) == (1, 2)
-            assert str(told_second) == "A picture is being drawn. You are next."
-            assert "2 are before you" in str(told_third)
+        with line.enter("second", interval=0.01) as second, line.enter("third", interval=0.01) as third:
+            second_waits, third_waits = next(second), next(third)
+            assert (second_waits.ahead, third_waits.ahead) == (1, 2)
+            assert str(second_waits) == "A picture is being drawn. You are next."
+            assert "2 are before you" in str(third_waits)
         threads = []
         for number in range(3):
             threads.append(threading.Thread(target=lambda n=number: take(line, n, order)))
@@ -224,15 +224,15 @@ def test_picking_gives_a_verdict_and_an_example(session, taught):
 
 
 def test_the_verdict_and_the_heat_map_come_before_any_picture(session, taught):
-    assert combine.judged(session, picks(), "direct_sum") == combine.ASK
+    assert combine.verdict_html(session, picks(), "direct_sum") == combine.NOTHING_PICKED
     taught("rex"), taught("cat")
-    shown = combine.judged(session, picks(rex=1, cat=1), "direct_sum")
+    shown = combine.verdict_html(session, picks(rex=1, cat=1), "direct_sum")
     assert "2 adapters, each acting" in shown and shown.count("<tr>") == 3 and "act on every word" not in shown
-    assert "act on every word" in combine.judged(session, picks(rex=1, cat=1), "average")
+    assert "act on every word" in combine.verdict_html(session, picks(rex=1, cat=1), "average")
     assert "regression" in combine.save_as_one(session, picks(rex=1, cat=1), "regression")[1].value
     assert "rex+cat" in session.entries() and not session.adapters(["rex+cat"])[0].gated
     fusion.save(session.adapters(["rex"])[0], session.library / "copy.safetensors")
-    refused = combine.judged(session, picks(rex=1, copy=1), "direct_sum")
+    refused = combine.verdict_html(session, picks(rex=1, copy=1), "direct_sum")
     assert "refused" in refused and "both use &lt;rex&gt;" in refused and "<rex>" not in refused
 
 
@@ -246,18 +246,18 @@ def test_the_combination_is_saved_exported_and_baked(session, taught):
         "<rex>": 1,
         "<cat>": 0.5,
     }
-    files, notes, cli = combine.exported(session, both, form="kohya")
+    files, notes, cli = combine.export_picked(session, both, form="kohya")
     names = {Path(file["path"]).name for file in files.value}
     assert names == {"rex+cat_kohya.safetensors", "rex+cat_kohya_rex.safetensors", "rex+cat_kohya_cat.safetensors"}
     assert "A plain LoRA cannot be gated" in notes and str(session.folder) not in notes and "--to kohya" in cli.value
-    files, _, _ = combine.exported(session, both)
+    files, _, _ = combine.export_picked(session, both)
     assert fusion.load(files.value[0]["path"]).info.name == "rex+cat"
     with pytest.raises(fusion.FusionError, match="accept that first"):
-        combine.baked(session, both)
-    said, cli = combine.baked(session, both, "direct_sum", "pets", accept=True)
+        combine.bake_picked(session, both)
+    said, cli = combine.bake_picked(session, both, "direct_sum", "pets", accept=True)
     assert (session.library / "models" / "pets" / "model_index.json").is_file() and "--gating none" in cli.value
     with pytest.raises(fusion.FusionError, match="is there already"):
-        combine.baked(session, both, "direct_sum", "pets", accept=True)
+        combine.bake_picked(session, both, "direct_sum", "pets", accept=True)
     with pytest.raises(fusion.FusionError, match="at least one"):
         combine.save_as_one(session, picks())
 
@@ -265,8 +265,10 @@ def test_the_combination_is_saved_exported_and_baked(session, taught):
 def test_the_grid_is_measured_and_can_be_kept(session, taught):
     taught("rex"), taught("cat")
     both = picks(rex=1, cat=1)
-    assert compare.prompted(session, both, "") == "a <rex> on the left and a <cat> on the right on a red background"
-    assert compare.prompted(session, both, "my own") == gr.skip()
+    assert (
+        compare.suggest_prompt(session, both, "") == "a <rex> on the left and a <cat> on the right on a red background"
+    )
+    assert compare.suggest_prompt(session, both, "my own") == gr.skip()
     *steps, (grid, legend, sheet, _) = compare.draw_grid(session, both, "a <rex>", "0.5, 1", ["direct_sum", "average"])
     assert grid.count("<img") == 8 and "kept" in grid and "leakage" in grid and "Kept" in legend
     assert Path(sheet.value["path"]).is_file() and "--strengths 0.5 1 --methods direct_sum average" in steps[0][3].value
@@ -284,7 +286,7 @@ def test_names_from_files_are_words_never_markup(session, taught):
     shown = (
         library.cards_html(session)
         + library.slices_html(session)
-        + combine.judged(session, picks(evil=1), "direct_sum")
+        + combine.verdict_html(session, picks(evil=1), "direct_sum")
     )
     shown += "".join(str(part) for part in library.detail(session, "evil"))
     assert "<img src=x" not in shown and "&lt;img src=x" in shown
@@ -443,5 +445,5 @@ def test_nothing_in_the_library_is_left_out_silently(session, taught):
 
 def test_steps_are_not_read_aloud_but_the_end_is(session, taught):
     assert 'role="status"' in taught("rex")[0]
-    session.trainings.now.state = "learning"
-    assert 'role="status"' not in progress.state_html(session.trainings.now)
+    session.trainings.current.state = "learning"
+    assert 'role="status"' not in progress.state_html(session.trainings.current)

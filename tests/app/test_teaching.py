@@ -47,7 +47,13 @@ def until(condition):
 
 
 def learning(session, token):
-    until(lambda: session.trainings.now and session.trainings.now.token == token and session.trainings.now.step >= 2)
+    until(
+        lambda: (
+            session.trainings.current
+            and session.trainings.current.token == token
+            and session.trainings.current.step >= 2
+        )
+    )
 
 
 def test_teaching_puts_a_concept_into_the_library(session, taught):
@@ -77,10 +83,10 @@ def test_pictures_are_shown_as_they_will_be_learned(session, files, tmp_path):
     assert "Nearly the same as one.png" in pictures[5]["notes"][0] and warning == ""
     assert "fake.png" in [p["name"] for p in pictures if not p["crop"]] and "is no PNG" in notes["fake.png"]
     assert all(p["crop"].startswith("data:image/webp") for p in pictures[:5])
-    again, warning = teach.reconsidered(session, pictures[:1])
+    again, warning = teach.check_pictures(session, pictures[:1])
     assert len(again) == 1 and "1 picture is few" in warning
     with pytest.raises(fusion.FusionError, match="no longer here"):
-        teach.reconsidered(session, [{"id": "../../etc/passwd"}])
+        teach.check_pictures(session, [{"id": "../../etc/passwd"}])
 
 
 def test_captions_are_taken_and_name_the_concept(session, files):
@@ -140,9 +146,9 @@ def test_others_draw_while_a_concept_is_taught_and_get_the_same_picture(session,
     before = picture()
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
-    step = session.trainings.now.step
+    step = session.trainings.current.step
     assert picture() == before  # not a bit of what is being taught leaks into it
-    until(lambda: session.trainings.now.step > step)
+    until(lambda: session.trainings.current.step > step)
     with pytest.raises(fusion.FusionError, match="<rex> is being taught on this base"):
         session.open_base("pocket")
     teach.stop_teaching(session)
@@ -154,12 +160,12 @@ def test_pause_and_go_on(session, files):
     learning(session, "<rex>")
     assert teach.pause_teaching(session).value == "Go on"
     threading.Event().wait(0.3)
-    step = session.trainings.now.step
+    step = session.trainings.current.step
     assert "paused" in next(teach.watch(session))[0]
     *_, last = draw.draw_pictures(session, {}, "a dog")
-    assert Path(last[0]).is_file() and session.trainings.now.step == step
+    assert Path(last[0]).is_file() and session.trainings.current.step == step
     assert teach.pause_teaching(session).value == "Pause"
-    until(lambda: session.trainings.now.step > step)
+    until(lambda: session.trainings.current.step > step)
     teach.stop_teaching(session)
     list(teach.watch(session))
 
@@ -209,12 +215,12 @@ def test_a_token_is_taught_once_and_no_file_is_overwritten(session, taught):
 
 
 def test_a_name_is_suggested_where_none_is_given():
-    assert teach.suggested_token("red panda", "") == "<my-red-panda>" and teach.suggested_token("dog", "rex") == "rex"
+    assert teach.suggest_token("red panda", "") == "<my-red-panda>" and teach.suggest_token("dog", "rex") == "rex"
 
 
 def test_examples_come_with_captions(session):
     folder = teach.example_concepts()["robot"]
-    pictures, _, noun, token, place = teach.example_lesson(session, folder)
+    pictures, _, noun, token, place = teach.load_example(session, folder)
     assert len(pictures) >= 4 and all("<robot>" in picture["caption"] for picture in pictures)
     assert (noun, token) == ("robot", "<robot>") and place.endswith("concepts/robot")
 
@@ -241,46 +247,46 @@ def test_the_loss_is_drawn_for_any_length():
 def test_the_wall_of_cards(session, taught):
     assert "is empty" in library.cards_html(session) and library.slices_html(session) == ""
     taught("rex"), taught("cat", noun="cat")
-    cards, slices = library.looked(session)
+    cards, slices = library.show_library(session)
     assert all(text in cards for text in ("&lt;rex&gt;", "dog", "tiny-sd1", "slice 0-3", "2 steps", "data:image/png"))
     assert "directions are free" in slices and "4-7" in slices
     assert "&lt;cat&gt;" not in library.cards_html(session, "rex dog")
     assert "Nothing found" in library.cards_html(session, "zebra")
     (session.library / "rex.png").write_bytes(b"broken")
     assert 'class="initial"' in library.cards_html(session)
-    key, about, one, word, *_ = library.opened(session, SimpleNamespace(key="rex"))
+    key, about, one, word, *_ = library.open_card(session, SimpleNamespace(key="rex"))
     assert key == "rex" and "2 steps, seed 0" in about and one.visible and word.value == "<rex>"
 
 
 def test_rename_export_and_delete(session, taught):
     taught("rex"), taught("cat")
-    key, about, *_, said, cli = library.renamed(session, "rex", "bello")
+    key, about, *_, said, cli = library.rename_adapter(session, "rex", "bello")
     assert key == "bello" and "&lt;bello&gt;" in about and "Renamed" in said
     assert "--rename rex bello --tokens '<rex>=<bello>'" in cli.value
     assert session.entries().keys() == {"bello", "cat"} and (session.library / "bello.png").is_file()
-    for words, sentence in (("cat", "already has <cat>"), ("two words", "has 1 words"), ("Ä!", "angle brackets")):
+    for words, sentence in (("cat", "already has <cat>"), ("two words", "has 1 tokens"), ("Ä!", "angle brackets")):
         with pytest.raises(fusion.FusionError, match=sentence):
-            library.renamed(session, "bello", words)
-    files, _, cli = library.exported(session, "bello", "diffusers")
+            library.rename_adapter(session, "bello", words)
+    files, _, cli = library.export_card(session, "bello", "diffusers")
     assert len(files.value) == 2 and "--to diffusers" in cli.value
-    key, _, one, *_, cli = library.deleted(session, "bello")
+    key, _, one, *_, cli = library.delete_adapter(session, "bello")
     assert key == "" and not one.visible and session.entries().keys() == {"cat"} and "--delete bello" in cli.value
     assert {path.name for path in session.library.glob("[!.]*")} == {"cat.safetensors", "cat.png"}
     for wrong in ("../cat", "bello"):
         with pytest.raises(fusion.FusionError, match="has no adapter"):
-            library.deleted(session, wrong)
+            library.delete_adapter(session, wrong)
 
 
 def test_files_of_others_are_checked_before_they_are_let_in(session, taught, tmp_path):
     taught("rex")
     fusion.export(session.adapters(["rex"])[0], tmp_path / "Meine LoRA.safetensors", "kohya")
-    key, *_, cli = library.taken_in(session, str(tmp_path / "Meine LoRA.safetensors"))
+    key, *_, cli = library.import_file(session, str(tmp_path / "Meine LoRA.safetensors"))
     assert key == "meine-lora" and "meine-lora" in session.entries() and "--add" in cli.value
     (tmp_path / "evil.safetensors").write_bytes(pickle.dumps({"a": 1}))
     (tmp_path / "text.safetensors").write_text("hello")
     for name, sentence in (("evil", "'evil.safetensors' is a Python pickle"), ("text", "not a safetensors file")):
         with pytest.raises(fusion.FusionError, match=sentence):
-            library.taken_in(session, str(tmp_path / f"{name}.safetensors"))
+            library.import_file(session, str(tmp_path / f"{name}.safetensors"))
     assert session.entries().keys() == {"rex", "meine-lora"} and list(session.uploads.iterdir()) == []
 
 
@@ -295,7 +301,7 @@ session = Session(base, library)
 _, pictures, _ = teach.add_pictures(session, files)
 filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
 teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
-own = session.trainings.now or session.trainings.jobs[0]
+own = session.trainings.current or session.trainings.jobs[0]
 while own.step < 9:
     time.sleep(0.01)
 os._exit(1)  # as a power cut would
@@ -311,7 +317,7 @@ def test_a_training_that_ended_with_the_app_is_resumed_exactly(session, files, b
     words = [sys.executable, "-c", INTERRUPTED, base, str(lost.library), *files]
     assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True).returncode == 1
     assert lost.entries() == {}
-    left, which, sure = teach.unfinished(lost)
+    left, which, sure = teach.unfinished_trainings(lost)
     ((words, name),) = which.choices
     assert left.visible and not sure.visible and words.startswith("<rex>: ") and words.endswith("of 40 steps")
     done = int(words.split()[1])
@@ -324,29 +330,29 @@ def test_a_training_that_ended_with_the_app_is_resumed_exactly(session, files, b
     cli = teach.resume_teaching(lost, name)
     assert "--resume_from_checkpoint latest" in cli.value and "training.toml" in cli.value
     *_, last = teach.watch(lost)
-    assert "Learned in 40 steps" in last[0] and len(lost.teaching.now.losses) == 40 - done
+    assert "Learned in 40 steps" in last[0] and len(lost.trainings.current.losses) == 40 - done
     begin(session, files, "rex", 40, random_flip="true", gating="tokens")  # in one go
     list(teach.watch(session))
     assert [str(part) for part in lost.entries()["rex"].slices] == ["0-3"]
     assert all(map(torch.equal, learned(session, "rex"), learned(lost, "rex")))
-    assert not teach.unfinished(lost)[0].visible and not list(lost.library.glob(".unfinished/*"))
+    assert not teach.unfinished_trainings(lost)[0].visible and not list(lost.library.glob(".unfinished/*"))
 
 
 def test_a_stopped_training_is_resumed_or_discarded(session, files):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
-    assert not teach.unfinished(session)[0].visible  # it is under way
-    until(lambda: session.trainings.now.step >= 51)
+    assert not teach.unfinished_trainings(session)[0].visible  # it is under way
+    until(lambda: session.trainings.current.step >= 51)
     teach.stop_teaching(session)
     list(teach.watch(session))
     before = session.entries()["rex"].info.provenance.steps
-    left, which, _ = teach.unfinished(session)
+    left, which, _ = teach.unfinished_trainings(session)
     assert left.visible and which.choices[0][0] == "<rex>: 50 of 5000 steps"
     teach.resume_teaching(session, which.value)
     learning(session, "<rex>")
     with pytest.raises(fusion.FusionError, match="not unfinished any more"):
         teach.discard_teaching(session, which.value)  # somebody is at it
-    until(lambda: session.trainings.now.step > before)
+    until(lambda: session.trainings.current.step > before)
     teach.stop_teaching(session)
     list(teach.watch(session))
     assert session.entries().keys() == {"rex"}  # gone on with, not beside it
@@ -369,7 +375,7 @@ def test_what_cannot_be_resumed_says_why(session, files, base):
         teach.resume_teaching(session, name)
     session.base = base
     (session.library / ".unfinished" / name / "training.toml").write_text("token = ")
-    assert "cannot be read" in teach.unfinished(session)[1].choices[0][0]
+    assert "cannot be read" in teach.unfinished_trainings(session)[1].choices[0][0]
     with pytest.raises(fusion.FusionError, match="can only be discarded"):
         teach.resume_teaching(session, name)
     teach.discard_teaching(session, name)

@@ -18,9 +18,9 @@ from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Picks, cli_box, command_line, picked_of, widget
 from fusion_studio.tabs.draw import STOPPED, example_prompt, working
 
-EMPTY = markup.nothing("A grid of pictures", "One prompt, one seed; rows are strengths, columns methods and adapters.")
+NO_GRID = markup.empty("A grid of pictures", "One prompt and seed; rows are strengths, columns methods and adapters.")
 LEGEND = (
-    "Kept: how much of a concept survives, 100% as its file alone draws it. "
+    "Kept: how much of a concept remains, 100% as its file alone draws it. "
     "Leakage: how far prompts without any concept move, 0 not at all."
 )
 
@@ -40,25 +40,25 @@ def build(session: Session) -> SimpleNamespace:
                 start = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
                 stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-comparing", min_width=90)
         with gr.Column(scale=7, min_width=300):
-            grid = gr.HTML(EMPTY, elem_id="grid")
+            grid = gr.HTML(NO_GRID, elem_id="grid")
             progress = gr.HTML(elem_id="compare-progress")
             sheet = gr.DownloadButton("Download the sheet", visible=False, size="sm", elem_id="sheet")
             cli = cli_box("compare")
-    picks.input(bind(prompted, session), [picks, prompt], prompt, **LATEST)
+    picks.input(bind(suggest_prompt, session), [picks, prompt], prompt, **LATEST)
     inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
-    begun = start.click(lambda: working(True), None, [start, stop], **PRIVATE)
-    comparing = begun.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **STREAM)
+    started = start.click(lambda: working(True), None, [start, stop], **PRIVATE)
+    comparing = started.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **STREAM)
     comparing.then(lambda: working(False), None, [start, stop], **PRIVATE)
     comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **PRIVATE)
     stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **PRIVATE)
     return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
 
 
-def prompted(session: Session, picks: Picks, prompt: str) -> Any:
-    """An example for what is picked, as long as nobody has written a prompt of their own."""
+def suggest_prompt(session: Session, picks: Picks, prompt: str) -> Any:
+    """An example for the picked concepts, as long as nobody has written a prompt of their own."""
     known = [tokens_of(entry.info) for entry in session.entries().values()]
-    made = prompt.endswith(" background") and any(token in prompt for tokens in known for token in tokens)
-    if prompt.strip() and not made:
+    suggested = prompt.endswith(" background") and any(token in prompt for tokens in known for token in tokens)
+    if prompt.strip() and not suggested:
         return gr.skip()
     adapters = session.adapters(list(picked_of(picks)))
     return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
@@ -78,33 +78,33 @@ def draw_grid(
         raise fusion.FusionError(f"'{strengths}' are no strengths; write numbers, like 0.5 1.") from None
     adapters, cells = session.adapters(list(picked)), list[fusion.Cell]()
 
-    def work(screen: ProgressStream) -> str:
+    def work(stream: ProgressStream) -> str:
         grid = fusion.compare(
             session.pipe, adapters, prompt, own_strengths=list(picked.values()), strengths=rows, methods=list(methods),
-            alone=(alone and len(picked) > 1) or not methods, seed=int(seed), on_step=screen.on_step,
+            alone=(alone and len(picked) > 1) or not methods, seed=int(seed), on_step=stream.on_step,
         )  # fmt: skip
         for cell in grid:
             cells.append(cell)
-            screen.show(cell)
+            stream.send(cell)
         path = session.folder / f"comparison-{secrets.token_hex(4)}.png"
         fusion.contact_sheet([[(c.picture.image, c.to_text()) for c in row] for row in by_row(cells)]).save(path)
         return str(path)
 
-    words = commands.used(session, picked)
-    files, own = words[: len(picked)], [("--own_strengths", *picked.values())] if len(words) > len(picked) else []
+    files = [commands.file_of(session, key) for key in picked]
+    own_strengths = ["--own_strengths", *picked.values()] if any(value != 1 for value in picked.values()) else []
     line = commands.command(
         "compare", *files, "--prompt", prompt, "--strengths", *rows, "--methods", *methods,
-        *(["--alone"] if alone else []), *(word for group in own for word in group), "--seed", int(seed),
+        *(["--alone"] if alone else []), *own_strengths, "--seed", int(seed),
         "-o", "sheet.png", *session.base_flags,
     )  # fmt: skip
-    yield EMPTY, markup.bar(0, 1, "Measuring …"), gr.DownloadButton(visible=False), command_line(line)
-    for frame in stream_results(session, "A comparison is being drawn", work):
-        if isinstance(frame, Result):
-            yield grid_html(cells), markup.hint(LEGEND), gr.DownloadButton(value=frame.value, visible=True), gr.skip()
-        elif isinstance(frame, fusion.Cell):
-            yield grid_html(cells), markup.bar(frame.number, frame.total), gr.skip(), gr.skip()
-        elif not isinstance(frame, StepProgress):
-            yield gr.skip(), markup.hint(frame), gr.skip(), gr.skip()
+    yield NO_GRID, markup.bar(0, 1, "Measuring …"), gr.DownloadButton(visible=False), command_line(line)
+    for update in stream_results(session, "A comparison is being drawn", work):
+        if isinstance(update, Result):
+            yield grid_html(cells), markup.hint(LEGEND), gr.DownloadButton(value=update.value, visible=True), gr.skip()
+        elif isinstance(update, fusion.Cell):
+            yield grid_html(cells), markup.bar(update.number, update.total), gr.skip(), gr.skip()
+        elif not isinstance(update, StepProgress):
+            yield gr.skip(), markup.hint(update), gr.skip(), gr.skip()
 
 
 def by_row(cells: Sequence[Any]) -> list[list[Any]]:

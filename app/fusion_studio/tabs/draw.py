@@ -36,7 +36,7 @@ FOUND = "Where none are drawn, let the base find a place for each of several con
 def build(session: Session) -> SimpleNamespace:
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
-            with gr.Column(visible=False, elem_classes="nothing") as no_concepts:
+            with gr.Column(visible=False, elem_classes="empty") as no_concepts:
                 gr.HTML(NO_CONCEPTS)
                 teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
             picks = widget("concepts", {}, inserts=True, elem_id="picks")

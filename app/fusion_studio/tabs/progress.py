@@ -1,4 +1,4 @@
-"""What is being taught, as everyone sees it: loss, previews, the queue, and at the end references beside results."""
+"""The training under way, as everyone sees it: loss, previews, the queue, and at the end references beside results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,83 +10,83 @@ from fusion_studio.session import Session
 from fusion_studio.training_jobs import TrainingJob, TrainingQueue
 
 REFRESH = 0.4  # seconds
-SHARED = "Everyone who has this page open sees what is being taught, and can pause or stop it."
+SHARED_HINT = "Everyone who has this page open sees what is being taught, and can pause or stop it."
 
 
 def watch(session: Session) -> Iterator[tuple[Any, ...]]:
-    """What is being taught, until all is done; a page opened in the middle joins in."""
-    teaching: TrainingQueue | None = session.trainings
-    drawn: tuple[Any, int] = (None, 0)
-    while teaching is not None and teaching.running:
-        now = teaching.now
-        seen = (now, len(now.previews) if now else 0)
-        yield view(teaching, new_previews=seen != drawn)
-        drawn = seen
-        teaching.changed.wait(REFRESH)
-        teaching.changed.clear()
-    yield (gr.skip(),) * 9 if teaching is None else view(teaching, new_previews=True)
+    """The trainings until all are done; a page opened in the middle joins in."""
+    trainings: TrainingQueue | None = session.trainings
+    on_page: tuple[Any, int] = (None, 0)
+    while trainings is not None and trainings.running:
+        job = trainings.current
+        previews = (job, len(job.previews) if job else 0)
+        yield view(trainings, new_previews=previews != on_page)
+        on_page = previews
+        trainings.changed.wait(REFRESH)
+        trainings.changed.clear()
+    yield (gr.skip(),) * 9 if trainings is None else view(trainings, new_previews=True)
 
 
-def view(teaching: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
+def view(trainings: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
     """Values for the views; pictures only when there are new ones, so that they do not flicker."""
-    own, stopping = teaching.now, teaching.stop.is_set()
-    if own is None:
+    job, stopping, paused = trainings.current, trainings.stop.is_set(), not trainings.unpaused.is_set()
+    if job is None:
         return (gr.skip(),) * 9
-    active, previews = own.state in ("preparing", "learning"), list(own.previews)
+    previews = list(job.previews)
     return (
-        state_html(own, paused=not teaching.going.is_set()),
-        markup.loss_svg(list(own.losses), own.total - own.begun) if len(own.losses) > 1 else "",
-        gr.Row(visible=active),
+        state_html(job, paused=paused),
+        markup.loss_svg(list(job.losses), job.total - job.start) if len(job.losses) > 1 else "",
+        gr.Row(visible=job.active),
         gr.Gallery(previews, visible=bool(previews)) if new_previews else gr.skip(),
-        ending_html(own),
-        gr.Button(f"Draw with {own.token}", visible=own.saved is not None),
-        queue_html(teaching),
-        gr.Button("Pause" if teaching.going.is_set() else "Go on"),
-        gr.Button("Stopping …" if stopping and active else "Stop and keep", interactive=not stopping),
+        result_html(job),
+        gr.Button(f"Draw with {job.token}", visible=job.saved is not None),
+        queue_html(trainings),
+        gr.Button("Go on" if paused else "Pause"),
+        gr.Button("Stopping …" if stopping and job.active else "Stop and keep", interactive=not stopping),
     )
 
 
-def state_html(own: TrainingJob, *, paused: bool = False) -> str:
-    kept = "what it knows so far is in the library." if own.saved else "it had learned nothing yet."
-    left = own.seconds / max(1, own.step - own.begun) * (own.total - own.step)
-    line = {
+def state_html(job: TrainingJob, *, paused: bool = False) -> str:
+    outcome = "what it knows so far is in the library." if job.saved else "it had learned nothing yet."
+    left = job.seconds / max(1, job.step - job.start) * (job.total - job.step)
+    text = {
         "waiting": "waits for its turn",
-        "preparing": "Looking at the pictures …",
-        "learning": f"Step {own.step} of {own.total}, {'paused' if paused else f'about {markup.in_time(left)} left'}",
-        "learned": f"Learned in {own.step} steps and {markup.in_time(own.seconds)}; it is in the library now.",
-        "stopped": f"Stopped after {own.step} steps; {kept}",
-        "failed": own.error,
-    }[own.state]
-    said = f"<p><b>{markup.escape(own.token)}</b> {markup.escape(line)}</p>"
+        "preparing": "Reading the pictures …",
+        "learning": f"Step {job.step} of {job.total}, {'paused' if paused else f'about {markup.in_time(left)} left'}",
+        "learned": f"Learned in {job.step} steps and {markup.in_time(job.seconds)}; it is in the library now.",
+        "stopped": f"Stopped after {job.step} steps; {outcome}",
+        "failed": job.error,
+    }[job.state]
+    line = f"<p><b>{markup.escape(job.token)}</b> {markup.escape(text)}</p>"
     # A live region only where something has happened: a screen reader would read every step aloud.
-    role = "" if own.state == "learning" else ' role="status"'
-    return f'<div class="teaching {own.state}"{role}>{said}{markup.bar(own.step, own.total)}</div>'
+    role = "" if job.state == "learning" else ' role="status"'
+    return f'<div class="teaching {job.state}"{role}>{line}{markup.bar(job.step, job.total)}</div>'
 
 
-def ending_html(own: TrainingJob) -> str:
+def result_html(job: TrainingJob) -> str:
     """References and results side by side, and what to try if they are not alike."""
-    if own.saved is None:
+    if job.saved is None:
         return ""
-    results = [image for image, _ in own.previews[-1:]]
-    sides = markup.pictures_row("What you showed", own.references) + markup.pictures_row("What it draws", results)
-    return f'<div class="ending">{sides}</div>{markup.hint(advice(own))}'
+    results = [image for image, _ in job.previews[-1:]]
+    sides = markup.pictures_row("Your pictures", job.references) + markup.pictures_row("What it draws", results)
+    return f'<div class="result">{sides}</div>{markup.hint(advice(job))}'
 
 
-def advice(own: TrainingJob) -> str:
+def advice(job: TrainingJob) -> str:
     """What most likely helps a concept that looks weak."""
-    if own.state == "stopped" and own.step < own.total / 2:
+    if job.state == "stopped" and job.step < job.total / 2:
         return "Looks weak? It was stopped early: teach it again and let it go on for longer."
-    if own.pictures < 4:
+    if job.pictures < 4:
         return "Looks weak? More pictures help most: four to eight, on different backgrounds."
-    quarter = max(1, len(own.losses) // 4)
-    before, last = own.losses[-2 * quarter : -quarter], own.losses[-quarter:]
+    quarter = max(1, len(job.losses) // 4)
+    before, last = job.losses[-2 * quarter : -quarter], job.losses[-quarter:]
     if before and sum(last) / len(last) < 0.97 * sum(before) / len(before):
         return "Looks weak? The loss was still falling: teach it again on Careful."
     return "Looks weak? Try Careful, a higher strength when drawing, or captions that name all else in a picture."
 
 
-def queue_html(teaching: TrainingQueue) -> str:
-    """Who is next."""
-    waiting = [own for own in teaching.jobs if own.state == "waiting"]
-    rows = "".join(f"<li>{markup.escape(own.token)} <small>{own.total} steps</small></li>" for own in waiting)
-    return f'<div class="queue"><h4>Next</h4><ol>{rows}</ol>{markup.hint(SHARED)}</div>' if waiting else ""
+def queue_html(trainings: TrainingQueue) -> str:
+    """The trainings that wait."""
+    waiting = [job for job in trainings.jobs if job.state == "waiting"]
+    rows = "".join(f"<li>{markup.escape(job.token)} <small>{job.total} steps</small></li>" for job in waiting)
+    return f'<div class="queue"><h4>Next</h4><ol>{rows}</ol>{markup.hint(SHARED_HINT)}</div>' if waiting else ""

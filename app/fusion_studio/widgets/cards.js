@@ -1,8 +1,8 @@
 // Cards, one of which can be chosen. value: the cards as HTML, which the server has escaped.
-const place = element.firstElementChild;
-const draw = () => (place.innerHTML = props.value || "");
+const root = element.firstElementChild;
+const draw = () => (root.innerHTML = props.value || "");
 
-place.addEventListener("click", (event) => {
+root.addEventListener("click", (event) => {
   const card = event.target.closest("[data-key]");
   if (card) trigger("select", { key: card.dataset.key });
 });

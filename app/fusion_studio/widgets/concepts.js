@@ -1,7 +1,7 @@
 // Chips of concepts; what is picked has a strength. value: {choices: [{key, label, tokens, picture}], picked: {key: strength}}
 // Where the server leaves `picked` open, or answers to what was picked before the last click, what the page has stays.
-const place = element.querySelector(".concepts");
-let last = {}, at = 0; // what is picked here, and when it was
+const root = element.querySelector(".concepts");
+let last = {}, at = 0; // the strengths picked here, and the time of the last click
 const make = (tag, about, ...inside) => {
   const node = Object.assign(document.createElement(tag), about);
   node.append(...inside);
@@ -27,7 +27,7 @@ function chip(choice, picked) {
     else next[choice.key] = 1;
     put(next);
     draw();
-    [...place.querySelectorAll(".chip")].find((c) => c.textContent === choice.label)?.focus();
+    [...root.querySelectorAll(".chip")].find((c) => c.textContent === choice.label)?.focus();
   };
   return button;
 }
@@ -35,8 +35,8 @@ function chip(choice, picked) {
 function row(choice, strength) {
   const slider = make("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: strength });
   slider.setAttribute("aria-label", `Strength of ${choice.label}`);
-  const shown = make("output", { textContent: Number(strength).toFixed(2) });
-  slider.oninput = () => (shown.textContent = Number(slider.value).toFixed(2));
+  const output = make("output", { textContent: Number(strength).toFixed(2) });
+  slider.oninput = () => (output.textContent = Number(slider.value).toFixed(2));
   slider.onchange = () => put({ ...props.value.picked, [choice.key]: Number(slider.value) });
   const words = props.inserts
     ? choice.tokens.map((token) => {
@@ -46,7 +46,7 @@ function row(choice, strength) {
         return button;
       })
     : [make("span", { className: "token", textContent: choice.label })];
-  return make("div", { className: "strength" }, ...words, slider, shown);
+  return make("div", { className: "strength" }, ...words, slider, output);
 }
 
 function draw() {
@@ -58,7 +58,7 @@ function draw() {
   last = picked;
   const chips = make("div", { className: "chips" }, ...choices.map((choice) => chip(choice, picked)));
   const rows = choices.filter((c) => c.key in picked).map((c) => row(c, picked[c.key]));
-  place.replaceChildren(chips, ...rows);
+  root.replaceChildren(chips, ...rows);
 }
 
 watch("value", draw);

@@ -1,5 +1,5 @@
 // Pictures as they will be learned, each with its caption. value: [{id, name, crop, notes, caption}]
-const place = element.querySelector(".pictures");
+const root = element.querySelector(".pictures");
 
 function draw() {
   const cards = (props.value || []).map((picture, index) => {
@@ -40,7 +40,7 @@ function draw() {
     }
     return card;
   });
-  place.replaceChildren(...cards);
+  root.replaceChildren(...cards);
 }
 
 watch("value", draw);

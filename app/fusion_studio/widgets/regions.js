@@ -2,7 +2,7 @@
 // value: {regions: [{prompt, box: [left, top, right, bottom]} or {prompt, mask: data URL}], tokens: [...]}
 const COLOURS = ["#7c3aed", "#0d9488", "#d97706", "#db2777", "#2563eb", "#65a30d"];
 const SIDE = 128; // of a painted mask, in pixels
-const place = element.querySelector(".regions");
+const root = element.querySelector(".regions");
 const LAST = 30; // changes that can be taken back
 let tool = "box"; // or "paint", "erase"
 let chosen = -1; // the region that is painted or erased; none: painting begins a new one
@@ -41,7 +41,7 @@ function undo() {
   put(before);
 }
 
-function wording() {
+function newPrompt() {
   const used = regions().map((region) => region.prompt).join(" ");
   const tokens = props.value?.tokens ?? [];
   // A token alone: the region then follows the picture's prompt, with all other concepts by their nouns.
@@ -51,7 +51,7 @@ function wording() {
 function add(about) {
   remember();
   chosen = regions().length;
-  put([...regions(), { prompt: wording(), ...about }]);
+  put([...regions(), { prompt: newPrompt(), ...about }]);
 }
 
 function at(plane, event) {
@@ -92,13 +92,13 @@ function stroke(plane, event) {
   if (painted(chosen)) remember();
   else add({ mask: "" });
   const index = chosen;
-  const canvas = place.querySelector(`canvas[data-index="${index}"]`);
+  const canvas = root.querySelector(`canvas[data-index="${index}"]`);
   const pen = canvas.getContext("2d");
   Object.assign(pen, { lineCap: "round", lineJoin: "round", lineWidth: 22, strokeStyle: colour(index) });
   pen.globalCompositeOperation = erasing ? "destination-out" : "source-over";
   pen.beginPath();
   const to = (moved) => {
-    const [x, y] = at(place.querySelector(".plane"), moved);
+    const [x, y] = at(root.querySelector(".plane"), moved);
     pen.lineTo(x * SIDE, y * SIDE);
     pen.lineTo(x * SIDE, y * SIDE + 0.01); // a tap alone leaves a dot
     pen.stroke();
@@ -122,7 +122,7 @@ function follow(move, end) {
 function begin(event) {
   const plane = event.currentTarget;
   event.preventDefault();
-  plane.focus({ preventScroll: true }); // so that Ctrl-Z is heard here
+  plane.focus({ preventScroll: true }); // so that Ctrl-Z reaches this element
   if (tool !== "box") return stroke(plane, event);
   const [x, y] = at(plane, event);
   const frame = make("div", { className: "box new" });
@@ -146,8 +146,8 @@ function outline(node, [left, top, right, bottom]) {
 
 function shape(region, index) {
   if ("mask" in region) {
-    const kept = place.querySelector(`canvas[data-index="${index}"]`);
-    if (kept?.mask === region.mask) return kept; // a new one would be empty until its picture is decoded
+    const existing = root.querySelector(`canvas[data-index="${index}"]`);
+    if (existing?.mask === region.mask) return existing; // a new one would be empty until its picture is decoded
     const canvas = make("canvas", { width: SIDE, height: SIDE, mask: region.mask });
     canvas.dataset.index = index;
     if (region.mask) show(canvas, region.mask, colour(index));
@@ -160,10 +160,10 @@ function shape(region, index) {
   return node;
 }
 
-// What is typed changes the plane in place: a redraw would take the focus away from where the Tab key goes next.
+// What is typed changes the plane in root: a redraw would take the focus away from where the Tab key goes next.
 function row(region, index) {
   const name = `Region ${index + 1}`;
-  const box = () => place.querySelector(`.box[data-index="${index}"]`);
+  const box = () => root.querySelector(`.box[data-index="${index}"]`);
   const badge = make("b", { textContent: index + 1, className: "badge" });
   badge.style.background = colour(index);
   const prompt = make("input", { value: region.prompt, placeholder: "What is here?", ariaLabel: `${name}: prompt` });
@@ -181,8 +181,8 @@ function row(region, index) {
     concept.value = [...concept.options].find((o) => o.value && prompt.value.includes(o.value))?.value ?? "";
   };
   concept.onchange = () => {
-    const said = regions()[index].prompt.replace(/<[a-z0-9_-]+>/g, "").trim();
-    change(index, { prompt: concept.value ? `${said || "a"} ${concept.value}` : said });
+    const rest = regions()[index].prompt.replace(/<[a-z0-9_-]+>/g, "").trim();
+    change(index, { prompt: concept.value ? `${rest || "a"} ${concept.value}` : rest });
   };
   const remove = button("×", `Remove region ${index + 1}`, null, () => {
     remember();
@@ -229,7 +229,7 @@ function button(text, label, pressed, action) {
   return node;
 }
 
-function telling() {
+function statusText() {
   const which = painted(chosen) ? `region ${chosen + 1}` : "";
   if (tool === "box") return "Drag a box, or add a half.";
   if (tool === "paint") return `Painting ${which || "a new region"}. Shift or the right button erases.`;
@@ -237,7 +237,7 @@ function telling() {
 }
 
 function draw() {
-  const held = place.contains(document.activeElement) ? document.activeElement : null;
+  const focused = root.contains(document.activeElement) ? document.activeElement : null;
   const name = (node) => node.ariaLabel || node.textContent;
   const plane = make("div", { className: "plane", tabIndex: -1, ariaLabel: "The picture's regions" }, ...regions().map(shape));
   plane.addEventListener("pointerdown", begin);
@@ -255,18 +255,18 @@ function draw() {
     button("Add right half", null, null, () => add({ box: [0.5, 0, 1, 1] })),
   );
   const list = make("ol", {}, ...regions().map(row));
-  // The line stays the same node, or screen readers would not notice that it says something else.
-  const line = place.querySelector(".telling") ?? make("p", { className: "telling hint", role: "status" });
-  line.textContent = telling();
-  place.replaceChildren(tools, make("div", { className: "desk" }, make("div", {}, plane, line), list));
-  if (!held) return;
-  const controls = [...place.querySelectorAll("button, input, select, .plane")];
-  const again = controls.find((node) => name(node) === name(held) && !node.disabled) ?? controls[0];
+  // The line stays the same node, or screen readers would not notice the new text.
+  const line = root.querySelector(".status") ?? make("p", { className: "status hint", role: "status" });
+  line.textContent = statusText();
+  root.replaceChildren(tools, make("div", { className: "desk" }, make("div", {}, plane, line), list));
+  if (!focused) return;
+  const controls = [...root.querySelectorAll("button, input, select, .plane")];
+  const again = controls.find((node) => name(node) === name(focused) && !node.disabled) ?? controls[0];
   again.focus({ preventScroll: true });
 }
 
 // Ctrl-Z in a field is the field's own.
-place.addEventListener("keydown", (event) => {
+root.addEventListener("keydown", (event) => {
   if (event.key !== "z" || !(event.ctrlKey || event.metaKey) || event.target.matches("input")) return;
   event.preventDefault();
   undo();
