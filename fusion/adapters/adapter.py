@@ -88,6 +88,7 @@ class Adapter:
     info: AdapterInfo
     branches: tuple[Branch, ...]
     tokens: Mapping[str, Mapping[str, Tensor]]  # token -> component -> (vectors, dim)
+    digest_cache: "DigestCache | None" = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [branch.name for branch in self.branches]
@@ -147,16 +148,7 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over everything that changes a picture: strengths, gates, layers and embeddings."""
-        sha = hashlib.sha256()
-        for branch in self.branches:
-            sha.update(repr((branch.type, branch.gate, branch.strength)).encode())
-            for name in sorted(branch.layers):
-                for key, tensor in sorted(branch.layers[name].state_dict().items()):
-                    sha.update(f"{name}.{key}".encode() + content(tensor))
-        for token in sorted(self.tokens):
-            for component, rows in sorted(self.tokens[token].items()):
-                sha.update(f"{token} {component}".encode() + content(rows))
-        return sha.hexdigest()
+        return self.digest_cache.digest(self) if self.digest_cache else digest_of(self)
 
     def renamed(self, tokens: Mapping[str, str]) -> "Adapter":
         """The same adapter answering to other tokens: `{"<dog>": "<rex>"}`. Raises TokenConflict on an unknown one."""
@@ -171,6 +163,45 @@ class Adapter:
         return Adapter(
             replace(self.info, concepts=concepts), branches, {new[t]: rows for t, rows in self.tokens.items()}
         )
+
+
+def digest_of(adapter: Adapter) -> str:
+    """`Adapter.digest`, computed anew."""
+    sha = hashlib.sha256()
+    for branch in adapter.branches:
+        sha.update(repr((branch.type, branch.gate, branch.strength)).encode())
+        for name in sorted(branch.layers):
+            for key, tensor in sorted(branch.layers[name].state_dict().items()):
+                sha.update(f"{name}.{key}".encode() + content(tensor))
+    for token in sorted(adapter.tokens):
+        for component, rows in sorted(adapter.tokens[token].items()):
+            sha.update(f"{token} {component}".encode() + content(rows))
+    return sha.hexdigest()
+
+
+class DigestCache:
+    """The digest of an adapter, for as long as it consists of the same tensors and none of them changes."""
+
+    def __init__(self) -> None:
+        # State, digest, and the tensors: kept alive, so that no other tensor has the id of one of them.
+        self._latest: tuple[object, str, list[Tensor]] = (None, "", [])
+
+    def digest(self, adapter: Adapter) -> str:
+        layers = [layer for branch in adapter.branches for layer in branch.layers.values()]
+        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        tensors += [row for rows in adapter.tokens.values() for row in rows.values()]
+        if any(tensor.is_inference() for tensor in tensors):  # their changes are not counted
+            return digest_of(adapter)
+        names = [(branch.type, branch.gate, branch.strength, *branch.layers) for branch in adapter.branches]
+        names += [(token, *rows) for token, rows in adapter.tokens.items()]
+        versions = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+        # Fused optimizers do not count versions up, but move the first number of every layer.
+        firsts = [next(layer.parameters()).detach().reshape(-1)[:1].tolist() for layer in layers]
+        state = (names, versions, firsts)
+        latest = self._latest
+        if state != latest[0]:
+            latest = self._latest = (state, digest_of(adapter), tensors)
+        return latest[1]
 
 
 def float32(layer: AdapterLayer) -> AdapterLayer:

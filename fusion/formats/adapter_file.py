@@ -10,8 +10,8 @@ provenance, name, and ModelSpec's entries. Types come from the metadata, never f
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,25 +20,26 @@ from pydantic import Json
 from torch import Tensor
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
+from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch, Concept, DigestCache, Provenance
 from fusion.adapters.layer import AdapterLayer
 from fusion.config import StrictModel
 from fusion.errors import FormatError, FusionError, UnknownName, closest
 from fusion.formats import LORA_FORMS
 from fusion.formats.lora_file import read_lora
 from fusion.formats.metadata import modelspec
-from fusion.formats.safetensors_file import OpenFile, opened, write_file
+from fusion.formats.safetensors_file import opened, write_file
+from fusion.layer_names import LAYER_NAME
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
 
 FORMAT, VERSION = "spectral-adapter", "1"
 
-_LAYER = r"(?:unet|text_encoder|text_encoder_2)(?:\.[A-Za-z0-9_]+)+"
 _ROWS = re.compile(rf"(text_encoder(?:_2)?)\.token\.({TOKEN.pattern})")
-_FURTHEST = 2**16  # no weight of any model has more directions
-_MOST = 1000  # branches, concepts
+MAX_DIRECTION = 2**16  # no weight of any model has more
+MAX_ENTRIES = 1000  # branches, concepts
 
-Grouped = dict[str, dict[str, Tensor]]  # layer name -> tensor name -> tensor, or token -> text encoder -> rows
+Keys = dict[str, dict[str, str]]  # layer name -> tensor name -> key in the file, or token -> text encoder -> key
+Shapes = Mapping[str, tuple[int, ...]]  # key -> shape
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Entries(StrictModel):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file says, read from its header alone."""
+    """What an adapter file holds, read from its header alone."""
 
     path: Path
     size: int  # bytes
@@ -95,26 +96,27 @@ def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16")
         name=info.name, base=info.base, concepts=info.concepts, provenance=info.provenance, adapter=tuple(branches)
     )
     metadata = {"format": FORMAT, "format_version": VERSION, **entries.model_dump(round_trip=True)}
-    _built(Path(path), metadata, tensors)  # never write what load would refuse
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    _layout(Path(path), metadata, shapes)  # never write what load would refuse
     write_file(path, tensors, metadata | modelspec(info, FORMAT), dtype)
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter: our own file, or a diffusers or kohya LoRA, which becomes an ungated adapter of type lora.
 
-    Tensors keep the dtype they are stored in; the mathematics raises them to float32. Raises FormatError for anything
+    Tensors keep the dtype they are stored in; the mathematics raises them to float32. Its digest is computed once.
+    Raises FormatError for anything
     that is not exactly what the metadata promise, for other files, and for a LoRA of which a single key is not
     understood; UnknownName for an unknown adapter type.
     """
     with opened(path) as file:
         if file.metadata.get("format") == FORMAT:
-            _from_header(file)  # refuses before any tensor is read
-            return _built(file.path, file.metadata, {name: file.tensor(name) for name in file.shapes})
+            layout = _layout(file.path, file.metadata, file.shapes)  # refuses before any tensor is read
+            return replace(layout.adapter(file.tensor), digest_cache=DigestCache())
         keys = list(file.shapes)
-        if any(key.startswith(("lora_unet_", "lora_te")) for key in keys):
-            return read_lora(file, LORA_FORMS["kohya"])
-        if any(".lora" in key or ".lokr" in key for key in keys):
-            return read_lora(file, LORA_FORMS["diffusers"])
+        for form in LORA_FORMS.values():
+            if any(map(form.marks, keys)):
+                return replace(read_lora(file, form), digest_cache=DigestCache())
         raise FormatError(
             f"'{file.path}' holds no adapter, but {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}. "
             "Whole models are opened as a base, textual inversions by diffusers' load_textual_inversion."
@@ -122,20 +124,37 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
 
 def read_info(path: str | os.PathLike[str]) -> AdapterFile:
-    """What a file says of itself, checked like `load` but for the values. Reads no tensor."""
+    """What an adapter file holds, checked as by `load`, except for the values of its tensors, which are not read."""
     with opened(path) as file:
-        adapter = _from_header(file)
+        layout = _layout(file.path, file.metadata, file.shapes)
+        adapter = layout.adapter(lambda key: torch.empty(file.shapes[key], device="meta"))
     return AdapterFile(file.path, file.path.stat().st_size, adapter.info, adapter.branches, adapter.slices)
 
 
-def _from_header(file: OpenFile) -> Adapter:
-    """The adapter of a file with tensors on the meta device: shapes without values."""
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
-    return _built(file.path, file.metadata, shapes)
+@dataclass(frozen=True)
+class _Layout:
+    """What every tensor of a file is for."""
+
+    outline: Adapter  # its branches without layers, its tokens without embeddings
+    layers: list[Keys]  # of each branch
+    rows: Keys
+
+    def adapter(self, tensor: Callable[[str], Tensor]) -> Adapter:
+        """The adapter, with the tensors that `tensor` gives for keys of the file."""
+        branches = [
+            replace(branch, layers={name: _layer(branch, parts, tensor) for name, parts in layers.items()})
+            for branch, layers in zip(self.outline.branches, self.layers, strict=True)
+        ]
+        rows = {token: {name: tensor(key) for name, key in keys.items()} for token, keys in self.rows.items()}
+        return Adapter(self.outline.info, tuple(branches), rows)
 
 
-def _built(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter a file holds, with every claim of its header checked against every other."""
+def _layer(branch: Branch, parts: Mapping[str, str], tensor: Callable[[str], Tensor]) -> AdapterLayer:
+    return ADAPTERS[branch.type].from_tensors({part: tensor(key) for part, key in parts.items()})
+
+
+def _layout(path: Path, metadata: Mapping[str, str], shapes: Shapes) -> _Layout:
+    """What a file holds, with every claim of its header checked against every other."""
     if metadata.get("format") != FORMAT:
         raise FormatError(f"'{path}' is no spectral adapter file: its metadata do not say format = {FORMAT}.")
     if (version := metadata.get("format_version", "")) != VERSION:
@@ -143,73 +162,76 @@ def _built(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
             f"'{path}' has format_version {version[:20]!r}, but {VERSION} is read; a newer one needs an update."
         )
     try:
-        found = _Entries.model_validate({key: metadata[key] for key in _Entries.model_fields if key in metadata})
-        if max(len(found.adapter), len(found.concepts)) > _MOST:
-            raise FormatError(f"it has more than {_MOST} branches or concepts.")
-        layers, rows = _grouped(found.adapter, tensors)
-        weights: dict[str, dict[str, int]] = {}
-        branches = tuple(_branch(entry, own, weights) for entry, own in zip(found.adapter, layers, strict=True))
-        info = AdapterInfo(found.name, found.base, found.concepts, found.provenance)
-        _check_rows(info, rows)
-        return Adapter(info, branches, rows)
+        entries = _Entries.model_validate({key: metadata[key] for key in _Entries.model_fields if key in metadata})
+        if max(len(entries.adapter), len(entries.concepts)) > MAX_ENTRIES:
+            raise FormatError(f"it has more than {MAX_ENTRIES} branches or concepts.")
+        layers, rows = _grouped(entries.adapter, shapes)
+        sizes: dict[str, dict[str, int]] = {}
+        for entry, keys in zip(entries.adapter, layers, strict=True):
+            _check_layers(entry, keys, shapes, sizes)
+        info = AdapterInfo(entries.name, entries.base, entries.concepts, entries.provenance)
+        _check_rows(info, rows, shapes)
+        branches = [
+            Branch(e.name, e.type, {}, tuple(SpectralSlice(*s) for s in e.slices), e.targets, e.gate, e.strength)
+            for e in entries.adapter
+        ]
+        return _Layout(Adapter(info, tuple(branches), {}), layers, rows)
     except UnknownName as error:
         raise UnknownName(f"'{path}': {error}") from error
     except FusionError as error:
         raise FormatError(f"'{path}' is no sound adapter file: {error}") from error
 
 
-def _grouped(entries: Sequence[_BranchEntry], tensors: Mapping[str, Tensor]) -> tuple[list[Grouped], Grouped]:
-    """Every tensor to its branch and layer, or to its token; FormatError names those that belong nowhere."""
+def _grouped(entries: Sequence[_BranchEntry], keys: Iterable[str]) -> tuple[list[Keys], Keys]:
+    """Every key to its branch and layer, or to its token; FormatError names those that belong nowhere."""
     numbers = {str(number): number for number in range(len(entries))}
-    layers: list[Grouped] = [{} for _ in entries]
-    rows: Grouped = {}
-    strange: list[str] = []
-    for key, tensor in tensors.items():
+    layers: list[Keys] = [{} for _ in entries]
+    rows: Keys = {}
+    unexpected: list[str] = []
+    for key in keys:
         number, _, name = key.partition(".") if len(entries) > 1 else ("0", "", key)
         if match := _ROWS.fullmatch(key):
-            rows.setdefault(match[2], {})[match[1]] = tensor
+            rows.setdefault(match[2], {})[match[1]] = key
         elif number in numbers and (match := _keys(entries[numbers[number]].type).fullmatch(name)):
-            layers[numbers[number]].setdefault(match[1], {})[match[2]] = tensor
+            layers[numbers[number]].setdefault(match[1], {})[match[2]] = key
         else:
-            strange.append(key[:120])
-    if strange:
-        raise FormatError(f"it has {len(strange)} unexpected tensors: {', '.join(strange[:3])}.")
+            unexpected.append(key[:120])
+    if unexpected:
+        raise FormatError(f"it has {len(unexpected)} unexpected tensors: {', '.join(unexpected[:3])}.")
     return layers, rows
 
 
-def _branch(entry: _BranchEntry, layers: Grouped, weights: dict[str, dict[str, int]]) -> Branch:
-    """A branch of layers with all their tensors, in shapes that fit each other.
+def _check_layers(entry: _BranchEntry, layers: Keys, shapes: Shapes, weights: dict[str, dict[str, int]]) -> None:
+    """A branch's layers have all their tensors, in shapes that fit each other.
 
     `weights`: layer name -> sizes O and I, in which all branches agree.
     """
-    slices = tuple(SpectralSlice(*numbers) for numbers in entry.slices)
-    if any(part.stop > _FURTHEST for part in slices):
-        raise FormatError(f"branch {entry.name!r} has a slice beyond direction {_FURTHEST}.")
+    slices = [SpectralSlice(*numbers) for numbers in entry.slices]
+    if any(part.stop > MAX_DIRECTION for part in slices):
+        raise FormatError(f"branch {entry.name!r} has a slice beyond direction {MAX_DIRECTION}.")
     owned = sum(part.rank for part in slices) if ADAPTERS[entry.type].slice_of else 0
-    made: dict[str, AdapterLayer] = {}
     for name, parts in layers.items():
         sizes = weights.get(name, {}) | ({"R": owned} if owned else {})
         for part, letters in tensor_shapes(entry.type).items():
             if part not in parts:
                 raise FormatError(f"it lacks {name}.{part}.")
-            shape = tuple(parts[part].shape)
+            shape = shapes[parts[part]]
             fits = len(shape) == len(letters)
             if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape, strict=True)):
                 raise FormatError(f"{name}.{part} has shape {shape}, which does not fit its layer {sizes}.")
         weights[name] = {letter: n for letter, n in sizes.items() if letter != "R"}
-        made[name] = ADAPTERS[entry.type].from_tensors(parts)
-    return Branch(entry.name, entry.type, made, slices, entry.targets, entry.gate, entry.strength)
 
 
-def _check_rows(info: AdapterInfo, rows: Grouped) -> None:
+def _check_rows(info: AdapterInfo, rows: Keys, shapes: Shapes) -> None:
     """Every concept has its embeddings, as many as it says, and nothing else has."""
     vectors = {concept.token: concept.vectors for concept in info.concepts}
-    if odd := sorted(vectors.keys() ^ rows.keys()):
-        raise FormatError(f"{odd[0]} has {'no embedding' if odd[0] in vectors else 'an embedding but no concept'}.")
-    for token, own in rows.items():
-        for row in own.values():
-            if row.ndim != 2 or len(row) != vectors[token]:
-                raise FormatError(f"{token} has {vectors[token]} vectors, but an embedding {tuple(row.shape)}.")
+    if unmatched := sorted(vectors.keys() ^ rows.keys()):
+        token = unmatched[0]
+        raise FormatError(f"{token} has {'no embedding' if token in vectors else 'an embedding but no concept'}.")
+    for token, keys in rows.items():
+        for shape in (shapes[key] for key in keys.values()):
+            if len(shape) != 2 or shape[0] != vectors[token]:
+                raise FormatError(f"{token} has {vectors[token]} vectors, but an embedding {shape}.")
 
 
 @lru_cache(maxsize=64)
@@ -229,4 +251,4 @@ def tensor_shapes(kind: str) -> dict[str, str]:
 @lru_cache(maxsize=64)
 def _keys(kind: str) -> re.Pattern[str]:
     """A layer name of the model and a tensor name of the type."""
-    return re.compile(rf"({_LAYER})\.({'|'.join(map(re.escape, tensor_shapes(kind)))})")
+    return re.compile(rf"({LAYER_NAME})\.({'|'.join(map(re.escape, tensor_shapes(kind)))})")

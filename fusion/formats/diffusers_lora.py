@@ -1,10 +1,10 @@
-"""LoRA as diffusers and PEFT write it, the form that diffusers, InvokeAI and ComfyUI read.
+"""LoRA as diffusers and PEFT write it, and as both read it.
 
     unet.<path>.lora_A.weight    down (Q, I)          text_encoder.text_model.<path>.lora_A.weight
     unet.<path>.lora_B.weight    up   (O, Q)
 
 Without an alpha, the scale is 1. Files carry transformers' old `text_model.` level, which diffusers removes for the
-flattened CLIPTextModel of transformers >= 5.6 and ComfyUI insists on.
+flattened CLIPTextModel of transformers >= 5.6.
 """
 
 import json
@@ -13,13 +13,13 @@ from collections.abc import Mapping
 
 from fusion.errors import FormatError
 from fusion.formats.lora_file import LoraForm
+from fusion.layer_names import with_text_model
 
 
 def key_stem(layer: str, family: str | None) -> str:
     """`text_encoder.encoder.layers.0…` -> `text_encoder.text_model.encoder.layers.0…`; the rest is canonical."""
     component, _, path = layer.partition(".")
-    inside = component != "unet" and path.startswith("encoder.")
-    return f"{component}.text_model.{path}" if inside else layer
+    return layer if component == "unet" else f"{component}.{with_text_model(path)}"
 
 
 def layer_name(stem: str) -> str | None:
@@ -49,6 +49,7 @@ def stored_scale(metadata: Mapping[str, str], stem: str, rank: int) -> float:
 DIFFUSERS = LoraForm(
     title="diffusers",
     sdxl="diffusers",
+    marks=lambda key: ".lora" in key or ".lokr" in key,
     stem=key_stem,
     layer=layer_name,
     up="lora_B.weight",

@@ -1,10 +1,9 @@
-"""LoRA files of other programs: what all their forms share. How a form names layers is its own file's business.
+"""LoRA files of other programs: what all their forms share. How a form names layers is in its own file.
 
 Shapes: O out_features, I in_features, Q rank of a delta.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fusion.adapters.lora import LoraLayer
 from fusion.errors import FormatError
 from fusion.formats.metadata import foreign_base, kohya_entries, modelspec
 from fusion.formats.safetensors_file import OpenFile, write_file
+from fusion.layer_names import is_adaptable, is_convolution
 from fusion.spectral.delta import Delta
 
 # Endings of keys, in every form.
@@ -25,13 +25,6 @@ _PARTS = {
     **dict.fromkeys(("lora_B.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight"), "up"),
     "alpha": "alpha",
 }
-_UNET = (
-    r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets\.\d+\.(time_emb_proj|conv_shortcut)|attentions\.\d+\."
-    r"(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))))"
-    r"|(time|add)_embedding\.linear_[12]"
-)
-_TEXT = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection"
-_KNOWN = re.compile(rf"unet\.({_UNET})|text_encoder(_2)?\.({_TEXT})")
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,7 @@ class LoraForm:
 
     title: str
     sdxl: str  # ModelSpec's implementation: whose layer names these are for SDXL
+    marks: Callable[[str], bool]  # whether a key shows that a file is in this form
     stem: Callable[[str, str | None], str]  # layer name, family of the base -> its keys' beginning
     layer: Callable[[str], str | None]  # the inverse; None: not a name in this form
     up: str  # endings of the keys
@@ -56,9 +50,9 @@ def write_lora(form: LoraForm, info: AdapterInfo, deltas: Mapping[str, Delta], p
     for layer, delta in deltas.items():
         stem, kernel = form.stem(layer, family), (1, 1) if is_convolution(layer, family) else ()
         # One alpha for all layers: diffusers loses alphas that differ. Where ranks differ, `up` makes up for it.
-        even = balanced(delta * (delta.rank / rank) if form.alpha else delta)
-        tensors[f"{stem}.{form.down}"] = even.down.reshape(*even.down.shape, *kernel)  # (Q, I)
-        tensors[f"{stem}.{form.up}"] = even.up.reshape(*even.up.shape, *kernel)  # (O, Q)
+        factors = balanced(delta * (delta.rank / rank) if form.alpha else delta)
+        tensors[f"{stem}.{form.down}"] = factors.down.reshape(*factors.down.shape, *kernel)  # (Q, I)
+        tensors[f"{stem}.{form.up}"] = factors.up.reshape(*factors.up.shape, *kernel)  # (O, Q)
         if form.alpha:
             tensors[f"{stem}.alpha"] = torch.tensor(float(rank))
     spec = modelspec(info, "lora", implementation=form.sdxl if family == "sdxl" else "diffusers")
@@ -75,12 +69,6 @@ def balanced(delta: Delta) -> Delta:
     return Delta(torch.ldexp(delta.up, exponent), torch.ldexp(delta.down, -exponent[:, None]))
 
 
-def is_convolution(layer: str, family: str | None) -> bool:
-    """Whether a layer that can be adapted is a 1x1 convolution in the base: SD 1.x's projections, shortcuts in all."""
-    last = layer.rpartition(".")[2]
-    return last == "conv_shortcut" or (family == "sd1" and last in ("proj_in", "proj_out"))
-
-
 def read_lora(file: OpenFile, form: LoraForm) -> Adapter:
     """A LoRA file as an ungated adapter of type lora, its scales folded into `up`.
 
@@ -95,34 +83,34 @@ def read_lora(file: OpenFile, form: LoraForm) -> Adapter:
         else:
             scale = form.scale(file.metadata, keys["stem"], len(down))
         layers[layer] = LoraLayer(up if scale == 1 else up.float() * scale, down)
-    name, merged = file.path.stem, {"merged_from": file.metadata.get("modelspec.merged_from", "")}
-    origin = Provenance(f"import of a {form.title} LoRA", settings=merged)
+    name, settings = file.path.stem, {"merged_from": file.metadata.get("modelspec.merged_from", "")}
+    provenance = Provenance(f"import of a {form.title} LoRA", settings=settings)
     return Adapter(
-        AdapterInfo(name, foreign_base(file.metadata), (), origin), (Branch(name, "lora", layers),), tokens={}
+        AdapterInfo(name, foreign_base(file.metadata), (), provenance), (Branch(name, "lora", layers),), tokens={}
     )
 
 
 def _grouped(file: OpenFile, form: LoraForm) -> dict[str, dict[str, str]]:
     """Layer name -> "up", "down", "alpha" -> key, of every key of the file; beside them "stem", the keys' beginning."""
-    found: dict[str, dict[str, str]] = {}
-    strange: list[str] = []
+    layers: dict[str, dict[str, str]] = {}
+    unknown: list[str] = []
     for key in file.shapes:
         ending = next((ending for ending in _PARTS if key.endswith(f".{ending}")), "")
         stem = key.removesuffix(f".{ending}")
         layer = form.layer(stem) if ending else None
-        if layer is None or not _KNOWN.fullmatch(layer) or _PARTS[ending] in found.get(layer, {}):
-            strange.append(key)
+        if layer is None or not is_adaptable(layer) or _PARTS[ending] in layers.get(layer, {}):
+            unknown.append(key)
         else:
-            found.setdefault(layer, {"stem": stem})[_PARTS[ending]] = key
-    if strange:
+            layers.setdefault(layer, {"stem": stem})[_PARTS[ending]] = key
+    if unknown:
         raise FormatError(
-            f"'{file.path}' cannot be imported as a {form.title} LoRA: {len(strange)} of its {len(file.shapes)} keys "
-            f"are not those of a plain LoRA ({', '.join(strange[:3])}). Other kinds, such as DoRA, LoHa and LoKr, and "
+            f"'{file.path}' cannot be imported as a {form.title} LoRA: {len(unknown)} of its {len(file.shapes)} keys "
+            f"are not those of a plain LoRA ({', '.join(unknown[:3])}). Other kinds, such as DoRA, LoHa and LoKr, and "
             "other models than Stable Diffusion 1.x, 2.x and XL are not supported."
         )
-    if lacking := [layer for layer, keys in found.items() if not {"up", "down"} <= keys.keys()]:
-        raise FormatError(f"'{file.path}': {len(lacking)} layers lack a factor ({', '.join(lacking[:3])}).")
-    return found
+    if incomplete := [layer for layer, keys in layers.items() if not {"up", "down"} <= keys.keys()]:
+        raise FormatError(f"'{file.path}': {len(incomplete)} layers lack a factor ({', '.join(incomplete[:3])}).")
+    return layers
 
 
 def _check_shapes(file: OpenFile, layer: str, keys: Mapping[str, str]) -> None:

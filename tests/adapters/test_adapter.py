@@ -1,11 +1,14 @@
 """An adapter is a value: what it says of itself, what it refuses to be, and its fingerprint."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
+from fusion.adapters import adapter as adapter_module
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, DigestCache, digest_of
 from fusion.errors import FusionError, TokenConflict
 from fusion.spectral.slices import SpectralSlice
 from trained import trained_layer
@@ -26,6 +29,13 @@ def adapter(name="dog", token="<dog>", kinds=("additive",), strength=1.0):
     )
     info = AdapterInfo(name, None, (Concept(token, "dog"),))
     return Adapter(info, branches, {token: {"text_encoder": torch.randn(1, 8)}})
+
+
+def step(options, one):
+    """One step of an optimizer, on every parameter."""
+    for parameter in one.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(list(one.parameters()), **options).step()
 
 
 @pytest.mark.parametrize("token", ["dog", "<Dog>", "<dog", "<>", "<my dog>", "<dög>", "<a>b", "<a><b>", "", "<dog>\n"])
@@ -115,6 +125,37 @@ def test_the_digest_follows_everything_that_changes_a_picture_and_nothing_else()
             other.layers["unet.a"].state_dict()[name].view(-1)[0] += 1
         changed.append(other)
     assert len({reference.digest(), *(other.digest() for other in changed)}) == 1 + len(changed)
+
+
+def cached(one):
+    return replace(one, digest_cache=DigestCache())
+
+
+def test_a_cached_digest_is_computed_once(monkeypatch):
+    one, expected, computed = cached(adapter()), adapter().digest(), []
+    monkeypatch.setattr(adapter_module, "digest_of", lambda a: computed.append(a) or digest_of(a))
+    assert [one.digest() for _ in range(3)] == [expected] * 3 and computed == [one]
+    (branch,) = one.branches
+    assert replace(one, branches=(replace(branch, strength=0.5),)).digest() != expected == one.digest()
+
+
+CHANGES = {
+    "in place": lambda one: one.layers["unet.a"].dV.detach()[-1].mul_(2),
+    "another parameter": lambda one: setattr(one.layers["unet.a"], "dU", nn.Parameter(one.layers["unet.a"].dU + 1)),
+    "another dtype": lambda one: one.layers["unet.a"].half(),
+    "buffer": lambda one: one.layers["unet.a"].basis.S.mul_(2),
+    "embedding": lambda one: one.tokens["<dog>"]["text_encoder"].add_(1),
+    "all of .data": lambda one: one.layers["unet.a"].dU.data.add_(1),
+    **{f"AdamW {options}": partial(step, options) for options in ({}, {"foreach": True}, {"fused": True})},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cached_digest_never_outlives_its_tensors(change):
+    one = cached(adapter())
+    before = one.digest()
+    CHANGES[change](one)
+    assert one.digest() == replace(one, digest_cache=None).digest() != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
