@@ -12,10 +12,10 @@ from benchmarks.clock import repeated, timed
 from benchmarks.report import Section, bar, table
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
+from fusion.layer_names import sees_tokens
 from fusion.methods import METHODS, MethodOptions
 from fusion.models.input_moments import record_moments
 from fusion.models.pipelines import base_info
-from fusion.models.targets import sees_tokens
 from fusion.models.tokens import initial_rows
 from fusion.spectral.delta import Delta
 from fusion.spectral.moments import Moment, Moments, response

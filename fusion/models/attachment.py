@@ -16,13 +16,12 @@ from torch import nn
 
 from fusion.adapters.adapter import Adapter, Branch, float32
 from fusion.errors import ConfigError, FusionError, GatingError, UnknownName, closest
-from fusion.layer_names import component_of
+from fusion.layer_names import component_of, sees_tokens
 from fusion.models.adapted_layers import Gate, LayerBranch, Strength, adapted
 from fusion.models.base_check import check_base
 from fusion.models.gates import PromptTracker, Routing
 from fusion.models.layer_sites import Site, components, sites
 from fusion.models.pipeline import Pipeline
-from fusion.models.targets import sees_tokens
 from fusion.models.tokens import ConceptTokens, embedding_of, text_encoders
 from fusion.spectral.delta import Delta
 

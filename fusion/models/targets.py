@@ -14,19 +14,12 @@ from collections.abc import Iterable, Sequence
 from fusion.errors import UnknownName, closest
 from fusion.layer_names import component_of
 
-# Layers fed by the prompt's tokens: here a gate can act position by position. (CLIP's projection sees pooled rows.)
-_TOKEN_FED = re.compile(r"text_encoder(_2)?\.(?!text_projection).*|unet\..*\.attn2\.to_[kv]")
 # What a bare component means: its attention projections.
 _ATTENTION = {"unet": ("attn1", "attn2"), "text_encoder": ("self_attn",), "text_encoder_2": ("self_attn",)}
 # Where every row is a token, so that gates are exact (law 19); those of the pipeline's components are used.
 GATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn2.to_k", "unet.attn2.to_v")
 # The paper's targets, for adapters without gates.
 UNGATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn1", "unet.attn2")
-
-
-def sees_tokens(layer: str) -> bool:
-    """Whether the rows of this layer's input are the prompt's tokens."""
-    return _TOKEN_FED.fullmatch(layer) is not None
 
 
 def default_targets(components: Iterable[str], *, gated: bool) -> tuple[str, ...]:

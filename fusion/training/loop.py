@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
 from fusion.generation.drawing import generate
-from fusion.layer_names import component_of
+from fusion.layer_names import component_of, sees_tokens
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults
-from fusion.models.targets import sees_tokens
 from fusion.training.accelerator import accelerated, frozen
 from fusion.training.batches import Batches
 from fusion.training.checkpoint import (

@@ -11,9 +11,9 @@ from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import Region
 from fusion.generation.drawing import generate, recipe_of
 from fusion.generation.regions import Cover, encode_regions, routed
+from fusion.layer_names import sees_tokens
 from fusion.models.attachment import attach, routing
 from fusion.models.layer_sites import sites
-from fusion.models.targets import sees_tokens
 from trained import attached, everywhere, moved, trained_adapter
 
 LEFT, RIGHT, ALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)

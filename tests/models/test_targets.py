@@ -5,9 +5,9 @@ import torch
 
 import tiny
 from fusion.errors import UnknownName
-from fusion.layer_names import component_of
+from fusion.layer_names import component_of, sees_tokens
 from fusion.models.layer_sites import components, sites
-from fusion.models.targets import default_targets, resolve, sees_tokens
+from fusion.models.targets import default_targets, resolve
 
 
 @pytest.fixture
