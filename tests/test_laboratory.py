@@ -37,7 +37,7 @@ def laboratory(tmp_path):
 
 @pytest.mark.slow
 def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
-    monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(f"{__name__}:halved", "half of the sum"))
+    monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
     names = plan.UNLIKE[:2]
     wanted = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
     assert set(wanted) <= arms().keys()

@@ -1,24 +1,33 @@
 """Fusion methods: many changes of one weight become one. A new method is one file and one line here."""
 
+from fusion.methods import (
+    average,
+    dare,
+    direct_sum,
+    energy_balanced,
+    gradient,
+    knots,
+    magnitude_prune,
+    regression,
+    ties,
+)
 from fusion.methods.method import LayerMerge, Method, WeightedSum
 from fusion.methods.method import MethodOptions as MethodOptions
 
 METHODS: dict[str, Method] = {
-    "direct_sum": WeightedSum("fusion.methods.direct_sum:weights", "the sum; exact on disjoint slices", linear=True),
-    "average": WeightedSum("fusion.methods.average:weights", "the mean (FedAvg)", linear=True, idle_counts=True),
-    "energy_balanced": WeightedSum("fusion.methods.energy_balanced:weights", "the sum, as large as the strongest part"),
+    "direct_sum": WeightedSum(direct_sum.weights, "the sum; exact on disjoint slices", linear=True),
+    "average": WeightedSum(average.weights, "the mean (FedAvg)", linear=True, idle_counts=True),
+    "energy_balanced": WeightedSum(energy_balanced.weights, "the sum, as large as the strongest part"),
     "regression": LayerMerge(
-        "fusion.methods.regression:merge",
+        regression.merge,
         "least squares on what each adapter does on its own prompts",
         linear=True,
         moments=True,
         idle_counts=True,
     ),
-    "gradient": LayerMerge(
-        "fusion.methods.gradient:merge", "the same by LBFGS (Mix-of-Show); slow", moments=True, idle_counts=True
-    ),
-    "ties": LayerMerge("fusion.methods.ties:merge", "trim, elect signs, average what agrees (TIES)"),
-    "dare": LayerMerge("fusion.methods.dare:merge", "drop at random, rescale, add (DARE)"),
-    "magnitude_prune": LayerMerge("fusion.methods.magnitude_prune:merge", "trim, add"),
-    "knots": LayerMerge("fusion.methods.knots:merge", "TIES in the directions the changes share (KnOTS)"),
+    "gradient": LayerMerge(gradient.merge, "the same by LBFGS (Mix-of-Show); slow", moments=True, idle_counts=True),
+    "ties": LayerMerge(ties.merge, "trim, elect signs, average what agrees (TIES)"),
+    "dare": LayerMerge(dare.merge, "drop at random, rescale, add (DARE)"),
+    "magnitude_prune": LayerMerge(magnitude_prune.merge, "trim, add"),
+    "knots": LayerMerge(knots.merge, "TIES in the directions the changes share (KnOTS)"),
 }

@@ -1,4 +1,4 @@
-"""ΔW = (1/N) Σ strengthᵢ ΔWᵢ: FedAvg, and what the paper's own code does. Each concept arrives at 1/N."""
+"""ΔW = (1/N) Σ strengthᵢ ΔWᵢ: FedAvg, and what the paper's own code does. Each concept is scaled by 1/N."""
 
 from collections.abc import Sequence
 

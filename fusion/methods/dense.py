@@ -3,7 +3,7 @@
 Shapes: O out_features, I in_features, N adapters that take part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,23 @@ def trimmed(matrix: Tensor, density: float) -> Tensor:
     return matrix if density == 1 else prune(matrix, density, method="magnitude")
 
 
+def total(matrices: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(matrices)).sum(dim=0)
+
+
 def elected_mean(matrices: Sequence[Tensor]) -> Tensor:
     """TIES' election: number by number, the mean of those that have the sign of the sum."""
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
     stacked = torch.stack(list(matrices))  # (N, O, I)
     return disjoint_merge(stacked, calculate_majority_sign_mask(stacked))
+
+
+def combined(
+    combine: Callable[[Sequence[Tensor]], Tensor], matrices: Sequence[Tensor], shape: tuple[int, int]
+) -> Delta:
+    """What `combine` makes of the N matrices (O, I), exactly; no change where there are none."""
+    return whole_delta(combine(matrices)) if matrices else Delta.zero(*shape)
 
 
 def whole_delta(matrix: Tensor) -> Delta:

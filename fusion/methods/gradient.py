@@ -7,35 +7,44 @@ time; the result is kept exactly, of rank min(O, I).
 Shapes: O out_features, I in_features.
 """
 
+from __future__ import annotations  # the table of methods loads no torch
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from fusion.methods.dense import whole_delta
-from fusion.methods.method import MergeContext
 from fusion.methods.regression import merge as solve
 from fusion.methods.regression import normal_matrix
-from fusion.spectral.delta import Delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusion.methods.method import MergeContext
+    from fusion.spectral.delta import Delta
 
 HISTORY = 25
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
-    """Where no adapter has met an input there is nothing to descend on, and this is regression's answer."""
-    normal = normal_matrix(given)
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
+    """Where no inputs were recorded there is nothing to descend on, and this is regression's result."""
+    import torch
+
+    from fusion.methods.dense import whole_delta
+
+    normal = normal_matrix(context)
     if normal is None:
-        return solve(deltas, strengths, given)
-    parts = zip(deltas, strengths, given.moments, strict=True)
-    wanted = [delta.up.double() @ (delta.down.double() @ moment.own) * s for delta, s, moment in parts if moment]
+        return solve(deltas, strengths, context)
+    parts = zip(deltas, strengths, context.moments, strict=True)
+    targets = [delta.up.double() @ (delta.down.double() @ moment.own) * s for delta, s, moment in parts if moment]
     scale = normal.diagonal().mean()
-    found = _descend(normal / scale, torch.stack(wanted).sum(dim=0) / scale, given.options.iterations)
-    return whole_delta(found.to(deltas[0].up.dtype))
+    change = _descend(normal / scale, torch.stack(targets).sum(dim=0) / scale, context.options.iterations)
+    return whole_delta(change.to(deltas[0].up.dtype))
 
 
-def _descend(normal: Tensor, wanted: Tensor, iterations: int) -> Tensor:
-    """The minimum (O, I) of ½ tr(ΔW M ΔWᵀ) − tr(ΔW Kᵀ) for M (I, I) and K (O, I)."""
-    change = torch.zeros_like(wanted, requires_grad=True)
+def _descend(normal: Tensor, target: Tensor, iterations: int) -> Tensor:
+    """The minimum (O, I) of ½ tr(ΔW M ΔWᵀ) − tr(ΔW Kᵀ) for M = `normal` (I, I) and K = `target` (O, I)."""
+    import torch
+
+    change = torch.zeros_like(target, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [change],
         max_iter=iterations,
@@ -47,9 +56,9 @@ def _descend(normal: Tensor, wanted: Tensor, iterations: int) -> Tensor:
 
     def objective() -> Tensor:
         with torch.no_grad():
-            pulled = change @ normal
-            change.grad = pulled - wanted
-            return (change * (pulled / 2 - wanted)).sum()
+            product = change @ normal
+            change.grad = product - target
+            return (change * (product / 2 - target)).sum()
 
     optimizer.step(objective)
     return change.detach()

@@ -4,16 +4,18 @@ Number by number, dense in float32, one layer at a time. The result has full ran
 weight itself, unless fuse(…, rank= or energy=) compresses it.
 """
 
+from __future__ import annotations  # the table of methods loads no torch
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from fusion.methods.dense import taking_part, trimmed, whole_delta
-from fusion.methods.method import MergeContext
-from fusion.spectral.delta import Delta
+if TYPE_CHECKING:
+    from fusion.methods.method import MergeContext
+    from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
-    """Where nothing takes part, no change."""
-    parts = [trimmed(delta.dense().float(), given.options.density) for delta in taking_part(deltas, strengths)]
-    return whole_delta(torch.stack(parts).sum(dim=0)) if parts else Delta.zero(*deltas[0].shape)
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
+    from fusion.methods.dense import combined, taking_part, total, trimmed
+
+    parts = [trimmed(delta.dense().float(), context.options.density) for delta in taking_part(deltas, strengths)]
+    return combined(total, parts, deltas[0].shape)

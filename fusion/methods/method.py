@@ -1,6 +1,6 @@
 """The contract of all fusion methods: the changes several adapters make to one weight become one change.
 
-Importing the table costs no torch, so that help can show it; the file of a method is imported when it is first used.
+The table and the files of the methods load no torch until a method is used, so that help can show them at once.
 
 Shapes: N adapters, O out_features, I in_features.
 """
@@ -8,7 +8,6 @@ Shapes: N adapters, O out_features, I in_features.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from importlib import import_module
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What methods may be told; each reads what concerns it."""
+    """The options of all methods; each reads its own."""
 
     density: float = field(default=0.2, metadata={"help": "ties, dare, magnitude_prune, knots: share of numbers kept"})
     seed: int = field(default=0, metadata={"help": "dare: which numbers are kept"})
     neutral: float = field(
-        default=1.0, metadata={"help": "regression, gradient: what inputs to be left alone count, to a concept's own"}
+        default=1.0,
+        metadata={"help": "regression, gradient: weight of inputs to be left alone"},
     )
-    ridge: float = field(default=1e-4, metadata={"help": "regression, gradient: pull to no change, in mean squares"})
+    ridge: float = field(
+        default=1e-4, metadata={"help": "regression, gradient: pull to no change, in mean squares of inputs"}
+    )
     iterations: int = field(default=500, metadata={"help": "gradient: of LBFGS"})
 
     def __post_init__(self) -> None:
@@ -45,26 +47,26 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class MergeContext:
-    """What a merge knows beyond the changes and their strengths."""
+    """What a merge may use beside the changes and their strengths."""
 
     layer: str
-    moments: "Sequence[Moment | None]" = ()  # one an adapter, for methods that need them; None: met no input here
+    moments: "Sequence[Moment | None]" = ()  # one for each adapter, for methods that need them; None: no inputs here
     options: MethodOptions = MethodOptions()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS: where the method is, and what may be expected of it.
+    """A row of METHODS: the function of the method, and what holds for it.
 
     Contract, tested for every row: the order of adapters does not matter, equal inputs give equal bits, the shape of
     ΔW is kept, strengths of zero give no change, inputs are left alone; and what the fields below say.
     """
 
-    home: str  # "module:function"
-    about: str  # for people, half a line
+    function: Callable[..., Any]
+    about: str  # half a line for help
     linear: bool = False  # in the strengths, and in the changes
     moments: bool = False  # needs the second moments of the inputs, so a base to record them on
-    idle_counts: bool = False  # an adapter of strength 0 still has a say
+    idle_counts: bool = False  # an adapter of strength 0 still changes the result
 
     def __call__(
         self,
@@ -78,13 +80,9 @@ class Method:
         """The changes of one layer, and their strengths in the same order, as one change."""
         raise NotImplementedError
 
-    def function(self) -> Callable[..., Any]:
-        module, _, name = self.home.partition(":")
-        return getattr(import_module(module), name)
-
 
 class LayerMerge(Method):
-    """Any method that works layer by layer: `merge(deltas, strengths, given) -> Delta`."""
+    """Any method that works layer by layer: `merge(deltas, strengths, context) -> Delta`."""
 
     def __call__(
         self,
@@ -95,7 +93,7 @@ class LayerMerge(Method):
         moments: "Sequence[Moment | None]" = (),
         options: MethodOptions = MethodOptions(),
     ) -> "Delta":
-        return self.function()(deltas, strengths, MergeContext(layer, moments, options))
+        return self.function(deltas, strengths, MergeContext(layer, moments, options))
 
 
 class WeightedSum(Method):
@@ -105,8 +103,8 @@ class WeightedSum(Method):
     """
 
     def weights(self, strengths: Sequence[float], gram: "Callable[[], Tensor]") -> Sequence[float]:
-        """`gram()`: inner products of the changes (N, N), summed over all layers; not asked for by every method."""
-        return self.function()(strengths, gram)
+        """`gram()`: inner products of the changes (N, N), summed over all layers, computed when a method needs them."""
+        return self.function(strengths, gram)
 
     def __call__(
         self,

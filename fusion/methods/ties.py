@@ -4,14 +4,18 @@ Number by number on strengthᵢ ΔWᵢ, dense in float32, one layer at a time. T
 as large as the weight itself, unless fuse(…, rank= or energy=) compresses it.
 """
 
+from __future__ import annotations  # the table of methods loads no torch
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fusion.methods.dense import elected_mean, taking_part, trimmed, whole_delta
-from fusion.methods.method import MergeContext
-from fusion.spectral.delta import Delta
+if TYPE_CHECKING:
+    from fusion.methods.method import MergeContext
+    from fusion.spectral.delta import Delta
 
 
-def merge(deltas: Sequence[Delta], strengths: Sequence[float], given: MergeContext) -> Delta:
-    """Where nothing takes part, no change."""
-    parts = [trimmed(delta.dense().float(), given.options.density) for delta in taking_part(deltas, strengths)]
-    return whole_delta(elected_mean(parts)) if parts else Delta.zero(*deltas[0].shape)
+def merge(deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
+    from fusion.methods.dense import combined, elected_mean, taking_part, trimmed
+
+    parts = [trimmed(delta.dense().float(), context.options.density) for delta in taking_part(deltas, strengths)]
+    return combined(elected_mean, parts, deltas[0].shape)

@@ -5,10 +5,9 @@ They add up, so that inputs are forgotten as soon as they are counted, and conce
 Shapes: O out_features, I in_features, Q rank of a delta.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fusion.spectral.delta import Delta
@@ -39,21 +38,6 @@ class Moments:
 
     layers: Mapping[str, Moment]
     everywhere: bool = field(default=False, kw_only=True)
-
-
-def settled(parts: Sequence[Moments], neutral: float, ridge: float) -> Moments:
-    """The moments of what regression made of `parts`: with them it can be fused again as if all were fused at once.
-
-    From ΔW · Σ normalᵢ = Σ ΔWᵢ ownᵢ: the sum of the normal equations is what the fused change answers for.
-    `neutral` as it counted there: 0 where any of the parts acts everywhere.
-    """
-    summed: dict[str, Tensor] = {}
-    for part in parts:
-        for layer, moment in part.layers.items():
-            normal = moment.normal(neutral, ridge)
-            summed[layer] = summed[layer] + normal if layer in summed else normal
-    made = {layer: Moment(total, torch.zeros_like(total), 0.0) for layer, total in summed.items()}
-    return Moments(made, everywhere=any(part.everywhere for part in parts))
 
 
 def response(delta: Delta, moment: Tensor) -> Tensor:

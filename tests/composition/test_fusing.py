@@ -207,12 +207,11 @@ def test_energy_balanced_is_as_large_as_its_strongest_part_and_keeps_branches_an
         torch.testing.assert_close(total(merged, layer), total(fused, layer), rtol=1e-4, atol=1e-5)
 
 
-def test_a_method_of_ones_own_is_one_file_and_one_line(three, tmp_path, monkeypatch, capsys):
-    (tmp_path / "toy_method.py").write_text(
-        "def merge(deltas, strengths, given):\n    return deltas[0] * strengths[0]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(METHODS, "toy", LayerMerge("toy_method:merge", "keeps the first", linear=True))
+def test_a_method_of_ones_own_is_one_file_and_one_line(three, monkeypatch, capsys):
+    def merge(deltas, strengths, context):
+        return deltas[0] * strengths[0]
+
+    monkeypatch.setitem(METHODS, "toy", LayerMerge(merge, "keeps the first", linear=True))
     fused = fusion.fuse(three, [2.0, 1.0, 1.0], method="toy")
     for layer in three[0].layer_names:
         torch.testing.assert_close(total(fused, layer), 2 * total(three[0], layer))

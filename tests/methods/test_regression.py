@@ -9,7 +9,7 @@ from fusion.composition.input_interference import merge_error
 from fusion.errors import ConfigError
 from fusion.methods import METHODS, MethodOptions
 from fusion.models.input_moments import record_moments
-from fusion.spectral.moments import Moment, Moments, response, settled
+from fusion.spectral.moments import Moment, Moments, response
 from trained import trained_adapter, trained_layer
 
 OUT, WIDTH, INPUTS = 20, 12, 30
@@ -78,6 +78,16 @@ def test_more_weight_on_inputs_to_leave_alone_leaves_them_more_alone(deltas, mom
     assert said == sorted(said, reverse=True) and said[-1] < 0.01 * said[0]
 
 
+def normal_moments(parts):
+    """The sums of the normal equations, as moments of what regression has made of `parts`."""
+    summed = {}
+    for part in parts:
+        for layer, moment in part.layers.items():
+            summed[layer] = summed.get(layer, 0) + moment.normal(OPTIONS.neutral, OPTIONS.ridge)
+    layers = {layer: Moment(total, torch.zeros_like(total), 0.0) for layer, total in summed.items()}
+    return Moments(layers, everywhere=any(part.everywhere for part in parts))
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_one_by_one_equals_all_at_once(gated):
     pipe = tiny.pipeline("sd1")
@@ -85,7 +95,7 @@ def test_one_by_one_equals_all_at_once(gated):
     met = record_moments(pipe, adapters, steps=2)
     at_once = fusion.fuse(adapters, STRENGTHS, "regression", moments=met, options=OPTIONS)
     pair = fusion.fuse(adapters[:2], STRENGTHS[:2], "regression", moments=met[:2], options=OPTIONS)
-    known = settled(met[:2], OPTIONS.neutral, OPTIONS.ridge)  # nothing else is kept of the first two
+    known = normal_moments(met[:2])  # nothing else is kept of the first two
     later = fusion.fuse(
         [pair, adapters[2]], [1.0, STRENGTHS[2]], "regression", moments=[known, met[2]], options=OPTIONS
     )
