@@ -7,9 +7,39 @@ PEFT.
 """
 
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-LAYER_NAME = r"(?:unet|text_encoder|text_encoder_2)(?:\.[A-Za-z0-9_]+)+"  # any canonical name, as a regular expression
+
+class Component(NamedTuple):
+    """A submodel that adapters can change, and the kinds of rows its layers are given.
+
+    Where the rows of a layer's input are the prompt's tokens, a gate acts position by position. In every other layer a
+    row is a cell of a picture, or a whole picture, and a gate opens by picture or by region.
+    """
+
+    tokenizer: str  # attribute of the pipeline; none for the denoiser
+    token_layers: str  # regular expression: paths of the layers whose rows are tokens
+    attention: tuple[str, ...]  # its attention layers, which the bare name means as a target
+    gated_targets: tuple[str, ...]  # default targets of an adapter with gates, where every row is a token (law 19)
+    targets: tuple[str, ...]  # and of one without: the paper's
+
+
+# Text encoders in the order in which their embeddings are joined. CLIP's projection is applied to one pooled row.
+_CLIP = r"(?!text_projection).*"
+COMPONENTS: Mapping[str, Component] = {
+    "unet": Component(
+        "",
+        r".*\.attn2\.to_[kv]",
+        ("attn1", "attn2"),
+        ("unet.attn2.to_k", "unet.attn2.to_v"),
+        ("unet.attn1", "unet.attn2"),
+    ),
+    "text_encoder": Component("tokenizer", _CLIP, ("self_attn",), ("text_encoder",), ("text_encoder",)),
+    "text_encoder_2": Component("tokenizer_2", _CLIP, ("self_attn",), ("text_encoder_2",), ("text_encoder_2",)),
+}
+TOKENIZERS = {name: component.tokenizer for name, component in COMPONENTS.items() if component.tokenizer}
+LAYER_NAME = rf"(?:{'|'.join(COMPONENTS)})(?:\.[A-Za-z0-9_]+)+"  # any canonical name, as a regular expression
 _OPTIONAL_LEVELS = {"text_model", "_orig_mod", "module", "base_layer"}
 
 _UNET_LAYER = (
@@ -19,8 +49,6 @@ _UNET_LAYER = (
 )
 _TEXT_LAYER = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection"
 _ADAPTABLE = re.compile(rf"unet\.({_UNET_LAYER})|text_encoder(_2)?\.({_TEXT_LAYER})")
-# CLIP's projection is applied to one pooled row.
-_READS_TOKENS = re.compile(r"text_encoder(_2)?\.(?!text_projection).*|unet\..*\.attn2\.to_[kv]")
 
 # SDXL's UNet in the names of its first release (Stability AI's generative-models), outside of its blocks and in them.
 _DIFFUSERS = {
@@ -60,7 +88,8 @@ def is_convolution(layer: str, family: str | None) -> bool:
 
 def sees_tokens(layer: str) -> bool:
     """Whether the rows of this layer's input are the prompt's tokens: here a gate can act position by position."""
-    return _READS_TOKENS.fullmatch(layer) is not None
+    component, _, path = layer.partition(".")
+    return component in COMPONENTS and re.fullmatch(COMPONENTS[component].token_layers, path) is not None
 
 
 def with_text_model(path: str) -> str:

@@ -21,9 +21,9 @@ from fusion.config import TOKEN
 from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.generation.auto_regions import Looked, by_nouns, changes, looking, places, regions_of
 from fusion.generation.config import Region
-from fusion.generation.regions import Cover, encode_regions, routed
+from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.generation.schedulers import own_scheduler
-from fusion.models.attachment import attach, routing
+from fusion.models.attachment import attach
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 
@@ -243,7 +243,7 @@ def _draw(
         scale = pipe.vae_scale_factor
         cover = Cover(recipe.regions, recipe.height // scale, recipe.width // scale)
         prompts = encode_regions(pipe, recipe.prompt, recipe.negative_prompt, recipe.regions, recipe.batch)
-        with routed(pipe.unet, cover), routing(pipe, cover):
+        with drawing_regions(pipe, cover):
             return call(**prompts, **options).images
 
 

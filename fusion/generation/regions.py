@@ -8,6 +8,7 @@ in these layers, no cell outside the region sees; cells still meet in self-atten
 Shapes: B pictures, R regions, T text positions, D embedding width, H W latent size, N cells of one level of the UNet.
 """
 
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import Region
+from fusion.models.attachment import attached_state
 from fusion.models.pipeline import Pipeline
 
 
@@ -33,8 +35,8 @@ class Cover:
             if not region.cover(height, width).any():
                 raise ConfigError(f"Region '{region.prompt}' is too small: it holds none of {width}x{height} cells.")
 
-    def covered(self, cells: int, device: torch.device) -> list[Tensor]:
-        """The cells (n,) of each of 1 + R prompts, at the level of `cells` cells. Raises GatingError for no level."""
+    def prompt_cells(self, cells: int, device: torch.device) -> list[Tensor]:
+        """The cells (n,) of each of 1 + R prompts, at the level of `cells` cells. GatingError for no such level."""
         return self._level(cells, device)[0]
 
     def shares(self, cells: int, device: torch.device) -> Tensor:
@@ -54,16 +56,23 @@ class Cover:
         return self._levels[cells, device]
 
 
-class RoutedAttention:
-    """A cross-attention processor for prompts of 1 + R parts: every cell attends to its own parts."""
+class RegionAttention:
+    """A cross-attention processor for prompts of 1 + R parts: every cell attends to its own parts.
 
-    def __init__(self, cover: Cover) -> None:
-        self.cover = cover
+    Threads that draw no regions go on with the module's own processor.
+    """
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.covers: dict[int, Cover] = {}  # by the threads that draw regions
+
+    @torch.compiler.disable
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **_: Any) -> Tensor:
         """From (B, N, C) and (B, (1 + R)·T, D) to (B, N, C)."""
-        places = self.cover.covered(hidden_states.shape[1], hidden_states.device)
-        shares = self.cover.shares(hidden_states.shape[1], hidden_states.device)
+        if (cover := self.covers.get(threading.get_ident())) is None:
+            return self.own(attn, hidden_states, encoder_hidden_states, *args, **_)
+        cells = cover.prompt_cells(hidden_states.shape[1], hidden_states.device)
+        shares = cover.shares(hidden_states.shape[1], hidden_states.device)
         query, key, value = (
             part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N or (1 + R)·T, width)
             for part in (
@@ -71,28 +80,45 @@ class RoutedAttention:
             )
         )  # fmt: skip
         mixed = torch.zeros_like(query)
-        parts = zip(places, key.chunk(len(places), dim=2), value.chunk(len(places), dim=2), strict=True)
-        for cells, keys, values in parts:
-            seen = F.scaled_dot_product_attention(query[:, :, cells], keys, values)
-            mixed.index_add_(2, cells, seen * shares[cells, None].to(seen.dtype))
+        parts = zip(cells, key.chunk(len(cells), dim=2), value.chunk(len(cells), dim=2), strict=True)
+        for rows, keys, values in parts:
+            attended = F.scaled_dot_product_attention(query[:, :, rows], keys, values)
+            mixed.index_add_(2, rows, attended * shares[rows, None].to(attended.dtype))
         return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
 
+_lock = threading.Lock()  # of setting processors
+
+
 @contextmanager
-def routed(unet: Any, cover: Cover) -> Generator[None]:
-    """Let the UNet's cross-attention follow `cover`. Raises ConfigError where other processors are set already."""
-    found: list[Any] = [module for name, module in unet.named_modules() if name.rpartition(".")[2] == "attn2"]
-    originals = [module.processor for module in found]
-    for processor in originals:
-        if type(processor) not in (AttnProcessor, AttnProcessor2_0):
-            raise ConfigError(f"Regions cannot be drawn with {type(processor).__name__} attention; reset the UNet's.")
+def drawing_regions(pipe: Pipeline, cover: Cover) -> Generator[None]:
+    """Let the pictures that this thread draws follow `cover`: cross-attention, and gates of layers that see no tokens.
+
+    Raises ConfigError where other attention processors are set already.
+    """
+    state, thread = attached_state(pipe), threading.get_ident()
+    modules: list[Any] = [m for name, m in pipe.unet.named_modules() if name.rpartition(".")[2] == "attn2"]
+    with _lock:
+        for processor in (module.processor for module in modules):
+            if type(processor) not in (AttnProcessor, AttnProcessor2_0, RegionAttention):
+                name = type(processor).__name__
+                raise ConfigError(f"Regions cannot be drawn with {name} attention; reset the UNet's.")
+        for module in modules:
+            if not isinstance(module.processor, RegionAttention):
+                module.set_processor(RegionAttention(module.processor))
+            module.processor.covers[thread] = cover
     try:
-        for module in found:
-            module.set_processor(RoutedAttention(cover))
+        if state is not None:
+            state.tracker.set_regions(cover)
         yield
     finally:
-        for module, processor in zip(found, originals, strict=True):
-            module.set_processor(processor)
+        if state is not None:
+            state.tracker.set_regions(None)
+        with _lock:
+            for module in modules:
+                del module.processor.covers[thread]
+                if not module.processor.covers:
+                    module.set_processor(module.processor.own)
 
 
 def encode_regions(
@@ -100,14 +126,14 @@ def encode_regions(
 ) -> dict[str, Tensor]:
     """The prompts of a picture and its regions as arguments of the pipeline call, (batch, (1 + R)·T, D) and pooled."""
     texts = [prompt, *(region.prompt for region in regions)]
-    made = pipe.encode_prompt(
+    encoded = pipe.encode_prompt(
         texts,
         device=pipe.unet.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
         negative_prompt=[negative] * len(texts) if negative else None,
     )
-    joined = [states.flatten(0, 1)[None].expand(batch, -1, -1) for states in made[:2]]
-    pooled = [rows[:1].expand(batch, -1) for rows in made[2:] if rows is not None]
+    joined = [states.flatten(0, 1)[None].expand(batch, -1, -1) for states in encoded[:2]]
+    pooled = [rows[:1].expand(batch, -1) for rows in encoded[2:] if rows is not None]
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return dict(zip(names, [*joined, *pooled], strict=False))

@@ -1,39 +1,46 @@
 """Layers with adapters attached: W x + Σ strength · up (down x), each branch behind its gate.
 
+torch.compile does not look into the branches: a compiled model calls them through an operator, so one graph serves
+whatever is attached, prompted and set as strength when it runs.
+
 Shapes: O out_features, I in_features, Q rank of a delta, N rows of the input.
 """
 
+import itertools
+import operator
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.models.gates import Scope
+from fusion.models.gates import Rows
 from fusion.spectral.delta import Delta
+
+# CUDA graphs replay kernels, but what a branch computes is decided anew at every call.
+UNSAFE_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_numbers = itertools.count()
+_layers: "weakref.WeakValueDictionary[int, _Adapted]" = weakref.WeakValueDictionary()  # an operator takes no objects
+
+
+Outputs = Callable[[], "weakref.WeakKeyDictionary[nn.Module, Any]"]
 
 
 @dataclass
 class Strength:
-    """A branch's strength, shared by all its layers and turned at run time."""
+    """A branch's strength, shared by all its layers and changed at run time."""
 
     value: float
 
 
-@dataclass(frozen=True)
-class Gate:
-    """When a branch acts: where its tokens stand, or in the pictures, or regions, whose prompt holds them."""
-
-    tokens: tuple[str, ...]
-    scope: Callable[[], Scope]  # replaced at every call, so asked every time
-
-
 class LayerBranch:
-    """One branch on one layer: where its ΔW comes from, how strong, and its gate (None: always open)."""
+    """One branch on one layer: its ΔW, its strength, and the tokens of its gate (none: it acts everywhere)."""
 
-    def __init__(self, source: Callable[[], Delta] | Delta, knob: Strength, gate: Gate | None) -> None:
-        self.source, self.knob, self.gate = source, knob, gate
+    def __init__(self, source: Callable[[], Delta] | Delta, strength: Strength, gate: tuple[str, ...] = ()) -> None:
+        self.source, self.strength, self.gate = source, strength, gate
         self._cast: Delta | None = None  # fixed factors where they were used last; the source stays float32
 
     @property
@@ -45,82 +52,138 @@ class LayerBranch:
         if not isinstance(self.source, Delta):
             with torch.autocast(x.device.type, enabled=False):  # the maths stays in float32, the products need not
                 return self.source().to(x.device, x.dtype)
-        if self._cast is None or self._cast.up.device != x.device or self._cast.up.dtype != x.dtype:
-            self._cast = self.source.to(x.device, x.dtype)
-        return self._cast
+        cast = self._cast
+        if cast is None or cast.up.device != x.device or cast.up.dtype != x.dtype:
+            cast = self._cast = self.source.to(x.device, x.dtype)
+        return cast
 
 
-class _Adapted:
+class _Adapted(nn.Module):
     """What adapted linear layers and 1x1 convolutions share: the base module, and the branches by key."""
 
     base: nn.Module
     branches: dict[int, LayerBranch]
-    _gates: list[tuple[LayerBranch, Gate]]
-    _joined: tuple[tuple[object, ...], Delta] | None
 
-    def start(self, base: nn.Module) -> None:
+    def _start(self, base: nn.Module, rows: Callable[[], Rows | None], outputs: Outputs | None) -> None:
         # Past nn.Module's registry: state-dict keys, .parameters() and .to() stay those of the base layer.
         object.__setattr__(self, "base", base)
-        self.branches, self._gates, self._joined = {}, [], None
+        self._rows, self._outputs = rows, outputs
+        self.branches, self._ungated = {}, dict[int, LayerBranch]()
+        self._by_gate_token: dict[str, dict[int, LayerBranch]] = {}
+        self._sum: tuple[tuple[object, ...], Delta] | None = None
+        # A tensor, since torch.compile would take a number for a constant and compile every layer anew.
+        self._number = torch.tensor(next(_numbers))
+        _layers[int(self._number)] = self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy or a pickle is the base module's, and opens without this toolkit."""
+        return operator.itemgetter(0), ((self.base,),)
 
     def add(self, key: int, branch: LayerBranch) -> None:
+        """Attach a branch; sums are taken in the order of gates, then keys, so keys grow."""
         self.branches[key] = branch
-        self._changed()
+        if not branch.gate:
+            self._ungated[key] = branch
+        for token in branch.gate:
+            self._by_gate_token.setdefault(token, {})[key] = branch
+        self._sum = None
 
     def remove(self, key: int) -> None:
-        del self.branches[key]
-        self._changed()
+        branch = self.branches.pop(key)
+        self._ungated.pop(key, None)
+        for token in branch.gate:
+            del self._by_gate_token[token][key]
+            if not self._by_gate_token[token]:
+                del self._by_gate_token[token]
+        self._sum = None
 
-    def _changed(self) -> None:
-        gates = [(b, b.gate) for b in self.branches.values() if b.gate is not None]
-        # In one order whichever was attached first, so that sums round alike.
-        self._gates[:] = sorted(gates, key=lambda pair: pair[1].tokens)
-        if self._joined is not None:
-            self._joined = None
+    def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
+        """The base layer's output y for x, changed by every branch that acts."""
+        raise NotImplementedError
 
-    def open_delta(self, x: Tensor) -> tuple[Delta, float] | None:
-        """All branches without a gate as one ΔW and the strength it still needs; None if nothing acts."""
-        acting = [b for b in self.branches.values() if b.gate is None and b.knob.value != 0]
-        if len(acting) <= 1:
-            return (acting[0].factors(x), acting[0].knob.value) if acting else None
-        if not all(branch.fixed for branch in acting):
-            return _join([(b.factors(x), b.knob.value) for b in acting]), 1.0
-        key = (x.device, x.dtype, tuple(b.knob.value for b in acting))
-        if self._joined is None or self._joined[0] != key:
-            self._joined = key, _join([(b.factors(x), b.knob.value) for b in acting])
-        return self._joined[1], 1.0
+    def _ungated_branches(self) -> list[LayerBranch]:
+        return [branch for branch in self._ungated.values() if branch.strength.value]
 
-    def gated(self, x: Tensor) -> list[tuple[LayerBranch, Tensor]]:
-        """The gated branches that act on this input, with the rows of `x`, flattened but for C, they act on."""
-        if not self._gates or (scope := self._gates[0][1].scope()).quiet:  # all gates of a layer read one scope
+    def _gated_branches(self, rows: Rows | None) -> list[LayerBranch]:
+        """Gated branches of the tokens present. In one order whichever was attached first: sums round alike."""
+        if not self._by_gate_token or rows is None:
             return []
-        acting = [(b, gate) for b, gate in self._gates if b.knob.value != 0]
-        return [(b, rows) for b, gate in acting if (rows := scope.open_rows(gate.tokens, x)) is not None]
+        present = {key: b for token in rows.tokens for key, b in self._by_gate_token.get(token, {}).items()}
+        keys = sorted(present, key=lambda key: (present[key].gate, key))
+        return [present[key] for key in keys if present[key].strength.value]
 
+    def _ungated_delta(self, x: Tensor) -> tuple[Delta, float] | None:
+        """All branches without a gate as one ΔW and the strength it still needs; None if nothing acts."""
+        acting = self._ungated_branches()
+        if len(acting) <= 1:
+            return (acting[0].factors(x), acting[0].strength.value) if acting else None
+        if not all(branch.fixed for branch in acting):
+            return _concatenated([(b.factors(x), b.strength.value) for b in acting]), 1.0
+        key, cached = (x.device, x.dtype, tuple(b.strength.value for b in acting)), self._sum
+        if cached is None or cached[0] != key:
+            cached = self._sum = key, _concatenated([(b.factors(x), b.strength.value) for b in acting])
+        return cached[1], 1.0
 
-def _join(parts: list[tuple[Delta, float]]) -> Delta:
-    up = torch.cat([delta.up * strength for delta, strength in parts], dim=1)  # (O, ΣQ)
-    return Delta(up, torch.cat([delta.down for delta, _ in parts], dim=0))  # (ΣQ, I)
+    def _gated_rows(self, x: Tensor) -> list[tuple[LayerBranch, Tensor]]:
+        """The gated branches that act on this input, with the rows of `x`, flattened but for C, they act on."""
+        if (rows := self._rows()) is None:
+            return []
+        branches = self._gated_branches(rows)
+        return [(b, matching) for b in branches if (matching := rows.matching(b.gate, x)) is not None]
+
+    def acts_on(self, x: Tensor) -> Tensor:
+        """Which rows of the input (…, I), flattened, any branch acts on: (N,) of bool, whatever the strengths."""
+        mask = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)  # (N,)
+        rows = self._rows()
+        for branch in self.branches.values():
+            if not branch.gate:
+                mask[:] = True
+            elif rows is not None and (matching := rows.matching(branch.gate, x)) is not None:
+                mask[matching] = True
+        return mask
 
 
 class AdaptedLinear(_Adapted, nn.Linear):
     """A linear layer and the branches attached to it. Shares the base layer's Parameters."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, rows: Callable[[], Rows | None], outputs: Outputs | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would draw weights
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
-        self.start(base)
+        self._start(base, rows, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if (acting := self.open_delta(x)) is not None:
-            delta, strength = acting
+        if torch.compiler.is_compiling():
+            return _compiled(self, F.linear(x, self.weight, self.bias), x)
+        if self._outputs is not None and not (torch.is_grad_enabled() or x.is_inference()):
+            return self._cached(x)
+        return self.with_branches(F.linear(x, self.weight, self.bias), x)
+
+    def _cached(self, x: Tensor) -> Tensor:
+        """The output for x, from the call before if x is the same tensor and all it depends on is as it was."""
+        assert self._outputs is not None
+        rows, outputs, kind = self._rows(), self._outputs(), x.device.type
+        acting = [*self._ungated_branches(), *self._gated_branches(rows)]
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = [(t.data_ptr(), t._version) for t in (self.weight, self.bias) if t is not None]
+        key = x._version, rows, cast, weights, [(branch, branch.strength.value) for branch in acting]
+        if (cached := outputs.get(self)) is not None:
+            given, version, made_for, y = cached
+            if given() is x and y._version == version and made_for == key:
+                return y
+        y = self.with_branches(F.linear(x, self.weight, self.bias), x)
+        if all(branch.fixed for branch in acting):
+            outputs[self] = weakref.ref(x), y._version, key, y
+        return y
+
+    def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
+        if (ungated := self._ungated_delta(x)) is not None:
+            delta, strength = ungated
             hidden = F.linear(x, delta.down).flatten(0, -2)  # (N, Q)
             # One fused product: no (N, O) temporary for the branch, none for its strength.
             out = torch.addmm(y.flatten(0, -2), hidden, delta.up.T.to(hidden.dtype), alpha=strength)
             y = out.view(y.shape)
-        for branch, rows in self.gated(x):
+        for branch, rows in self._gated_rows(x):
             y = _add_at(y, rows, x, branch)
         return y
 
@@ -128,16 +191,19 @@ class AdaptedLinear(_Adapted, nn.Linear):
 class AdaptedConv1x1(_Adapted, nn.Conv2d):
     """A 1x1 convolution (O, I, 1, 1) and the branches attached to it, each a (O, I) matrix per pixel."""
 
-    def __init__(self, base: nn.Conv2d) -> None:
+    def __init__(self, base: nn.Conv2d, rows: Callable[[], Rows | None], outputs: Outputs | None) -> None:
         nn.Conv2d.__init__(self, base.in_channels, base.out_channels, 1, bias=base.bias is not None, device="meta")
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
-        self.start(base)
+        self._start(base, rows, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if (acting := self.open_delta(x)) is not None:
-            y = y + _convolve(x, acting[0]).to(y.dtype) * acting[1]
-        if gated := self.gated(cells := x.flatten(2).transpose(1, 2)):  # (B, HW, C): pixels are rows
+        return _compiled(self, y, x) if torch.compiler.is_compiling() else self.with_branches(y, x)
+
+    def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
+        if (ungated := self._ungated_delta(x)) is not None:
+            y = y + _convolve(x, ungated[0]).to(y.dtype) * ungated[1]
+        if gated := self._gated_rows(cells := x.flatten(2).transpose(1, 2)):  # (B, HW, C): pixels are rows
             last = y.flatten(2).transpose(1, 2)
             for branch, rows in gated:
                 last = _add_at(last, rows, cells, branch)
@@ -146,20 +212,59 @@ class AdaptedConv1x1(_Adapted, nn.Conv2d):
         return y
 
 
+def adapted(
+    base: nn.Module, rows: Callable[[], Rows | None] = lambda: None, outputs: Outputs | None = None
+) -> AdaptedLinear | AdaptedConv1x1:
+    """`base` with room for branches.
+
+    `rows`: the rows of the call under way, by token. `outputs`: where a layer that is given the same tensor again and
+    again, as the prompt from one denoising step to the next, keeps its output.
+    """
+    if isinstance(base, nn.Conv2d):
+        return AdaptedConv1x1(base, rows, outputs)
+    assert isinstance(base, nn.Linear)
+    return AdaptedLinear(base, rows, outputs)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base's own module, whether or not adapters are attached to it."""
+    return module.base if isinstance(module, _Adapted) else module
+
+
+@torch.library.custom_op("spectral_fusion::with_branches", mutates_args=(), tags=UNSAFE_TAGS)
+def _branches_operator(y: Tensor, x: Tensor, number: Tensor) -> Tensor:
+    out = _layers[int(number)].with_branches(y, x)
+    # An operator returns a tensor of its own, in the layout that `_shape` promised.
+    return torch.empty_like(y).copy_(out) if out is y or out.stride() != y.stride() else out
+
+
+@_branches_operator.register_fake
+def _shape(y: Tensor, x: Tensor, number: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+@torch.compiler.disable
+def _uncompiled(layer: _Adapted, y: Tensor, x: Tensor) -> Tensor:
+    return layer.with_branches(y, x)
+
+
+def _compiled(layer: _Adapted, y: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # gradients of branches, which the operator does not take
+        return _uncompiled(layer, y, x)
+    return _branches_operator(y, x, layer._number)
+
+
+def _concatenated(parts: list[tuple[Delta, float]]) -> Delta:
+    up = torch.cat([delta.up * strength for delta, strength in parts], dim=1)  # (O, ΣQ)
+    return Delta(up, torch.cat([delta.down for delta, _ in parts], dim=0))  # (ΣQ, I)
+
+
 def _add_at(y: Tensor, rows: Tensor, x: Tensor, branch: LayerBranch) -> Tensor:
     """y (…, O) with the branch's change of x (…, I) added at some of the flattened rows."""
-    delta, picked = branch.factors(x), x.flatten(0, -2).index_select(0, rows)
-    change = F.linear(F.linear(picked, delta.down), delta.up) * branch.knob.value
+    delta, chosen = branch.factors(x), x.flatten(0, -2).index_select(0, rows)
+    change = F.linear(F.linear(chosen, delta.down), delta.up) * branch.strength.value
     return y.flatten(0, -2).index_add(0, rows, change.to(y.dtype)).view(y.shape)
 
 
 def _convolve(x: Tensor, delta: Delta) -> Tensor:
     return F.conv2d(F.conv2d(x, delta.down[:, :, None, None]), delta.up[:, :, None, None])
-
-
-def adapted(base: nn.Module) -> AdaptedLinear | AdaptedConv1x1:
-    """`base` with room for branches."""
-    if isinstance(base, nn.Conv2d):
-        return AdaptedConv1x1(base)
-    assert isinstance(base, nn.Linear)
-    return AdaptedLinear(base)

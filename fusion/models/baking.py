@@ -4,11 +4,10 @@ import torch
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError, GatingError
-from fusion.models.attachment import _baked, _installations, effective_gates
+from fusion.models.attachment import attached_state, effective_gates, state_of
 from fusion.models.base_check import check_base
-from fusion.models.layer_sites import components, sites
+from fusion.models.layer_sites import sites
 from fusion.models.pipeline import Pipeline
-from fusion.models.pipelines import model_of
 from fusion.models.tokens import make_permanent
 
 
@@ -23,18 +22,17 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
             f"'{adapter.info.name}' is gated by {', '.join(gates)}; baked weights would act on every token. Attach it "
             "instead, or accept that with gating='none'."
         )
-    if any(set(here.parts.values()) & set(components(pipe).values()) for here in _installations.values()):
+    if attached_state(pipe) is not None:
         raise FusionError("Adapters are attached to this pipeline; detach them before baking.")
-    done, digest = _baked.setdefault(model_of(pipe), set()), adapter.digest()
-    if digest in done:
+    state, digest = state_of(pipe), adapter.digest()
+    if digest in state.baked:
         raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
-    check_base(pipe, adapter)
-    found = sites(pipe)
+    check_base(pipe, adapter, state.checks)
+    table = sites(pipe)
     make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     with torch.no_grad():
         for name, delta in adapter.deltas().items():
-            weight = found[name].module.weight
+            weight = table[name].module.weight
             assert isinstance(weight, torch.Tensor)
-            changed = weight.float() + delta.to(weight.device).dense().reshape(weight.shape)
-            weight.copy_(changed)
-    done.add(digest)
+            weight.copy_(weight.float() + delta.to(weight.device).dense().reshape(weight.shape))
+    state.baked.add(digest)

@@ -1,13 +1,16 @@
 """Whether an adapter fits a base: its layers, their shapes, and the stored basis held against the weights."""
 
 import logging
+import weakref
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch
-from fusion.models.layer_sites import matrix, sites
+from fusion.models.layer_sites import Site, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.spectrum import Spectrum, residual
 
@@ -17,19 +20,58 @@ FINE_TUNE_RESIDUAL = 0.02  # above it, the base is taken for a fine-tune of the 
 FOREIGN_RESIDUAL = 0.3  # above it, for another base
 
 
-def check_base(pipe: Pipeline, adapter: Adapter) -> None:
-    """Compare every layer's stored basis with the pipeline's weights.
+class PassedChecks:
+    """The largest residuals of adapters that fit a base, for as long as its weights are the same."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, tuple[weakref.ref[Tensor], int, torch.dtype, torch.device]] = {}
+        self._residuals: dict[str, tuple[float, str]] = {}  # adapter's digest -> residual and layer
+
+    def residual(self, digest: str, weights: Mapping[str, Tensor]) -> tuple[float, str] | None:
+        """What was remembered for this adapter, if each of its weights is the same tensor, and unchanged."""
+        for name, weight in weights.items():
+            if name in self._weights:
+                reference, *properties = self._weights[name]
+                if reference() is not weight or properties != [weight._version, weight.dtype, weight.device]:
+                    self._weights, self._residuals = {}, {}
+        return self._residuals.get(digest)
+
+    def remember(self, digest: str, weights: Mapping[str, Tensor], residual: tuple[float, str]) -> None:
+        for name, weight in weights.items():
+            self._weights[name] = weakref.ref(weight), weight._version, weight.dtype, weight.device
+        self._residuals[digest] = residual
+
+
+def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = None) -> None:
+    """Compare every layer's stored basis with the pipeline's weights; once, where `passed` knows that it fits.
 
     Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above, or where layers are missing or differ in
     shape. Types without a basis are checked by shape.
     """
-    found, worst, where = sites(pipe), 0.0, ""
-    trained_on = f"It was trained on {adapter.info.base.name}." if adapter.info.base else "Its base is not known."
+    table, trained_on = sites(pipe), _trained_on(adapter)
+    for name in adapter.layer_names:
+        if name not in table:
+            raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
+    weights: dict[str, Tensor] = {name: table[name].module.weight for name in adapter.layer_names}  # pyright: ignore
+    cacheable = passed is not None and not any(weight.is_inference() for weight in weights.values())
+    worst = passed.residual(adapter.digest(), weights) if passed and cacheable else None
+    if worst is None:
+        worst = _largest_residual(adapter, table)
+        if passed and cacheable:
+            passed.remember(adapter.digest(), weights, worst)
+    if worst[0] > FINE_TUNE_RESIDUAL:
+        logger.warning(
+            "'%s' was trained on a relative of this base (residual %.3f at %s, same base < %s); results may differ. %s",
+            adapter.info.name, *worst, FINE_TUNE_RESIDUAL, trained_on,
+        )  # fmt: skip
+
+
+def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[float, str]:
+    """The largest residual and its layer. Raises BaseMismatch above the limit, or for other shapes."""
+    worst = 0.0, ""
     for branch in adapter.branches:
         for name, layer in branch.layers.items():
-            if name not in found:
-                raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
-            weight = matrix(found[name])
+            weight = matrix(table[name])
             if weight.is_meta:
                 raise BaseMismatch(
                     f"{name} has no weight here now, as under sequential offloading; load the pipeline without it, or "
@@ -41,18 +83,17 @@ def check_base(pipe: Pipeline, adapter: Adapter) -> None:
             if tuple(weight.shape) != shape:
                 raise BaseMismatch(
                     f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} "
-                    f"in the adapter. {trained_on}"
+                    f"in the adapter. {_trained_on(adapter)}"
                 )
             if basis:
-                distance = residual(weight, Spectrum(*(t.float() for t in basis)))
-                worst, where = max((worst, where), (distance, name))
-    if worst > FOREIGN_RESIDUAL:
+                worst = max(worst, (residual(weight, Spectrum(*(t.float() for t in basis))), name))
+    if worst[0] > FOREIGN_RESIDUAL:
         raise BaseMismatch(
-            f"'{adapter.info.name}' does not fit this base: residual {worst:.2f} at {where}, limit {FOREIGN_RESIDUAL}. "
-            f"{trained_on}"
+            f"'{adapter.info.name}' does not fit this base: residual {worst[0]:.2f} at {worst[1]} (limit "
+            f"{FOREIGN_RESIDUAL}). {_trained_on(adapter)}"
         )
-    if worst > FINE_TUNE_RESIDUAL:
-        logger.warning(
-            "'%s' was trained on a relative of this base (residual %.3f at %s, same base < %s); results may differ. %s",
-            adapter.info.name, worst, where, FINE_TUNE_RESIDUAL, trained_on,
-        )  # fmt: skip
+    return worst
+
+
+def _trained_on(adapter: Adapter) -> str:
+    return f"It was trained on {adapter.info.base.name}." if adapter.info.base else "Its base is not known."

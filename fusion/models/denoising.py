@@ -1,4 +1,4 @@
-"""What the UNet is told besides the noisy latents, the same for all families, by the pipeline's own prompt encoding.
+"""Encoded prompts and the UNet's prediction, alike for all families, by the pipeline's own prompt encoding.
 
 Shapes: B prompts, T text positions, D embedding width, P pooled width, C H W latent size.
 """
@@ -27,10 +27,10 @@ class Conditioning(NamedTuple):
 
 def encode_prompts(pipe: Pipeline, prompts: Sequence[str]) -> Conditioning:
     """Encode prompts, with gradients where the text encoders or token rows ask for them."""
-    made = pipe.encode_prompt(
+    encoded = pipe.encode_prompt(
         list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    return Conditioning(made[0], made[2] if len(made) > 2 else None)
+    return Conditioning(encoded[0], encoded[2] if len(encoded) > 2 else None)
 
 
 def predict(

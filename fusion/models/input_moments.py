@@ -1,8 +1,9 @@
-"""What the layers of a base are given while concepts are prompted: second moments of their inputs.
+"""Second moments of the inputs of a base's layers while concepts are prompted.
 
-Every concept is attached alone, its prompts are drawn from noise in a few steps, and each layer's inputs are counted:
-as the concept's own where its change acts (at its tokens, where it is gated by them), else as inputs to be left alone.
-Concept-free prompts, asked while the change is silent, count to the latter. No picture is decoded, no input is kept.
+Every concept is attached alone, and its prompts are denoised in a few steps. Each row of a layer's input counts to
+`own` where the concept's change acts on it (at its tokens, if it is gated by them), else to `free`, the inputs that
+fusing should leave unchanged. Concept-free prompts, run with the adapter at strength 0, count to `free` as well. No
+picture is decoded and no input is stored.
 
 Shapes: B prompts, I in_features, N rows of an input.
 """
@@ -21,7 +22,7 @@ from fusion.layer_names import component_of
 from fusion.models.adapted_layers import AdaptedConv1x1, AdaptedLinear
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
-from fusion.models.layer_sites import Site, sites
+from fusion.models.layer_sites import sites
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.moments import Moment, Moments
 
@@ -30,7 +31,7 @@ CONCEPT_FREE = (
     "a photo", "a house", "a white background", "a man beside a woman", "a tree and a car on a green background",
     "a red apple on a table", "two animals in the snow", "a yellow flower on the left of a blue ball",
 )  # fmt: skip
-STEPS = 5  # from noise to picture, so levels of noise at which the UNet is listened to
+STEPS = 5  # denoising steps, so noise levels at which inputs are recorded
 BATCH = 4  # prompts at a time
 
 
@@ -50,44 +51,42 @@ def record_moments(
     prompts. To those, each noun of the concepts is added. Raises whatever attach raises.
     """
     layers = list(dict.fromkeys(name for adapter in adapters for name in adapter.layer_names))
-    made: list[Moments] = []
+    steps = steps if any(component_of(layer) == "unet" for layer in layers) else 0
+    recorded: list[Moments] = []
     for adapter in adapters:
         tokens = list(dict.fromkeys(token for branch in adapter.branches for token in branch.gate))
         tokens = tokens or [concept.token for concept in adapter.info.concepts]
-        asked = _worded(prompts or (PROMPTS if tokens else ()), tokens)
+        own_prompts = _with_tokens(prompts or (PROMPTS if tokens else ()), tokens)
         nouns = [f"a {c.noun}" for c in adapter.info.concepts if c.token in tokens and c.noun]
-        with attach(pipe, adapter) as handle, _Recorder(pipe, layers) as recorder, torch.no_grad():
-            draws = any(component_of(layer) == "unet" for layer in layers)
-            _imagine(pipe, asked or concept_free, steps if draws else 0, seed)
-            if asked:
+        with attach(pipe, adapter) as attachment, _Recorder(pipe, layers) as recorder, torch.no_grad():
+            _denoise(pipe, own_prompts or concept_free, steps, seed)
+            if own_prompts:
                 for branch in adapter.branches:
-                    handle.strength(branch.name, 0.0)
-                recorder.silent = True
-                _imagine(pipe, list(dict.fromkeys([*concept_free, *nouns])), steps if draws else 0, seed)
-            made.append(Moments(recorder.moments(), everywhere=not asked))
-    return made
+                    attachment.strength(branch.name, 0.0)
+                recorder.concept_free = True
+                _denoise(pipe, list(dict.fromkeys([*concept_free, *nouns])), steps, seed)
+            recorded.append(Moments(recorder.moments(), everywhere=not own_prompts))
+    return recorded
 
 
 def record_base(
     pipe: Pipeline, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0
 ) -> dict[str, Moment]:
-    """What the layers hear as the pipeline is now, as inputs to be left alone."""
+    """The moments of what the layers are given as the pipeline is now, all of it as inputs to be left unchanged."""
     names = list(layers)
     with _Recorder(pipe, names) as recorder, torch.no_grad():
-        recorder.silent = True
-        draws = any(component_of(layer) == "unet" for layer in names)
-        _imagine(pipe, prompts, steps if draws else 0, seed)
+        recorder.concept_free = True
+        _denoise(pipe, prompts, steps if any(component_of(name) == "unet" for name in names) else 0, seed)
     return recorder.moments()
 
 
-def _worded(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
-    """Every prompt with every token; those without a place for one as they are."""
-    worded = [prompt.replace("{token}", token) for prompt in prompts for token in tokens or ("",)]
-    return list(dict.fromkeys(worded))
+def _with_tokens(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
+    """Every prompt with every token; prompts without "{token}" as they are."""
+    return list(dict.fromkeys(prompt.replace("{token}", token) for prompt in prompts for token in tokens or ("",)))
 
 
-def _imagine(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int) -> None:
-    """Encode prompts, and draw them by DDIM without guidance, for the sake of what the layers hear."""
+def _denoise(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int) -> None:
+    """Encode prompts, and denoise latents by DDIM without guidance, so that the recorded layers are run."""
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -102,8 +101,8 @@ def _imagine(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int) -> N
             latents = schedule.step(predict(pipe, latents, times, conditioning), time, latents).prev_sample
 
 
-class _Sum:
-    """Σ x xᵀ in float64 on the CPU, and of how many."""
+class _SecondMoment:
+    """Σ x xᵀ in float64 on the CPU, and the number of rows x."""
 
     def __init__(self, width: int) -> None:
         self.total, self.count = torch.zeros(width, width, dtype=torch.float64), 0
@@ -118,13 +117,13 @@ class _Sum:
 
 
 class _LayerInputs:
-    """What one layer hears, or several that are always given the same tensor (q, k, v; all cross-attention)."""
+    """The inputs of one layer, or of several that are always given the same tensor (q, k, v; all cross-attention)."""
 
     def __init__(self, width: int) -> None:
-        self.own, self.free = _Sum(width), _Sum(width)
+        self.own, self.free = _SecondMoment(width), _SecondMoment(width)
         self.last: weakref.ref[Tensor] | None = None
 
-    def heard(self, x: Tensor) -> bool:
+    def counted(self, x: Tensor) -> bool:
         return self.last is not None and self.last() is x
 
     def moment(self) -> Moment:
@@ -134,34 +133,33 @@ class _LayerInputs:
 
 
 class _Recorder:
-    """Hooks on layers; leaving the context takes them off."""
+    """Hooks on layers; leaving the context removes them."""
 
     def __init__(self, pipe: Pipeline, layers: Iterable[str]) -> None:
-        self.silent = False  # nothing acts: all is to be left alone
-        self._ears: dict[str, _LayerInputs] = {}
-        found = sites(pipe)
-        self._hooks = [self._listen(name, found[name]) for name in layers]
+        self.concept_free = False  # every row counts to `free`
+        self._inputs: dict[str, _LayerInputs] = {}
+        table = sites(pipe)
+        self._hooks = [self._record(name, table[name].module) for name in layers]
 
-    def _listen(self, name: str, site: Site) -> Any:
+    def _record(self, name: str, module: nn.Module) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            ear = self._ears.get(name) or next((ear for ear in self._ears.values() if ear.heard(x)), None)
+            inputs = self._inputs.get(name) or next((i for i in self._inputs.values() if i.counted(x)), None)
             rows = x.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else x
-            ear = self._ears[name] = ear or _LayerInputs(rows.shape[-1])
-            if not ear.heard(x):
-                ear.last = weakref.ref(x)
-                self._count(ear, rows.flatten(0, -2), acting(layer, rows))
+            inputs = self._inputs[name] = inputs or _LayerInputs(rows.shape[-1])
+            if not inputs.counted(x):
+                inputs.last = weakref.ref(x)
+                own = torch.zeros(rows.shape[:-1].numel(), dtype=torch.bool, device=x.device)  # (N,)
+                if isinstance(layer, AdaptedLinear | AdaptedConv1x1) and not self.concept_free:
+                    own = layer.acts_on(rows)
+                inputs.own.add(rows.flatten(0, -2)[own])
+                inputs.free.add(rows.flatten(0, -2)[~own])
 
-        return site.module.register_forward_pre_hook(hook)
-
-    def _count(self, ear: _LayerInputs, rows: Tensor, own: Tensor) -> None:
-        own = torch.zeros_like(own) if self.silent else own
-        ear.own.add(rows[own])
-        ear.free.add(rows[~own])
+        return module.register_forward_pre_hook(hook)
 
     def moments(self) -> dict[str, Moment]:
-        made = {id(ear): ear.moment() for ear in self._ears.values()}
-        return {name: made[id(ear)] for name, ear in self._ears.items()}
+        moments = {id(inputs): inputs.moment() for inputs in self._inputs.values()}
+        return {name: moments[id(inputs)] for name, inputs in self._inputs.items()}
 
     def __enter__(self) -> "_Recorder":
         return self
@@ -169,15 +167,3 @@ class _Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def acting(layer: nn.Module, rows: Tensor) -> Tensor:
-    """Which rows of a layer's input (…, I), flattened, any branch acts on: (N,) of bool."""
-    branches = layer.branches.values() if isinstance(layer, AdaptedLinear | AdaptedConv1x1) else ()
-    where = torch.zeros(rows.shape[:-1].numel(), dtype=torch.bool, device=rows.device)  # (N,)
-    for branch in branches:
-        if branch.gate is None:
-            where[:] = True
-        elif (open_rows := branch.gate.scope().open_rows(branch.gate.tokens, rows)) is not None:
-            where[open_rows] = True
-    return where

@@ -1,32 +1,39 @@
-"""Where the adaptable layers of a pipeline are: canonical layer name -> module, its parent and attribute.
+"""Where the adaptable layers of a pipeline are: canonical layer name -> its parent module and attribute.
 
-PEFT's own matrices are no layers of the base and are left out.
+PEFT's own matrices are no layers of the base and are left out, as are the copies that `fuse_qkv_projections` makes.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fusion.layer_names import COMPONENTS, canonical
-from fusion.models.pipeline import Pipeline
+from fusion.models.adapted_layers import base_of
+from fusion.models.pipeline import Pipeline, uncompiled
 
 _PEFT = "lora_"  # begins the levels that hold PEFT's own matrices
+_FUSED = ("to_qkv", "to_kv")
+_TABLE = "_spectral_fusion_sites"  # the attribute of a component that keeps its table
 
 
 class Site(NamedTuple):
-    """Where an adaptable layer hangs: `getattr(parent, attribute) is module`."""
+    """Where an adaptable layer hangs."""
 
     parent: nn.Module
     attribute: str
-    module: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that is there now: the base's own, or with adapters attached to it."""
+        return getattr(self.parent, self.attribute)
 
 
 def components(pipe: Pipeline) -> dict[str, nn.Module]:
     """The adaptable submodels this pipeline has, in the order of COMPONENTS."""
-    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -38,20 +45,45 @@ def adaptable(module: nn.Module) -> bool:
 
 
 def sites(pipe: Pipeline) -> dict[str, Site]:
-    """Every adaptable layer of a pipeline under its canonical name."""
-    return {name: site for component, root in components(pipe).items() for name, site in _walk(component, root)}
+    """Every adaptable layer of a pipeline under its canonical name. Modules are walked again only when they change."""
+    table: dict[str, Site] = {}
+    for component, root in components(pipe).items():
+        module = uncompiled(root)
+        walked = module.__dict__.get(_TABLE)
+        if walked is None or not walked.holds(component):
+            walked = _Table(component, module)
+            object.__setattr__(module, _TABLE, walked)
+        table |= walked.sites
+    return table
 
 
-def _walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
+class _Table:
+    """The sites of one component, with the tree of modules they were found in."""
+
+    def __init__(self, component: str, root: nn.Module) -> None:
+        self.component, self.sites = component, dict(walk(component, root))
+        self._tree = [(module, _children(module)) for module in map(base_of, root.modules())]
+
+    def holds(self, component: str) -> bool:
+        """Whether the tree is the same, module by module, but for what this toolkit has attached."""
+        return component == self.component and all(_children(m) == children for m, children in self._tree)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the component has modules of its own
+
+
+def _children(module: nn.Module) -> list[nn.Module | None]:
+    return [child and base_of(child) for child in module._modules.values()]
+
+
+def walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
+    """The sites below a component, by a walk over all of its modules."""
     for path, parent in root.named_modules():
         if any(level.startswith(_PEFT) for level in path.split(".")):
             continue
         for attribute, module in parent.named_children():
-            if adaptable(module):
-                yield (
-                    canonical(component, f"{path}.{attribute}" if path else attribute),
-                    Site(parent, attribute, module),
-                )
+            if adaptable(module) and attribute not in _FUSED:
+                yield canonical(component, f"{path}.{attribute}" if path else attribute), Site(parent, attribute)
 
 
 def matrix(site: Site) -> torch.Tensor:

@@ -35,7 +35,12 @@ class Pipeline(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """A model without torch.compile's wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
 def config_of(module: nn.Module) -> Mapping[str, Any]:
     """A model's config, also under torch.compile's wrapper."""
-    inner: Any = getattr(module, "_orig_mod", module)
+    inner: Any = uncompiled(module)
     return dict(inner.config)

@@ -1,4 +1,4 @@
-"""Pipelines of base models: opening them safely, the embedded one, their families and the defaults they bring along."""
+"""Pipelines of base models: opened safely, the embedded one, their families and the defaults they come with."""
 
 import json
 from importlib.resources import files
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fusion.adapters.adapter import BaseInfo
 from fusion.config import read_base_defaults
 from fusion.errors import BaseMismatch, ConfigError
-from fusion.models.layer_sites import Pipeline, components
+from fusion.models.layer_sites import components
+from fusion.models.pipeline import Pipeline, config_of, uncompiled
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -114,7 +114,7 @@ def family(pipe: Pipeline) -> str:
     """One of FAMILIES. Raises BaseMismatch for a pipeline that is none of them.
 
     XL is the one with two text encoders and added time ids; 2.x projects into its transformers by linear layers where
-    1.x uses 1x1 convolutions. Widths, vocabulary and resolution are never asked.
+    1.x uses 1x1 convolutions. Widths, vocabulary and resolution do not matter.
     """
     parts = components(pipe)
     if "unet" not in parts or len(parts) < 2:
@@ -122,7 +122,7 @@ def family(pipe: Pipeline) -> str:
             f"{type(pipe).__name__} has no UNet with a CLIP text encoder; "
             "spectral-fusion works on Stable Diffusion 1.x, 2.x and XL."
         )
-    config = model_config(parts["unet"])
+    config = config_of(parts["unet"])
     if "text_encoder_2" in parts or config.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if config.get("use_linear_projection") else "sd1"
@@ -130,15 +130,5 @@ def family(pipe: Pipeline) -> str:
 
 def base_info(pipe: Pipeline) -> BaseInfo:
     """What an adapter trained on this pipeline says of its base."""
-    where = pipe.config.get("_name_or_path") or getattr(model_of(pipe), "name_or_path", "") or "unnamed"
+    where = pipe.config.get("_name_or_path") or getattr(uncompiled(pipe.unet), "name_or_path", "") or "unnamed"
     return BaseInfo(family(pipe), Path(str(where)).name, str(pipe.scheduler.config.prediction_type))
-
-
-def model_of(pipe: Pipeline) -> nn.Module:
-    """The UNet without torch.compile's wrapper."""
-    return getattr(pipe.unet, "_orig_mod", pipe.unet)
-
-
-def model_config(module: nn.Module) -> dict[str, Any]:
-    inner: Any = getattr(module, "_orig_mod", module)
-    return dict(inner.config)

@@ -12,14 +12,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fusion.errors import UnknownName, closest
-from fusion.layer_names import component_of
+from fusion.layer_names import COMPONENTS, component_of
 
-# What a bare component means: its attention projections.
-_ATTENTION = {"unet": ("attn1", "attn2"), "text_encoder": ("self_attn",), "text_encoder_2": ("self_attn",)}
-# Where every row is a token, so that gates are exact (law 19); those of the pipeline's components are used.
-GATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn2.to_k", "unet.attn2.to_v")
-# The paper's targets, for adapters without gates.
-UNGATED_TARGETS = ("text_encoder", "text_encoder_2", "unet.attn1", "unet.attn2")
+_ENCODERS_FIRST = sorted(COMPONENTS.values(), key=lambda component: not component.tokenizer)
+GATED_TARGETS = tuple(target for component in _ENCODERS_FIRST for target in component.gated_targets)
+UNGATED_TARGETS = tuple(target for component in _ENCODERS_FIRST for target in component.targets)
 
 
 def default_targets(components: Iterable[str], *, gated: bool) -> tuple[str, ...]:
@@ -48,7 +45,7 @@ def _matches(pattern: str, layer: str) -> bool:
     component, _, path = pattern.partition(".")
     if component_of(layer) != component:
         return False
-    fragments = [path] if path else list(_ATTENTION.get(component, ()))
+    fragments = [path] if path else COMPONENTS[component].attention if component in COMPONENTS else ()
     return any(_fragment(fragment).search(f".{layer}.") for fragment in fragments)
 
 

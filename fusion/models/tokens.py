@@ -1,14 +1,16 @@
 """Concept tokens in a pipeline: words for the tokenizer, rows for the text encoder, positions for the gates.
 
-The text encoder never sees an id beyond its vocabulary: concept ids are noted, replaced by an ordinary one, and their
-embeddings laid over it afterwards. So nothing is resized, only the laid-over rows are ever trained, and the pooled
-output of old CLIP configs, which looks for the *largest* id of a prompt, is not fooled.
+The text encoder never sees an id beyond its vocabulary: concept ids are recorded, replaced by an ordinary one, and the
+embeddings at their positions are overlaid afterwards. So nothing is resized, only the overlaid rows are ever trained,
+and the pooled output of old CLIP configs, which looks for the *largest* id of a prompt, is right.
 
 Shapes: B prompts, T text positions, D embedding width.
 """
 
 import copy
 import hashlib
+import operator
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,34 +20,34 @@ from torch import Tensor, nn
 
 from fusion.adapters.adapter import Concept
 from fusion.errors import BaseMismatch, TokenConflict
+from fusion.layer_names import TOKENIZERS
 from fusion.models.gates import Positions, PromptTracker
+from fusion.models.hooks import Hooks
 from fusion.models.layer_sites import components
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, uncompiled
 
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+# Words of detached concepts whose ids no other word gets, so that ids a program has kept are refused, not mistaken.
+_RESERVED = 64
 
 
-def text_encoders(pipe: Pipeline) -> dict[str, Any]:
-    return {name: module for name, module in components(pipe).items() if name in TOKENIZERS}
+def text_encoders(pipe: Pipeline) -> dict[str, nn.Module]:
+    return {name: uncompiled(module) for name, module in components(pipe).items() if name in TOKENIZERS}
 
 
 def embedding_of(text_encoder: Any) -> nn.Embedding:
     """The token embedding, whatever the layout of the class around it."""
-    return getattr(text_encoder, "_orig_mod", text_encoder).get_input_embeddings()
+    return uncompiled(text_encoder).get_input_embeddings()
 
 
 def initial_rows(pipe: Pipeline, concept: Concept) -> dict[str, Tensor]:
     """Embedding rows (vectors, D) per text encoder, started from the noun's pieces.
 
-    A whisper of noise (1 % of the embedding's spread, seeded by the token) tells `a <dog>` from `a dog`: prompts are
+    A little noise (1 % of the embedding's spread, seeded by the token) makes `a <dog>` differ from `a dog`: prompts are
     recognised by content, and two concepts of one noun must not start identical.
     """
     rows: dict[str, Tensor] = {}
     for component, encoder in text_encoders(pipe).items():
-        tokenizer, weight = (
-            getattr(pipe, TOKENIZERS[component]),
-            embedding_of(encoder).weight.detach().float(),
-        )
+        tokenizer, weight = getattr(pipe, TOKENIZERS[component]), embedding_of(encoder).weight.detach().float()
         ids = tokenizer(concept.noun, add_special_tokens=False).input_ids if concept.noun else []
         pieces = weight[ids] if ids else weight.mean(dim=0, keepdim=True)  # (pieces, D)
         if concept.vectors == 1:
@@ -59,147 +61,173 @@ def initial_rows(pipe: Pipeline, concept: Concept) -> dict[str, Tensor]:
     return rows
 
 
-class ConceptTokens:
-    """All concepts attached to pipelines of the same components; `close()` leaves these as found."""
+class _Calls(threading.local):
+    """The ids (B, T) that each text encoder is called with in this thread."""
 
-    def __init__(self, pipe: Pipeline, reader: PromptTracker) -> None:
-        self.reader = reader
-        self._encoders = text_encoders(pipe)
-        self._originals = {name: getattr(pipe, TOKENIZERS[name]) for name in self._encoders}
-        self._tokenizers = dict(self._originals)
-        # Weak: the table of installations lives by the pipelines, and must not keep them alive.
-        self._pipes: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._owned: dict[int, tuple[tuple[Concept, ...], Mapping[str, Mapping[str, Tensor]]]] = {}
-        self._issued: list[str] = []  # every word ever added, in the order of their ids
+    def __init__(self) -> None:
+        self.ids: dict[str, Tensor] = {}
+
+
+class ConceptTokens:
+    """The concepts attached to one set of components, from `open()` to `close()`."""
+
+    def __init__(self, encoders: Mapping[str, nn.Module], tracker: PromptTracker) -> None:
+        self._encoders, self._tracker = encoders, tracker
+        self._originals: dict[str, Any] = {}
+        # One tokenizer for each component, kept for good: pipelines built of the same components follow it.
+        self._tokenizers: dict[str, Any] = {}
+        self._pipes: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()  # with their own
+        self._concepts: dict[int, tuple[Concept, ...]] = {}
+        self._rows: dict[str, Mapping[str, Tensor]] = {}  # token -> component -> (vectors, D)
+        self._slots: list[str] = []  # every word with an id, in the order of ids
+        self._detached: list[str] = []  # those of detached concepts, the oldest first
+        self._listed: list[str] = []  # what the tokenizers know in the place of the slots' words
         self._words: dict[str, dict[int, tuple[str, int]]] = {}  # component -> id -> (token, which vector)
-        self._overlay: dict[str, Tensor] = {}  # component -> (B, T) ids of the call under way
-        self._hooks = [hook for name in self._encoders for hook in self._hook(name)]
-        self._rebuild()
-        self.join(pipe)
+        self._calls = _Calls()
+
+    def open(self, pipe: Pipeline, hooks: Hooks) -> None:
+        """Follow the prompts of a pipeline, and of all pipelines that join."""
+        self._originals = {name: self._own(pipe, name) for name in self._encoders}
+        self._words = {name: {} for name in self._encoders}
+        for name, encoder in self._encoders.items():
+            hooks.before(encoder, self._before_encoder(name))
+            hooks.after(embedding_of(encoder), self._after_embedding(name))
+            hooks.after(encoder, self._after_encoder(name))
+
+    def close(self) -> None:
+        self._set_words({})
+        self._pipes.clear()
 
     def join(self, pipe: Pipeline) -> None:
         """Give the tokenizers to another pipeline of the same components, too."""
-        self._pipes.add(pipe)
-        self._hand_out()
+        if pipe not in self._pipes:
+            self._pipes[pipe] = {name: self._own(pipe, name) for name in self._encoders}
+            self._hand_out()
+
+    def _own(self, pipe: Pipeline, component: str) -> Any:
+        """The pipeline's own tokenizer; the base's where it was built with ours."""
+        tokenizer = getattr(pipe, TOKENIZERS[component])
+        return self._originals.get(component) if tokenizer is self._tokenizers.get(component) else tokenizer
 
     def _hand_out(self) -> None:
-        for pipe in self._pipes:
-            for component, tokenizer in self._tokenizers.items():
-                setattr(pipe, TOKENIZERS[component], tokenizer)
+        for pipe, own in self._pipes.items():
+            for component, tokenizer in own.items():
+                setattr(pipe, TOKENIZERS[component], self._tokenizers[component] if self._rows else tokenizer)
 
     def add(self, key: int, concepts: tuple[Concept, ...], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Teach the pipeline the concepts of attachment `key`; `rows`: token -> component -> (vectors, D).
+        """Add the concepts of attachment `key`; `rows`: token -> component -> (vectors, D).
 
         Raises TokenConflict if a token is attached already, or is a word of the base; BaseMismatch for rows that do
         not fit.
         """
-        attached = {concept.token for owned, _ in self._owned.values() for concept in owned}
         for concept in concepts:
-            if concept.token in attached:
+            if concept.token in self._rows:
                 raise TokenConflict(
                     f"{concept.token} is attached to this pipeline already; detach it first, or rename one: "
                     f"adapter.renamed({{'{concept.token}': '<another>'}})."
                 )
         check_concepts(concepts, rows, self._encoders, self._originals)
-        self._owned[key] = (concepts, rows)
-        self._rebuild()
-
-    def remove(self, key: int) -> None:
-        """Forget the concepts of attachment `key`, if it has any."""
-        if self._owned.pop(key, None) is not None:
+        if concepts:
+            self._concepts[key] = concepts
+            self._rows |= {concept.token: rows[concept.token] for concept in concepts}
             self._rebuild()
 
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._tokenizers = self._originals
-        self._hand_out()
+    def remove(self, key: int) -> None:
+        """Remove the concepts of attachment `key`, if it has any."""
+        if concepts := self._concepts.pop(key, ()):
+            for concept in concepts:
+                del self._rows[concept.token]
+            self._rebuild()
 
     def _rebuild(self) -> None:
-        """Give the pipelines copies of their own tokenizers that know exactly the attached concepts.
+        """Let the tokenizers know exactly the attached concepts.
 
-        A word keeps its id while anything is attached, and ids are not used again: a pipeline built in between from
-        the same components may still have an older copy.
+        A word keeps its id for as long as it is attached, and after that until the ids of _RESERVED other words have
+        been given up later.
         """
-        concepts = [c for owned, _ in self._owned.values() for c in owned]
-        living = {piece: (c.token, i) for c in concepts for i, piece in enumerate(c.pieces)}
-        self._issued += [piece for piece in living if piece not in self._issued]
-        words = [piece if piece in living else f"\ue000{i}" for i, piece in enumerate(self._issued)]
+        attached = {p: (c.token, i) for cs in self._concepts.values() for c in cs for i, p in enumerate(c.pieces)}
+        self._detached = [word for word in self._detached if word not in attached]
+        self._detached += [word for word in self._slots if word not in attached and word not in self._detached]
+        for piece in attached:
+            if piece not in self._slots and len(self._detached) > _RESERVED:
+                self._slots[self._slots.index(self._detached.pop(0))] = piece
+            elif piece not in self._slots:
+                self._slots.append(piece)
+        self._set_words(attached)
+
+    def _set_words(self, attached: Mapping[str, tuple[str, int]]) -> None:
+        # A private-use character keeps the place of a word that is spelled again.
+        words = [word if word in attached else f"\ue000{i}" for i, word in enumerate(self._slots)]
         for component, original in self._originals.items():
-            tokenizer = _with_words(original, words) if living else original
-            self._words[component] = {tokenizer.convert_tokens_to_ids(piece): at for piece, at in living.items()}
-            self._tokenizers[component] = tokenizer
+            tokenizer = self._tokenizers.setdefault(component, object.__new__(type(original)))
+            if not attached:
+                tokenizer.__dict__ = dict(vars(original))
+            elif self._listed and words[: len(self._listed)] == self._listed:
+                tokenizer.add_tokens(words[len(self._listed) :])
+            else:
+                tokenizer.__dict__ = vars(_with_words(original, words)) | _as_original(original)
+            self._words[component] = {tokenizer.convert_tokens_to_ids(word): at for word, at in attached.items()}
+        self._listed = words if attached else []
         self._hand_out()
 
-    def _row(self, component: str, token: str, vector: int) -> Tensor:
-        return next(rows[token][component][vector] for _, rows in self._owned.values() if token in rows)
-
-    def _hook(self, component: str) -> list[Any]:
-        encoder = self._encoders[component]
-        return [
-            encoder.register_forward_pre_hook(self._before(component), with_kwargs=True),
-            embedding_of(encoder).register_forward_hook(self._lay_over(component)),
-            encoder.register_forward_hook(self._after(component)),
-        ]
-
-    def _before(self, component: str) -> Any:
-        """Note the concept ids of this call and hide them from the text encoder."""
+    def _before_encoder(self, component: str) -> Any:
+        """Record the concept ids of this call, and hide them from the text encoder."""
 
         def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             ids = ids.view(-1, ids.shape[-1])
-            self._overlay[component] = ids
+            self._calls.ids[component] = ids
             words = self._words[component]
             _check_known(ids, words, embedding_of(encoder).num_embeddings)
             prompts = [_positions(row, words) for row in ids.tolist()]
-            self.reader.begin_text(component, prompts, ids.shape[1], ids.device)
+            self._tracker.start_text(component, prompts, ids.shape[1], ids.device)
             # BOS: a word of every CLIP vocabulary, below EOS, so that the pooled position stays EOS's.
             ordinary = self._originals[component].bos_token_id
-            hidden = torch.isin(ids, torch.tensor(list(words), device=ids.device, dtype=ids.dtype))
-            seen = ids.masked_fill(hidden, ordinary)
+            is_concept = torch.isin(ids, torch.tensor(list(words), device=ids.device, dtype=ids.dtype))
+            hidden = ids.masked_fill(is_concept, ordinary)
             if "input_ids" in kwargs:
-                return args, {**kwargs, "input_ids": seen}
-            return (seen, *args[1:]), kwargs
+                return args, {**kwargs, "input_ids": hidden}
+            return (hidden, *args[1:]), kwargs
 
-        return hook
+        return torch.compiler.disable(hook)
 
-    def _lay_over(self, component: str) -> Any:
+    def _after_embedding(self, component: str) -> Any:
         """Replace the embeddings at concept positions by the concepts' own rows."""
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            words, ids = self._words[component], self._overlay.get(component)
+            words, ids = self._words[component], self._calls.ids.get(component)
             if ids is None or ids.shape != output.shape[:-1]:  # somebody else's call, not the text encoder's
                 return output
-            flat = ids.flatten().tolist()
-            at = [i for i, word in enumerate(flat) if word in words]
-            if not at:
+            concepts = {i: words[word] for i, word in enumerate(ids.flatten().tolist()) if word in words}
+            if not concepts:
                 return output
-            rows = torch.stack([self._row(component, *words[flat[i]]).to(output) for i in at])  # (n, D)
-            index = torch.tensor(at, device=output.device)
-            return output.flatten(0, 1).index_copy(0, index, rows).view(output.shape)
+            rows = [self._rows[token][component][vector].to(output) for token, vector in concepts.values()]
+            index = torch.tensor(list(concepts), device=output.device)
+            return output.flatten(0, 1).index_copy(0, index, torch.stack(rows)).view(output.shape)
 
-        return hook
+        return torch.compiler.disable(hook)
 
-    def _after(self, component: str) -> Any:
-        """Tell the reader what the prompts were encoded to, at every layer a pipeline may take (clip_skip, SDXL)."""
+    def _after_encoder(self, component: str) -> Any:
+        """Remember what the prompts were encoded to, at every layer a pipeline may take (clip_skip, SDXL)."""
 
         def hook(encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            ids = self._overlay.pop(component)
+            ids = self._calls.ids.pop(component)
             values = list(output.values()) if hasattr(output, "values") else list(output)
             tensors = [t for value in values for t in (value if isinstance(value, tuple | list) else (value,))]
             encoded = [t for t in tensors if isinstance(t, Tensor) and t.shape[:-1] == ids.shape]
-            resume = self.reader.resumption(component)
+            restore = self._tracker.restoring_hook(component)
             for tensor in encoded:
                 if tensor.requires_grad:
-                    tensor.register_hook(resume)
+                    tensor.register_hook(restore)
             layers = [tensor[:, -1].detach() for tensor in encoded]
             if len(layers) > 1:
                 norm = next(m for name, m in encoder.named_modules() if name.endswith("final_layer_norm"))
                 layers += [norm(layer) for layer in layers]
             words = self._words[component]
-            self.reader.end_text(component, [_positions(row, words) for row in ids.tolist()], torch.stack(layers))
+            prompts = [_positions(row, words) for row in ids.tolist()]
+            self._tracker.remember(component, prompts, torch.stack(layers))
 
-        return hook
+        return torch.compiler.disable(hook)
 
 
 def check_concepts(
@@ -214,11 +242,11 @@ def check_concepts(
             if any(_knows(tokenizer, piece) for piece in concept.pieces):
                 raise TokenConflict(f"{concept.token} is a word of this base's tokenizer; choose another token.")
             needed = (concept.vectors, embedding_of(encoders[component]).embedding_dim)
-            given = rows.get(concept.token, {}).get(component)
-            if given is None or tuple(given.shape) != needed:
-                found = "no embedding" if given is None else f"an embedding of shape {tuple(given.shape)}"
+            row = rows.get(concept.token, {}).get(component)
+            if row is None or tuple(row.shape) != needed:
+                what = "no embedding" if row is None else f"an embedding of shape {tuple(row.shape)}"
                 raise BaseMismatch(
-                    f"{concept.token} has {found} for the {component} of this base, which needs {needed}. It was "
+                    f"{concept.token} has {what} for the {component} of this base, which needs {needed}. It was "
                     "trained on another family."
                 )
 
@@ -228,7 +256,7 @@ def make_permanent(pipe: Pipeline, concepts: Sequence[Concept], rows: Mapping[st
 
     Raises what check_concepts does, before anything is changed.
     """
-    encoders = text_encoders(pipe)
+    encoders: dict[str, Any] = dict(text_encoders(pipe))
     tokenizers = {component: getattr(pipe, TOKENIZERS[component]) for component in encoders}
     check_concepts(concepts, rows, encoders, tokenizers)
     pieces = [piece for concept in concepts for piece in concept.pieces]
@@ -266,17 +294,26 @@ def _with_words(original: Any, words: Sequence[str]) -> Any:
     return tokenizer
 
 
+def _as_original(original: Any) -> dict[str, Any]:
+    """What makes copies, pickles and saved folders of a tokenizer those of the base: its text encoder knows no more."""
+    return {
+        "__deepcopy__": lambda memo: copy.deepcopy(original, memo),
+        "__reduce_ex__": lambda _protocol: (operator.itemgetter(0), ((original,),)),
+        "save_pretrained": original.save_pretrained,
+    }
+
+
 def _check_known(ids: Tensor, words: Mapping[int, tuple[str, int]], vocabulary: int) -> None:
     if unknown := [word for row in ids.tolist() for word in row if word >= vocabulary and word not in words]:
         raise TokenConflict(
-            f"The prompt holds a concept token (id {unknown[0]}) that is not attached any more; build this pipeline "
-            "again from the components of the one adapters are attached to."
+            f"The prompt holds a concept token (id {unknown[0]}) that is not attached any more; encode the prompt "
+            "again."
         )
 
 
 def _positions(ids: list[int], words: Mapping[int, tuple[str, int]]) -> Positions:
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, word in enumerate(ids):
         if word in words:
-            found.setdefault(words[word][0], []).append(position)
-    return {token: tuple(positions) for token, positions in found.items()}
+            positions.setdefault(words[word][0], []).append(position)
+    return {token: tuple(numbers) for token, numbers in positions.items()}

@@ -12,9 +12,9 @@ from diffusers import StableDiffusionImg2ImgPipeline
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, TokenConflict, UnknownName
+from fusion.layer_names import TOKENIZERS
 from fusion.models.attachment import attach
 from fusion.models.layer_sites import components, sites
-from fusion.models.tokens import TOKENIZERS
 from trained import attached, draw, everywhere, fresh_adapter, trained_adapter
 
 every_type = pytest.mark.parametrize("kind", ADAPTERS)
@@ -182,17 +182,33 @@ def test_pipelines_of_the_same_components_share_what_is_attached():
 
 
 def test_a_pipeline_built_in_between_never_mistakes_one_concept_for_another():
-    pipe = tiny.pipeline("sd1")
+    pipe, options = tiny.pipeline("sd1"), {"image": torch.rand(1, 3, 16, 16), "strength": 1.0}
+
+    def redraw(prompt, built):
+        return draw(built, prompt, **options)
+
+    def build():
+        built = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        built.set_progress_bar_config(disable=True)
+        return built
+
+    spelled = [redraw(f"a {token}", build()) for token in ("<a>", "<b>")]  # no words yet
     first, second = attach(pipe, trained_adapter(pipe, "<a>")), attach(pipe, trained_adapter(pipe, "<b>", k=1))
-    stale = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stale.set_progress_bar_config(disable=True)
-    options = {"image": torch.rand(1, 3, 16, 16), "strength": 1.0}
-    picture = draw(stale, "a <b>", **options)
+    between = build()
+    picture, ids = redraw("a <b>", between), between.tokenizer("a <a>", return_tensors="pt").input_ids
     first.detach()
-    assert torch.equal(draw(stale, "a <b>", **options), picture)
+    assert torch.equal(redraw("a <b>", between), picture)
+    assert torch.equal(redraw("a <a>", between), spelled[0])
     with pytest.raises(TokenConflict, match="not attached any more"):
-        draw(stale, "a <a>", **options)
+        pipe.text_encoder(ids)
+    third = attach(pipe, trained_adapter(pipe, "<c>", k=2))
+    with pytest.raises(TokenConflict, match="not attached any more"):
+        pipe.text_encoder(ids)
+    third.detach()
     second.detach()
+    assert [
+        torch.equal(redraw(f"a {token}", between), s) for token, s in zip(("<a>", "<b>"), spelled, strict=True)
+    ] == [True, True]
 
 
 def test_pipelines_that_share_only_some_components_are_refused():

@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import BaseMismatch, FusionError, GatingError, TokenConflict
+from fusion.layer_names import TOKENIZERS
 from fusion.models.attachment import attach
 from fusion.models.baking import bake
 from fusion.models.layer_sites import components, sites
-from fusion.models.tokens import TOKENIZERS, embedding_of
+from fusion.models.tokens import embedding_of
 from trained import attached, draw, everywhere, trained_adapter
 
 PROMPTS = ["a dog", "a <rex> beside a cat"]

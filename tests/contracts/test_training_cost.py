@@ -8,7 +8,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import tiny
 from fusion.adapters import ADAPTERS
-from fusion.models.adapted_layers import Gate, LayerBranch, Strength, adapted
+from fusion.models.adapted_layers import LayerBranch, Strength, adapted
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.gates import PictureRows, TokenRows
@@ -45,10 +45,11 @@ def test_no_matrix_of_the_size_of_a_weight_is_made_in_training(kind, gated, conv
     layer = trained_layer(kind, base.weight.flatten(1))
     x = torch.randn(2, width, 3, 2) if convolution else torch.randn(2, rows // 2, width)
     x.requires_grad_()
-    scope = PictureRows({"<a>": [(0, 0), (1, 0)]}, 2) if convolution else TokenRows({"<a>": torch.arange(rows)}, rows)
-    gate = Gate(("<a>",), lambda: scope) if gated else None
-    wrapped = adapted(base)
-    wrapped.add(0, LayerBranch(layer.delta, Strength(1.0), gate))
+    rows_of_call = TokenRows({"<a>": torch.arange(rows)}, rows)
+    if convolution:
+        rows_of_call = PictureRows({"<a>": [(0, 0), (1, 0)]}, 2)
+    wrapped = adapted(base, lambda: rows_of_call)
+    wrapped.add(0, LayerBranch(layer.delta, Strength(1.0), ("<a>",) if gated else ()))
     with Made() as made:
         wrapped(x).square().sum().backward()
     assert x.grad is not None and all(p.grad is not None for p in layer.parameters())

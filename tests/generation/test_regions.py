@@ -10,9 +10,9 @@ import tiny
 from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import Region
 from fusion.generation.drawing import generate, recipe_of
-from fusion.generation.regions import Cover, encode_regions, routed
+from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.layer_names import sees_tokens
-from fusion.models.attachment import attach, routing
+from fusion.models.attachment import attach
 from fusion.models.layer_sites import sites
 from trained import attached, everywhere, moved, trained_adapter
 
@@ -27,7 +27,7 @@ def latents(pipe, prompt, regions=(), **options):
     generator = torch.Generator().manual_seed(0)
     if not regions:
         return pipe(prompt, generator=generator, **options).images
-    with routed(pipe.unet, cover), routing(pipe, cover):
+    with drawing_regions(pipe, cover):
         return pipe(**encode_regions(pipe, prompt, None, regions, 1), generator=generator, **options).images
 
 
@@ -43,8 +43,8 @@ def test_a_region_over_all_of_it_replaces_the_prompt(family):
     pipe = tiny.pipeline(family)
     adapter = trained_adapter(pipe, targets=everywhere(pipe))
     with attached(pipe, adapter):
-        routed_away = latents(pipe, "a bird", [Region("a <rex>", ALL)])
-        assert torch.allclose(routed_away, latents(pipe, "a <rex>"), atol=1e-5)
+        replaced = latents(pipe, "a bird", [Region("a <rex>", ALL)])
+        assert torch.allclose(replaced, latents(pipe, "a <rex>"), atol=1e-5)
 
 
 def test_a_concept_changes_nothing_outside_its_region_at_any_layer(pipe):
@@ -84,7 +84,7 @@ def test_a_concept_changes_nothing_outside_its_region_at_any_layer(pipe):
         if y.ndim == 2:  # time embeddings have no cells: they act on whole pictures
             continue
         rows, now = (t.flatten(2).transpose(1, 2) if t.ndim == 4 else t for t in (y, after[name]))
-        _, left, right = cover.covered(rows.shape[1], rows.device)
+        _, left, right = cover.prompt_cells(rows.shape[1], rows.device)
         assert torch.equal(rows[:, left], now[:, left]), name
         changed_in_b += not torch.equal(rows[:, right], now[:, right])
     assert changed_in_b > 10
@@ -96,7 +96,7 @@ def test_cross_attention_of_a_region_sees_its_own_prompt_alone(pipe):
     attention = [m for n, m in pipe.unet.named_modules() if n.endswith("attn2")]
     cover = Cover([Region("", LEFT), Region("", RIGHT)], SIDE, SIDE)
     torch.manual_seed(0)
-    with routed(pipe.unet, cover):
+    with drawing_regions(pipe, cover):
         for module in attention:
             x = torch.randn(2, 16, module.to_q.in_features)
             states = torch.randn(2, 3 * 7, module.to_k.in_features)
@@ -105,7 +105,7 @@ def test_cross_attention_of_a_region_sees_its_own_prompt_alone(pipe):
             changed[:, :7] -= 1  # the picture's own prompt, which no cell follows here
             for key, given in (("before", states), ("after", changed)):
                 seen[key] = module(x, encoder_hidden_states=given)
-            _, left, right = cover.covered(16, x.device)
+            _, left, right = cover.prompt_cells(16, x.device)
             assert torch.equal(seen["before"][:, left], seen["after"][:, left])
             assert not torch.allclose(seen["before"][:, right], seen["after"][:, right])
 
@@ -114,13 +114,13 @@ def test_cells_are_shared_out_at_every_level():
     overlapping = [Region("a", (0, 0, 0.75, 1)), Region("b", (0.25, 0, 1, 0.5))]
     cover = Cover(overlapping, 8, 16)
     for cells in (128, 32, 8, 2):
-        places, shares = (f(cells, torch.device("cpu")) for f in (cover.covered, cover.shares))
+        places, shares = (f(cells, torch.device("cpu")) for f in (cover.prompt_cells, cover.shares))
         counted = torch.zeros(cells)
         for place in places:
             counted[place] += shares[place]
         assert torch.allclose(counted, torch.ones(cells))
     with pytest.raises(GatingError, match="has 100 cells, no level of 16x8"):
-        cover.covered(100, torch.device("cpu"))
+        cover.prompt_cells(100, torch.device("cpu"))
 
 
 def test_a_mask_is_as_good_as_its_box():
@@ -154,7 +154,7 @@ def test_a_region_without_a_cell_is_refused():
 def test_processors_come_back_and_foreign_ones_are_refused(pipe):
     cover = Cover([Region("a", LEFT)], SIDE, SIDE)
     before = dict(pipe.unet.attn_processors)
-    with pytest.raises(RuntimeError, match="stop"), routed(pipe.unet, cover):
+    with pytest.raises(RuntimeError, match="stop"), drawing_regions(pipe, cover):
         raise RuntimeError("stop")
     assert pipe.unet.attn_processors == before
 
@@ -162,7 +162,7 @@ def test_processors_come_back_and_foreign_ones_are_refused(pipe):
         pass
 
     next(m for n, m in pipe.unet.named_modules() if n.endswith("attn2")).processor = Foreign()
-    with pytest.raises(ConfigError, match="Foreign attention"), routed(pipe.unet, cover):
+    with pytest.raises(ConfigError, match="Foreign attention"), drawing_regions(pipe, cover):
         pass
 
 

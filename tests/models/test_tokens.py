@@ -8,9 +8,10 @@ import torch
 import tiny
 from fusion.adapters.adapter import Concept
 from fusion.errors import TokenConflict
+from fusion.layer_names import TOKENIZERS
 from fusion.models.attachment import attach
 from fusion.models.layer_sites import components
-from fusion.models.tokens import TOKENIZERS, _with_words, embedding_of, initial_rows, text_encoders
+from fusion.models.tokens import _with_words, embedding_of, initial_rows, text_encoders
 from trained import attached, fresh_adapter, trained_adapter
 
 
