@@ -41,7 +41,7 @@ _PACKAGES = (
     "training",
 )
 # Former public name -> today's. Each use warns; none of them is in __all__, dir() or the stub.
-_RENAMED = {"examine": "check_pictures"}
+_RENAMED = {"examine": "check_pictures", "foresee": "forecast"}
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -14,7 +14,7 @@ from fusion.errors import FusionError as FusionError
 from fusion.evaluation.clip_judge import open_judge as open_judge
 from fusion.evaluation.comparison import Cell as Cell
 from fusion.evaluation.comparison import compare as compare
-from fusion.evaluation.first_step_forecast import foresee as foresee
+from fusion.evaluation.first_step_forecast import forecast as forecast
 from fusion.evaluation.report import evaluate as evaluate
 from fusion.evaluation.sheets import contact_sheet as contact_sheet
 from fusion.formats.adapter_file import load as load

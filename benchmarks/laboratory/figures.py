@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fusion.evaluation.plots import FAINT, STYLE
+from fusion.evaluation.plots import GREY, STYLE
 
 INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#7f7f7f")  # Okabe, Ito
 MARKS = "osD^vP*X<"
@@ -97,4 +97,4 @@ def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]) -> 
 
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=FAINT)
+    axes.tick_params(color=GREY)

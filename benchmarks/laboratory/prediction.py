@@ -2,7 +2,7 @@
 
 For every ordered pair of concepts (i into j), both adapters added and ungated: the share of j's identity that pictures
 of j lose, beside what was said of it from weights and recorded inputs (fusion.cross_talk) and from the UNet's first
-step (fusion.foresee).
+step (fusion.forecast).
 """
 
 from itertools import permutations
@@ -14,7 +14,7 @@ import fusion
 from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.drawing import with_adapters
 from benchmarks.laboratory.scoring import Laboratory
-from fusion.evaluation.clip_judge import likeness
+from fusion.evaluation.clip_judge import similarity
 
 VERSION = 2
 RECIPES = ("lora", "spectral-open")
@@ -33,7 +33,7 @@ def _measure(laboratory: Laboratory, recipe: str, concepts: list[Concept]) -> di
     adapters = [fusion.load(file) for file in files]
     references = {concept.token: concept.references() for concept in concepts}
     heard = fusion.cross_talk(pipe, adapters, fusion.record_moments(pipe, adapters)).ratio
-    foreseen = fusion.foresee(pipe, adapters, references, judge, prompt=laboratory.prompts.single, seeds=seeds).lost
+    foreseen = fusion.forecast(pipe, adapters, references, judge, prompt=laboratory.prompts.single, seeds=seeds).lost
     rows: list[dict[str, Any]] = []
     for j, i in permutations(range(len(concepts)), 2):
         asked, noun = (laboratory.prompts.single.format(first=w) for w in (concepts[j].token, concepts[j].noun))
@@ -44,7 +44,7 @@ def _measure(laboratory: Laboratory, recipe: str, concepts: list[Concept]) -> di
         own = [judge.pictures(references[concepts[j].token])]
         drawn = (both, asked), (laboratory.alone(files[j]), asked), (laboratory.base, noun)
         now, before, floor = (
-            likeness(judge.pictures([draw(prompt, seed) for seed in seeds]), own)[:, 0].numpy()
+            similarity(judge.pictures([draw(prompt, seed) for seed in seeds]), own)[:, 0].numpy()
             for draw, prompt in drawn
         )
         shares = (before - now) / (before.mean() - floor.mean())

@@ -11,7 +11,7 @@ from benchmarks.laboratory.concepts import Concept
 from benchmarks.laboratory.scoring import VERSION, Laboratory
 from benchmarks.laboratory.store import digest
 from benchmarks.laboratory.teaching import RATE
-from fusion.evaluation.clip_judge import likeness
+from fusion.evaluation.clip_judge import similarity
 
 RATES = (1e-3, RATE, 1e-2)
 CLEARLY = 0.02  # likeness; what another set of seeds may change
@@ -45,7 +45,7 @@ def _seen(laboratory: Laboratory, concept: Concept, file: Any) -> float:
     draw, judge = laboratory.alone(file), laboratory.judge
     prompt = laboratory.prompts.single.format(first=concept.token)
     pictures = judge.pictures([draw(prompt, seed) for seed in laboratory.seeds])
-    return float(likeness(pictures, [judge.pictures(concept.references())]).mean())
+    return float(similarity(pictures, [judge.pictures(concept.references())]).mean())
 
 
 def best(found: dict[str, float]) -> float:

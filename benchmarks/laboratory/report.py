@@ -274,7 +274,7 @@ def prophecy(predicted: dict[str, Any], folder: Path | None) -> str:
     return (
         "## Known before anything was drawn\n\nWhat share of its identity concept j loses in pictures with i's adapter "
         "added ungated, by rank correlation over ordered pairs: with cross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖, heard in weights "
-        "and inputs (`fusion.cross_talk`); with the share foreseen from the UNet's first step (`fusion.foresee`); and "
+        "and inputs (`fusion.cross_talk`); with the share foreseen from the UNet's first step (`fusion.forecast`); and "
         f"between halves of the seeds, which is as much as anything could reach.\n\n{heading}"
         + ("\n\n![Prediction](fusion-bench-prediction.png)" if folder else "")
     )

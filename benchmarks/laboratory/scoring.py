@@ -26,7 +26,7 @@ from benchmarks.laboratory.recipes import RECIPES
 from benchmarks.laboratory.store import Store, digest
 from benchmarks.laboratory.teaching import RATE, School
 from fusion.evaluation import identity, output_error
-from fusion.evaluation.clip_judge import Judge, likeness, open_judge
+from fusion.evaluation.clip_judge import Judge, open_judge, similarity
 
 VERSION = 1
 SCORE = 2  # of the scores alone; a larger number judges anew what is drawn already
@@ -60,7 +60,7 @@ class Laboratory:
     prompts: Prompts = Prompts()
     rates: dict[str, float] = field(default_factory=dict[str, float])  # recipe -> learning rate, where a search chose
     _prepared: dict[tuple[str, tuple[str, ...]], tuple[Prepared, float]] = field(default_factory=dict)
-    _questions: dict[tuple[str, str], output_error.Question] = field(default_factory=dict)
+    _questions: dict[tuple[str, str], output_error.ReferencePrediction] = field(default_factory=dict)
 
     @cached_property
     def judge(self) -> Judge:
@@ -143,17 +143,18 @@ class Laboratory:
         }
 
     def _beside(self, concepts: Sequence[Concept], alone: Any, together: Any, floor: Sequence[float]) -> list[Any]:
-        kept: list[dict[str, float]] = []
+        rows: list[dict[str, float]] = []
         for k, concept in enumerate(concepts):
             ordinary = self.prompts.ordinary[k % len(self.prompts.ordinary)]
             prompt = self.prompts.pair.format(first=concept.token, second=ordinary)
-            own = [self.judge.pictures(concept.references())]
-            now, before = (
-                likeness(self.judge.pictures([identity.crop(draw(prompt, s), identity.LEFT) for s in self.seeds]), own)
+            references = [self.judge.pictures(concept.references())]
+            crops = (
+                self.judge.pictures([identity.crop(draw(prompt, seed), identity.LEFT) for seed in self.seeds])
                 for draw in (together, alone[concept.token])
             )
-            kept.append({"now": float(now.mean()) - floor[k], "alone": float(before.mean()) - floor[k]})
-        return kept
+            now, before = (similarity(vectors, references) for vectors in crops)
+            rows.append({"now": float(now.mean()) - floor[k], "alone": float(before.mean()) - floor[k]})
+        return rows
 
     def _drift(self, prompts: Sequence[str], together: Any) -> float:
         asked = [(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -186,14 +187,14 @@ class Laboratory:
             size = file.stat().st_size
         return {**costs, "error": errors, "said_drift": drift, "bytes": size}
 
-    def _question(self, file: Path, concept: Concept) -> output_error.Question:
+    def _question(self, file: Path, concept: Concept) -> output_error.ReferencePrediction:
         key = file.parent.name, concept.name
         if key not in self._questions:
             prompt = self.prompts.single.format(first=concept.token)
-            self._questions[key] = output_error.concept_question(self.school.pipe, fusion.load(file), [prompt], 0)
+            self._questions[key] = output_error.concept_reference(self.school.pipe, fusion.load(file), [prompt], 0)
         return self._questions[key]
 
-    def _free(self) -> output_error.Question:
+    def _free(self) -> output_error.ReferencePrediction:
         if ("", "") not in self._questions:
-            self._questions["", ""] = output_error.free_question(self.school.pipe, list(self.prompts.free[:3]), 0)
+            self._questions["", ""] = output_error.base_reference(self.school.pipe, list(self.prompts.free[:3]), 0)
         return self._questions["", ""]

@@ -1,7 +1,7 @@
 """One prompt and seed over strengths, fusion methods and adapters: a sheet of pictures with measured numbers.
 
-Kept is how much of a concept survives, 100% as its file alone draws it; leakage is how far prompts without any
-concept move, 0 not at all.
+Kept is the share of a concept's effect that remains, 100% as its file alone draws it; leakage is how much prompts
+without any concept change, 0 not at all.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -15,7 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = 'fusion compare ADAPTER ... --prompt "..." -o SHEET.png [options]'
     add = parser.add_argument
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
-    add("--prompt", required=True, metavar="TEXT", help="what to draw everywhere")
+    add("--prompt", required=True, metavar="TEXT", help="of every picture")
     add("--strengths", nargs="+", type=float, default=[0.5, 1.0], metavar="X", help="rows (default: 0.5 1)")
     add("--methods", nargs="+", default=["direct_sum"], metavar="NAME", help="columns (default: direct_sum)")
     add("--alone", action="store_true", help="also a column for each adapter alone")

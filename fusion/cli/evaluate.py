@@ -1,7 +1,7 @@
-"""Measure adapters in use together: in their weights, and in what the base's UNet says with them.
+"""Measure adapters used together: in their weights, and in the predictions of the base's UNet.
 
-A concept's output error is 0 when it is drawn as if alone, and 1 when the others disturb it by as much as its own
-effect is large. Drift is how far prompts without any concept move from what the base says.
+A concept's output error is 0 when it is drawn as if alone, and 1 when the others change its prediction as much as the
+concept itself does. Drift is how much the prediction changes on prompts without any concept.
 """
 
 import json
@@ -18,12 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, single or fused")
     add("--prompts", nargs="+", metavar="TEXT", help='prompts to measure on, with {token}: "a {token} in the snow"')
     add("--concept_free", nargs="+", metavar="TEXT", help="prompts that should not change at all")
-    what = "pictures of a concept: also judge what is drawn, by their likeness; repeatable"
-    add("--references", action="append", default=[], metavar="<TOKEN>=FOLDER", help=what)
+    references = "pictures of a concept: also compare drawn pictures with them; repeatable"
+    add("--references", action="append", default=[], metavar="<TOKEN>=FOLDER", help=references)
     add("--judge", metavar="NAME", help="CLIP folder or hub id to judge by (default: the embedded pocket-clip)")
     add("--seeds", type=int, default=4, metavar="N", help="pictures of each kind to judge (default: 4)")
     add("--seed", type=int, default=0, metavar="N", help="of pictures and noise (default: 0)")
-    add("--activations", action="store_true", help="also measure how loud each is at the inputs of the others")
+    add("--activations", action="store_true", help="also measure each one's response to the inputs of the others")
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
@@ -39,8 +39,8 @@ def run(args: Namespace) -> None:
         adapters,
         prompts=args.prompts,
         concept_free=args.concept_free,
-        references=references(args.references),
-        judge=judge(args),
+        references=load_references(args.references),
+        judge=choose_judge(args),
         seeds=args.seeds,
         seed=args.seed,
         activations=args.activations,
@@ -50,28 +50,28 @@ def run(args: Namespace) -> None:
         return
     verdict(report.compatibility.verdict, report.compatibility)
     print()
-    for rows in (report.rows(), report.seen_rows()):
+    for rows in (report.rows(), report.picture_rows()):
         if rows:
             table(rows)
             print()
     notes(report.remarks())
 
 
-def references(pairs: list[str]) -> dict[str, list[Any]]:
-    """`<token>=folder` as the pictures in the folder."""
+def load_references(pairs: list[str]) -> dict[str, list[Any]]:
+    """The pictures of every `<token>=folder`, by token."""
     from fusion.training.dataset_files import is_picture, visible
     from fusion.training.pictures import load_picture
 
-    found: dict[str, list[Any]] = {}
+    references: dict[str, list[Any]] = {}
     for pair in pairs:
         token, equals, folder = pair.partition("=")
         if not equals:
             raise UsageError(f'--references takes "<token>=FOLDER", got "{pair}".')
-        found[token] = [load_picture(path) for path in visible(Path(folder)) if is_picture(path)]
-    return found
+        references[token] = [load_picture(path) for path in visible(Path(folder)) if is_picture(path)]
+    return references
 
 
-def judge(args: Namespace) -> Any:
+def choose_judge(args: Namespace) -> Any:
     from fusion.evaluation.clip_judge import open_judge
 
     return open_judge(args.judge, device=args.device) if args.references else None

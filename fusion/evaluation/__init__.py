@@ -1,1 +1,1 @@
-"""Adapters become numbers."""
+"""Measures of adapters in use: output errors, identity in pictures, comparisons and reports."""

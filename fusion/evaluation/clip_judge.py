@@ -1,16 +1,18 @@
-"""A CLIP model as judge: pictures and texts become unit vectors, and likeness is their cosine.
+"""A CLIP model as judge: pictures and texts become unit vectors, and their similarity is the cosine (CLIP-I, CLIP-T).
 
-The same code for the embedded `pocket-clip` and any CLIP of transformers. A judge is only believed as far as it can
-tell the references apart: `reliability` says how far that is.
+The same code serves the embedded `pocket-clip` and any CLIP model of transformers. A judge's numbers mean something as
+far as it can tell the references apart, which `reliability` measures.
 
-Shapes: N pictures or texts, D embedding width, C concepts.
+Shapes: N pictures or texts, D embedding width, C concepts, n references of one concept.
 """
+
+from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +22,41 @@ from torch import Tensor
 from fusion.errors import BaseMismatch
 from fusion.models.pipelines import best_device, embedded
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A CLIPModel with its processor."""
+    """A CLIP model with its processor."""
 
     name: str
-    model: Any
-    processor: Any
+    model: CLIPModel
+    processor: CLIPProcessor
 
     @torch.no_grad()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (N, D) in float32."""
-        parts: list[Tensor] = []
+        model, processor, vectors = self.model, self.processor.image_processor, list[Tensor]()
         for start in range(0, len(images), BATCH):
             batch = [image.convert("RGB") for image in images[start : start + BATCH]]
-            pixels = self.processor.image_processor(batch, return_tensors="pt").pixel_values.to(self.model.device)
-            parts.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
-        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+            pixels = processor(batch, return_tensors="pt").pixel_values.to(model.device)
+            vectors.append(model.visual_projection(model.vision_model(pixels).pooler_output))
+        return F.normalize(torch.cat(vectors).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (N, D) in float32; what is beyond the model's text length is cut off."""
-        words = self.processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        words = words.to(self.model.device)
-        encoded = self.model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask)
+        """Unit vectors (N, D) in float32; text beyond the model's length is cut off."""
+        tokens = self.processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        encoded = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(self.model.text_projection(encoded.pooler_output).float(), dim=-1).cpu()
 
 
 def open_judge(where: str | Path | None = None, *, device: str | torch.device | None = None) -> Judge:
-    """A judge from a folder or hub id, `pocket-clip` by default. Safetensors only, no code from its repository.
+    """Open a CLIP model from a folder or hub id, `pocket-clip` by default. Safetensors only, no code from the hub.
 
     Raises BaseMismatch when it cannot be opened.
     """
@@ -68,19 +73,19 @@ def open_judge(where: str | Path | None = None, *, device: str | torch.device | 
     return Judge(Path(source).name, model.to(torch.device(device or best_device())).float().eval(), processor)
 
 
-def likeness(crops: Tensor, references: Sequence[Tensor]) -> Tensor:
+def similarity(crops: Tensor, references: Sequence[Tensor]) -> Tensor:
     """Mean cosine of each crop (N, D) to the references (n, D) of each of C concepts, (N, C)."""
-    return torch.stack([(crops @ own.T).mean(dim=1) for own in references], dim=1)
+    return torch.stack([(crops @ concept.T).mean(dim=1) for concept in references], dim=1)
 
 
 def reliability(references: Sequence[Tensor]) -> float:
-    """The share of reference pictures that are most like their own concept's others, 0 … 1; 1 for one concept."""
-    right = [
-        int(likeness(row[None], [_without(own, i) if other is own else other for other in references]).argmax()) == c
-        for c, own in enumerate(references)
-        for i, row in enumerate(own)
+    """The share of references that are most similar to the others of their own concept, 0 … 1; 1 for one concept."""
+    correct = [
+        int(similarity(row[None], [_without(r, i) if r is rows else r for r in references]).argmax()) == concept
+        for concept, rows in enumerate(references)
+        for i, row in enumerate(rows)
     ]
-    return sum(right) / len(right)
+    return sum(correct) / len(correct)
 
 
 def _without(rows: Tensor, index: int) -> Tensor:

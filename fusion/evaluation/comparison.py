@@ -1,9 +1,9 @@
 """compare(): one prompt and seed, drawn over strengths × methods × adapters, each picture with measured numbers.
 
     kept    = 1 − output error of a concept on its own prompt: 1 as its file alone draws it, 0 as far off as the base
-    leakage = drift of prompts without any concept: 0 nothing leaks into them
+    leakage = drift of prompts without any concept: 0 if they do not change
 
-Both are read from what the UNet says (survival.py), so they hold for the setting, not for one lucky picture.
+Both are measured on the UNet's predictions (output_error.py), so they hold for the setting and not for one picture.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -14,29 +14,29 @@ from PIL import Image
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
-from fusion.evaluation.output_error import CONCEPT_FREE, concept_question, concepts_of, free_question
+from fusion.evaluation.output_error import CONCEPT_FREE, base_reference, concept_reference, concepts_of
 from fusion.generation.drawing import Picture, generate
 from fusion.models.attachment import attach
 from fusion.models.pipeline import Pipeline
 
 ALONE = "alone"
-MOST = 64  # pictures
+MAX_PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of the grid, and what its setting does."""
+    """One picture of the grid, and the numbers of its setting."""
 
     number: int  # 1 … total
     total: int
     strength: float  # the grid's row; times each adapter's own
     column: str  # a fusion method, or "<token> alone"
     picture: Picture
-    kept: dict[str, float]  # token -> how much of it survives
+    kept: dict[str, float]  # token -> share of its effect that remains
     leakage: float
 
     def to_text(self) -> str:
-        """What stands under the picture."""
+        """The caption of the picture."""
         numbers = [f"{token} kept {share:.0%}" for token, share in self.kept.items()]
         return "\n".join([f"{self.column}, strength {self.strength:g}", *numbers, f"leakage {self.leakage:.3f}"])
 
@@ -54,37 +54,36 @@ def compare(
     steps: int | None = None,
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> Generator[Cell]:
-    """Draw the grid, row by row: every strength by every method, and with `alone` by every adapter alone.
+    """Draw the grid row by row: every strength by every method, and with `alone` by every adapter alone.
 
     `own_strengths` weigh the adapters against each other; `steps` and `on_step` as in generate.
     Raises ConfigError for a grid that is empty or of more than 64 pictures, and whatever fuse and generate raise.
     """
-    own = [1.0] * len(adapters) if own_strengths is None else list(own_strengths)
-    settings: list[tuple[str, list[Adapter], str, list[float]]] = []
-    if adapters:
-        settings += [(method, list(adapters), method, own) for method in methods]
+    weights = [1.0] * len(adapters) if own_strengths is None else list(own_strengths)
+    columns = [(method, list(adapters), method, weights) for method in methods if adapters]
     if alone:
-        for adapter, weight in zip(adapters, own, strict=True):
+        for adapter, weight in zip(adapters, weights, strict=True):
             tokens = " ".join(concept.token for concept in adapter.info.concepts) or adapter.info.name
-            settings.append((f"{tokens} {ALONE}", [adapter], "direct_sum", [weight]))
-    total = len(settings) * len(strengths)
-    if not 0 < total <= MOST:
-        raise ConfigError(f"A grid has 1 to {MOST} pictures, not {total}; pick concepts, methods and strengths for it.")
-    ready = [
-        (strength, name, fuse(parts, [strength * weight for weight in weights], method, pipe=pipe))
+            columns.append((f"{tokens} {ALONE}", [adapter], "direct_sum", [weight]))
+    total = len(columns) * len(strengths)
+    if not 0 < total <= MAX_PICTURES:
+        limit = f"A grid has 1 to {MAX_PICTURES} pictures, not {total}"
+        raise ConfigError(f"{limit}; pick concepts, methods and strengths for it.")
+    settings = [
+        (strength, column, fuse(parts, [strength * weight for weight in part_weights], method, pipe=pipe))
         for strength in strengths
-        for name, parts, method, weights in settings
+        for column, parts, method, part_weights in columns
     ]
-    questions = {
-        token: concept_question(pipe, single, [f"a {token}"], seed)
+    references = {
+        token: concept_reference(pipe, single, [f"a {token}"], seed)
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    free = free_question(pipe, list(CONCEPT_FREE[:2]), seed)
-    for number, (strength, name, fused) in enumerate(ready, start=1):
+    concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed)
+    for number, (strength, column, fused) in enumerate(settings, start=1):
         (picture,) = generate(pipe, prompt, adapters=[fused], seed=seed, steps=steps, on_step=on_step)
-        known = [concept.token for concept in fused.info.concepts]
+        tokens = [concept.token for concept in fused.info.concepts if concept.token in references]
         with attach(pipe, fused):
-            kept = {token: max(0.0, 1.0 - questions[token].error(pipe)) for token in known if token in questions}
-            leakage = free.error(pipe)
-        yield Cell(number, total, strength, name, picture, kept, leakage)
+            kept = {token: max(0.0, 1.0 - references[token].error(pipe)) for token in tokens}
+            leakage = concept_free.error(pipe)
+        yield Cell(number, total, strength, column, picture, kept, leakage)

@@ -1,11 +1,11 @@
-"""Who will spoil whom, seen in one step: the picture that the UNet expects of pure noise is judged, and none is drawn.
+"""Predict from the first denoising step which adapters disturb each other, without drawing a picture.
 
     lost_ij = (a_j - f_ij) / (a_j - n_j)
 
-with likeness to the references of concept j of what is expected of a prompt of j by j's adapter alone (a), with i's
-added (f), and of its plain noun by the base (n): retention, as in identity.py, at the first of all steps. Without
-guidance, which drowns the differences. Where weights and inputs did not (cross_talk), this did predict what pictures
-of ungated adapters lose (docs/fusion-bench.md).
+a_j, f_ij, n_j: similarity to the references of concept j of the picture that the UNet predicts from pure noise, for a
+prompt of j with j's adapter alone (a), with i's adapter added (f), and for j's plain noun with the base (n). This is
+1 - retention, as in identity.py, at the first step, without guidance. On ungated adapters it predicted what pictures
+lose, where measures of weights and inputs (cross_talk) did not (docs/fusion-bench.md).
 
 Shapes: C concepts, S seeds.
 """
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, nouns
 from fusion.composition.compatibility_report import Foresight
-from fusion.evaluation.clip_judge import Judge, likeness
+from fusion.evaluation.clip_judge import Judge, similarity
 from fusion.evaluation.identity import SINGLE
 from fusion.evaluation.output_error import concepts_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 
-UNSEEN = 0.02  # likeness that a concept must add to its noun for what it loses to mean anything
+MIN_EFFECT = 0.02  # similarity that a concept must add to its noun for a loss of it to mean anything
 
 
-def foresee(
+def forecast(
     pipe: Pipeline,
     adapters: Sequence[Adapter],
     references: Mapping[str, Sequence[Image.Image]],
@@ -41,38 +41,39 @@ def foresee(
     prompt: str = SINGLE,
     seeds: Sequence[int] = range(4),
 ) -> Foresight:
-    """What each concept with references will lose of its identity to each other one, added as the files gate it.
+    """What each concept with references will lose of its identity to each other one, with the gates of the files.
 
     `prompt` holds {first}. Takes C² + C steps of the UNet, of S pictures each. Raises whatever attach raises.
     """
     tokens = [concept.token for adapter in adapters for concept in adapter.info.concepts]
-    own = {token: judge.pictures(references[token]) for token in tokens if references.get(token)}
+    vectors = {token: judge.pictures(references[token]) for token in tokens if references.get(token)}
 
-    def seen(token: str, word: str, *acting: str) -> float:
-        """Likeness to the token's references of what is expected of that word, with those concepts' branches alone."""
+    def to_references(token: str, word: str, *active: str) -> float:
+        """Similarity to the token's references of the picture predicted for `word` by the `active` concepts."""
         with ExitStack() as attached:
             for adapter in adapters:
-                attached.enter_context(attach(pipe, _only(adapter, acting)))
-            pictures = expected(pipe, prompt.format(first=word), seeds)
-        return float(likeness(judge.pictures(pictures), [own[token]]).mean())
+                attached.enter_context(attach(pipe, _only(adapter, active)))
+            pictures = first_step_pictures(pipe, prompt.format(first=word), seeds)
+        return float(similarity(judge.pictures(pictures), [vectors[token]]).mean())
 
     lost: dict[tuple[str, str], float] = {}
-    for into in own:
-        alone = seen(into, into, into)
-        if (gap := alone - seen(into, nouns(adapters)[into])) > UNSEEN:
-            lost |= {(by, into): (alone - seen(into, into, by, into)) / gap for by in tokens if by != into}
-    return Foresight(tokens, [[lost.get((by, into)) for into in tokens] for by in tokens])
+    for token in vectors:
+        alone = to_references(token, token, token)
+        if (effect := alone - to_references(token, nouns(adapters)[token])) > MIN_EFFECT:
+            others = [other for other in tokens if other != token]
+            lost |= {(by, token): (alone - to_references(token, token, by, token)) / effect for by in others}
+    return Foresight(tokens, [[lost.get((by, token)) for token in tokens] for by in tokens])
 
 
 def _only(adapter: Adapter, tokens: Sequence[str]) -> Adapter:
-    """The branches that teach these concepts; none of them leaves the words alone."""
-    kept = {branch.name for token, one in concepts_of(adapter).items() if token in tokens for branch in one.branches}
-    return replace(adapter, branches=tuple(branch for branch in adapter.branches if branch.name in kept))
+    """The branches of these concepts; with none, only the embeddings remain."""
+    names = {branch.name for token, one in concepts_of(adapter).items() if token in tokens for branch in one.branches}
+    return replace(adapter, branches=tuple(branch for branch in adapter.branches if branch.name in names))
 
 
 @torch.no_grad()
-def expected(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
-    """The pictures (S) that the UNet's first step expects of each seed's noise: blurred means of what may come."""
+def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+    """The S pictures that the UNet's first step predicts from each seed's noise: blurred means of possible results."""
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     first = schedule.config.num_train_timesteps - 1
     side = pipe.unet.config.sample_size
@@ -80,7 +81,7 @@ def expected(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> list[Image.Im
     noise: Tensor = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noise = noise.to(pipe.unet.device, pipe.unet.dtype)
     times = torch.full((len(noise),), first, device=noise.device)
-    said = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise)))
-    clean = schedule.step(said, first, noise).pred_original_sample
-    made = pipe.vae.decode(clean.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(made)
+    prediction = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise)))
+    latents = schedule.step(prediction, first, noise).pred_original_sample
+    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pixels)

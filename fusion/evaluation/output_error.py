@@ -1,10 +1,10 @@
-"""How much of each concept is left after fusion, measured on the UNet's prediction, without an image metric.
+"""How much of each concept remains after fusion, measured on the UNet's predictions: no image metric is needed.
 
-    output error = ‖ε_fused − ε_alone‖² / ‖ε_alone − ε_base‖²   on a concept's own prompts: 0 as if alone, 1 as much
-                                                                disturbed as the concept itself changes
+    output error = ‖ε_fused − ε_alone‖² / ‖ε_alone − ε_base‖²   on a concept's own prompts: 0 as if alone, 1 changed as
+                                                                much as the concept itself changes the base
     drift        = ‖ε_fused − ε_base‖² / ‖ε_base‖²              on prompts without any concept
 
-The noisy latents come from the picture the concept's adapter draws alone, so that they are ones the model meets.
+The noisy latents are made from pictures that the concept's adapter draws alone, so that they are typical inputs.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from fusion.models.pipeline import Pipeline
 
 PROMPTS = ("a {token}", "a {token} on a blue background", "a {token} on the left of a house")
 CONCEPT_FREE = ("a dog on a blue background", "a red car on a white background", "a house beside a tree")
-LEVELS = 6  # of noise, for every prompt
+NOISE_LEVELS = 6  # for every prompt
 
 
 @dataclass(frozen=True)
-class Survival:
-    """Per concept, and for concept-free prompts, under one gating."""
+class OutputErrors:
+    """Of each concept, and of concept-free prompts, under one gating."""
 
     output_error: dict[str, float]  # token -> mean over prompts and noise levels
     drift: float
 
 
-def measure_survival(
+def measure_output_errors(
     pipe: Pipeline,
     adapters: Sequence[Adapter],
     gatings: Sequence[str | None],
@@ -44,92 +44,91 @@ def measure_survival(
     prompts: Sequence[str],
     concept_free: Sequence[str],
     seed: int,
-) -> list[Survival]:
-    """Attach all adapters at once and hold what the UNet says against each concept alone, and against the base.
+) -> list[OutputErrors]:
+    """Attach all adapters at once and compare the UNet's predictions with each concept alone, and with the base.
 
-    Each concept alone is taken as its file gates it; each of `gatings`, as in attach, applies to all together and
-    gives one result. `prompts` hold "{token}". Raises ConfigError for a prompt without it.
+    Each concept alone is gated as in its file; each of `gatings`, as in attach, applies to all together and gives one
+    result. `prompts` hold "{token}". Raises ConfigError for a prompt without it.
     """
-    if strange := [prompt for prompt in prompts if "{token}" not in prompt]:
-        raise ConfigError(f"Prompt '{strange[0]}' has no {{token}} to put the concept in.")
-    concepts = {
-        token: concept_question(pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed)
+    if incomplete := [prompt for prompt in prompts if "{token}" not in prompt]:
+        raise ConfigError(f"Prompt '{incomplete[0]}' has no {{token}} to put the concept in.")
+    references = {
+        token: concept_reference(pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed)
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    free = free_question(pipe, list(concept_free), seed)
-    measured: list[Survival] = []
+    base = base_reference(pipe, list(concept_free), seed)
+    results: list[OutputErrors] = []
     for gating in gatings:
         with ExitStack() as attached:
             for adapter in adapters:
                 attached.enter_context(attach(pipe, adapter, gating))
-            errors = {token: scene.error(pipe) for token, scene in concepts.items()}
-            measured.append(Survival(errors, free.error(pipe)))
-    return measured
+            errors = {token: reference.error(pipe) for token, reference in references.items()}
+            results.append(OutputErrors(errors, base.error(pipe)))
+    return results
 
 
 def concepts_of(adapter: Adapter) -> dict[str, Adapter]:
-    """For each concept's token, the adapter that teaches it alone, at the strength it has here."""
+    """For each concept's token, the adapter with its branches alone, at the strengths they have here."""
     tokens = [concept.token for concept in adapter.info.concepts]
 
-    def stands_for(branch: Branch) -> Sequence[str]:
-        """An ungated branch may stand for the concept of its name, or for all."""
+    def tokens_of(branch: Branch) -> Sequence[str]:
+        """An ungated branch belongs to the concept of its name, or else to all."""
         return branch.gate or [token for token in tokens if token.strip("<>") == branch.name] or tokens
 
-    return {t: replace(adapter, branches=tuple(b for b in adapter.branches if t in stands_for(b))) for t in tokens}
+    return {t: replace(adapter, branches=tuple(b for b in adapter.branches if t in tokens_of(b))) for t in tokens}
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the UNet is asked, and what it should answer."""
+class ReferencePrediction:
+    """What the UNet predicts for some noisy latents under a reference setting, to compare other settings with."""
 
     prompts: list[str]
-    noisy: Tensor  # (prompts · LEVELS, C, H, W)
-    times: Tensor  # (prompts · LEVELS)
-    expected: Tensor  # like noisy
+    noisy: Tensor  # (prompts · NOISE_LEVELS, C, H, W)
+    times: Tensor  # (prompts · NOISE_LEVELS)
+    prediction: Tensor  # like noisy
     scale: Tensor  # mean square that counts as an error of 1
 
     def error(self, pipe: Pipeline) -> float:
-        """How far the answer is off as `pipe` is now."""
-        answer = _predictions(pipe, self.prompts, self.noisy, self.times)
-        return float((answer - self.expected).square().mean() / self.scale) if self.scale > 0 else 0.0
+        """Mean squared difference of the prediction of `pipe` as it is now, in units of `scale`."""
+        difference = _predictions(pipe, self.prompts, self.noisy, self.times) - self.prediction
+        return float(difference.square().mean() / self.scale) if self.scale > 0 else 0.0
 
 
-def concept_question(pipe: Pipeline, single: Adapter, prompts: list[str], seed: int) -> Question:
-    """What a concept's own adapter says on its prompts; an error of 1 is all that it changes of the base."""
-    asked = prompts, *_noised(pipe, [single], prompts, seed)
+def concept_reference(pipe: Pipeline, single: Adapter, prompts: list[str], seed: int) -> ReferencePrediction:
+    """The prediction with a concept's own adapter on its prompts; an error of 1 is as large as its whole effect."""
+    inputs = prompts, *_noisy(pipe, [single], prompts, seed)
     with attach(pipe, single):
-        alone = _predictions(pipe, *asked)
-    with attach(pipe, replace(single, branches=())):  # the base that knows the word, and nothing else
-        base = _predictions(pipe, *asked)
-    return Question(*asked, alone, (alone - base).square().mean())
+        alone = _predictions(pipe, *inputs)
+    with attach(pipe, replace(single, branches=())):  # the base with the concept's embeddings alone
+        base = _predictions(pipe, *inputs)
+    return ReferencePrediction(*inputs, alone, (alone - base).square().mean())
 
 
-def free_question(pipe: Pipeline, prompts: list[str], seed: int) -> Question:
-    """What the base says on prompts without concepts; an error of 1 is all that it says."""
-    asked = prompts, *_noised(pipe, [], prompts, seed)
-    base = _predictions(pipe, *asked)
-    return Question(*asked, base, base.square().mean())
+def base_reference(pipe: Pipeline, prompts: list[str], seed: int) -> ReferencePrediction:
+    """The base's prediction on prompts without concepts; an error of 1 is as large as the prediction itself."""
+    inputs = prompts, *_noisy(pipe, [], prompts, seed)
+    base = _predictions(pipe, *inputs)
+    return ReferencePrediction(*inputs, base, base.square().mean())
 
 
-def _noised(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy latents (prompts · LEVELS, C, H, W) of drawn pictures, and their timesteps; always the same ones."""
+def _noisy(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
+    """Noisy latents (prompts · NOISE_LEVELS, C, H, W) of drawn pictures, and their timesteps; equal in every call."""
     pictures = [generate(pipe, prompt, adapters=adapters, seed=seed)[0].image for prompt in prompts]
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess(pictures).to(pipe.vae.device, pipe.vae.dtype)
         clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
-    clean = clean.repeat_interleave(LEVELS, dim=0)
+    clean = clean.repeat_interleave(NOISE_LEVELS, dim=0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
     total = schedule.config.num_train_timesteps
-    times = torch.linspace(0.15 * total, 0.99 * total, LEVELS).long().repeat(len(prompts)).to(clean.device)
+    times = torch.linspace(0.15 * total, 0.99 * total, NOISE_LEVELS).long().repeat(len(prompts)).to(clean.device)
     return schedule.add_noise(clean, noise, times), times
 
 
+@torch.no_grad()
 def _predictions(pipe: Pipeline, prompts: list[str], noisy: Tensor, times: Tensor) -> Tensor:
     """The UNet's predictions for every prompt at every level, in float32."""
-    made: list[Tensor] = []
-    with torch.no_grad():
-        for prompt, latents, steps in zip(prompts, noisy.split(LEVELS), times.split(LEVELS), strict=True):
-            made.append(predict(pipe, latents, steps, encode_prompts(pipe, [prompt] * LEVELS)).float())
-    return torch.cat(made)
+    embeddings = (encode_prompts(pipe, [prompt] * NOISE_LEVELS) for prompt in prompts)
+    parts = zip(noisy.split(NOISE_LEVELS), times.split(NOISE_LEVELS), embeddings, strict=True)
+    return torch.cat([predict(pipe, *part).float() for part in parts])

@@ -1,7 +1,7 @@
 """A figure for people: which directions each adapter owns, and how much two adapters change the same thing.
 
-Takes names, slices and numbers, knows neither files nor models, and touches no global state of matplotlib. Colours are
-told apart by every kind of colour vision (Okabe and Ito; a blue-orange scale), and no statement rests on colour alone.
+Takes names, slices and numbers, and changes no global state of matplotlib. The colours are distinct with every kind of
+colour vision (Okabe and Ito; a blue-orange scale), and nothing is expressed by colour alone.
 """
 
 import math
@@ -18,19 +18,19 @@ from matplotlib.figure import Figure
 
 from fusion.spectral.slices import SpectralSlice
 
-FAINT, NEUTRAL = "#6b6b6b", "#ededed"
+GREY, LIGHT_GREY = "#6b6b6b", "#ededed"
 OWNED: dict[str, Any] = {"color": "#0072b2", "label": "owned by one"}
 SHARED: dict[str, Any] = {"color": "#d55e00", "label": "by several", "hatch": "////"}
 DIVERGING = LinearSegmentedColormap.from_list(
     "opposed", ["#b35806", "#f6a75c", "#ffffff", "#7fb2da", "#08519c"]
-).with_extremes(bad=NEUTRAL)
-CALM = 0.3  # the cosine scale spans at least this much, so that noise looks like noise
+).with_extremes(bad=LIGHT_GREY)
+MIN_LIMIT = 0.3  # of the cosine scale, so that small cosines look small
 STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 12,
-    "axes.edgecolor": FAINT,
+    "axes.edgecolor": GREY,
     "svg.fonttype": "none",
 }
 
@@ -71,18 +71,18 @@ def write(figure: Figure, path: str | Path) -> Path:
 def _draw_slices(
     axes: Axes, names: Sequence[str], slices: Sequence[Sequence[SpectralSlice]], capacity: int | None
 ) -> None:
-    """One bar a row; directions that two adapters own stand out."""
+    """One bar a row; directions of several adapters are hatched."""
     cells = [(row, index) for row, parts in enumerate(slices) for index in {i for part in parts for i in part.indices}]
     owners = Counter(index for _, index in cells)
     used = max(owners, default=0) + 1
     end = max(used, min(max(2 * used, 16), capacity or math.inf))  # room for as many again, within the narrowest layer
-    axes.barh(range(len(names)), end, 0.6, color=NEUTRAL)
-    for look, shared in ((OWNED, False), (SHARED, True)):
+    axes.barh(range(len(names)), end, 0.6, color=LIGHT_GREY)
+    for style, shared in ((OWNED, False), (SHARED, True)):
         if bars := [cell for cell in cells if (owners[cell[1]] > 1) == shared]:
             rows, starts = zip(*bars, strict=True)
-            axes.barh(rows, 1, 0.6, left=starts, edgecolor="white", linewidth=0.8, **look)
+            axes.barh(rows, 1, 0.6, left=starts, edgecolor="white", linewidth=0.8, **style)
     for row in (row for row, parts in enumerate(slices) if not parts):
-        axes.text(end / 2, row, "owns no directions", ha="center", va="center", color=FAINT, fontsize=9)
+        axes.text(end / 2, row, "owns no directions", ha="center", va="center", color=GREY, fontsize=9)
     axes.set(xlim=(0, end), ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
     axes.set_xticks(range(0, int(end) + 1, max(1, 2 ** round(math.log2(end / 8)))))
     limit = f"; the narrowest layer has {capacity}" if capacity else ""
@@ -96,10 +96,10 @@ def _draw_slices(
 def _draw_cosines(axes: Axes, names: Sequence[str], cosine: Sequence[Sequence[float]]) -> None:
     count = len(names)
     cells = np.where(np.eye(count, dtype=bool), np.nan, cosine)
-    limit = max(CALM, np.nanmax(np.abs(cells)))
+    limit = max(MIN_LIMIT, np.nanmax(np.abs(cells)))
     picture = axes.imshow(cells, cmap=DIVERGING, vmin=-limit, vmax=limit)
     for (i, j), value in np.ndenumerate(cells):
-        text, colour = ("1", FAINT) if i == j else (f"{value:+.2f}", "white" if abs(value) > 0.65 * limit else "black")
+        text, colour = ("1", GREY) if i == j else (f"{value:+.2f}", "white" if abs(value) > 0.65 * limit else "black")
         axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
     axes.set(title="Interference: cosine of ΔW", xticks=range(count), yticks=range(count), yticklabels=names)
     axes.set_xticklabels(names, rotation=35, ha="right", rotation_mode="anchor")

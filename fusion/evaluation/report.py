@@ -1,4 +1,4 @@
-"""evaluate(): what is known about adapters together, as one report for people and machines."""
+"""evaluate(): all measures of adapters used together, as one report for people and machines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,24 +11,26 @@ from fusion.adapters.adapter import Adapter, nouns
 from fusion.composition.compatibility_report import Compatibility, compatibility
 from fusion.errors import ConfigError
 from fusion.evaluation.clip_judge import Judge
-from fusion.evaluation.first_step_forecast import foresee
+from fusion.evaluation.first_step_forecast import forecast
 from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
-from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, Survival, concepts_of, measure_survival
+from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, OutputErrors, concepts_of, measure_output_errors
 from fusion.generation.drawing import generate
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
 
-LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
-SEEN = "Retention: likeness to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
+ERROR_LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
+RETENTION_LEGEND = (
+    "Retention: similarity to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
+)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Weight-space and model-space measures of adapters used together."""
+    """Measures of adapters used together: of their weights, of the UNet's predictions, and of pictures."""
 
     compatibility: Compatibility
-    gated: Survival  # as the files say
-    ungated: Survival  # as a plain LoRA export would behave
+    gated: OutputErrors  # as the files gate them
+    ungated: OutputErrors  # as a plain LoRA export would behave
     identity: Identity | None = None  # where there are references to judge pictures by
 
     def to_json(self) -> dict[str, Any]:
@@ -38,31 +40,22 @@ class Evaluation:
         """A heading, one row per concept, and the drift."""
         errors = [(token, error, self.ungated.output_error[token]) for token, error in self.gated.output_error.items()]
         return [
-            ("output error", "as the files say", "as plain LoRA, ungated"),
-            *((token, f"{now:.3f}", f"{plain:.3f}") for token, now, plain in errors),
+            ("output error", "gated as in the files", "as plain LoRA, ungated"),
+            *((token, f"{gated:.3f}", f"{ungated:.3f}") for token, gated, ungated in errors),
             ("drift without concepts", f"{self.gated.drift:.4f}", f"{self.ungated.drift:.4f}"),
         ]
 
-    def seen_rows(self) -> list[tuple[str, ...]]:
-        """A heading and one row per concept, of what the judge sees in pictures; empty without references."""
-        found = self.identity
-        if found is None:
+    def picture_rows(self) -> list[tuple[str, ...]]:
+        """A heading and one row per concept, of the judge's results on pictures; empty without references."""
+        identity = self.identity
+        if identity is None:
             return []
-        pairs = found.pair_retention or [None] * len(found.tokens)
-        return [
-            ("pictures", "noun", "alone", "retention", "retention in pairs", "leaks most"),
-            *(
-                (
-                    token,
-                    f"{found.floor[i]:.2f}",
-                    f"{found.alone[i]:.2f}",
-                    str(found.retention[i]),
-                    str(pairs[i] or "-"),
-                    self._worst_leak(i),
-                )
-                for i, token in enumerate(found.tokens)
-            ),
-        ]
+        rows = [("pictures", "noun", "alone", "retention", "retention in pairs", "leaks most")]
+        pairs = identity.pair_retention or [None] * len(identity.tokens)
+        for i, token in enumerate(identity.tokens):
+            floor, alone = f"{identity.floor[i]:.2f}", f"{identity.alone[i]:.2f}"
+            rows.append((token, floor, alone, str(identity.retention[i]), str(pairs[i] or "-"), self._worst_leak(i)))
+        return rows
 
     def _worst_leak(self, i: int) -> str:
         assert self.identity is not None
@@ -71,13 +64,13 @@ class Evaluation:
         return "{1} {0:+.2f}".format(*max(others)) if others else "-"
 
     def remarks(self) -> list[str]:
-        """What the numbers mean, and how far the judge is to be believed."""
-        lines = [LEGEND]
+        """What the numbers mean, and how reliable the judge is."""
+        lines = [ERROR_LEGEND]
         if self.identity:
             lines.append(
-                f"{SEEN} Judge: {self.identity.judge}, which tells {self.identity.reliability:.0%} of the references "
-                f"apart. Asked for and missing: {self.identity.omission:.0%} of crops; more like another concept: "
-                f"{self.identity.redundancy:.0%}."
+                f"{RETENTION_LEGEND} Judge: {self.identity.judge}, which tells {self.identity.reliability:.0%} of the "
+                f"references apart. Crops without their concept: {self.identity.omission:.0%}; more similar to "
+                f"another concept: {self.identity.redundancy:.0%}."
             )
         return lines
 
@@ -90,7 +83,7 @@ class Evaluation:
             [
                 f"**{self.compatibility.verdict}**: {self.compatibility.sentence}",
                 *table(self.rows()),
-                *(table(self.seen_rows()) if self.identity else []),
+                *(table(self.picture_rows()) if self.identity else []),
                 "",
                 *self.remarks(),
                 f"Energy of the sum over the strongest adapter: {self.compatibility.interference.energy_ratio:.2f}.",
@@ -111,31 +104,27 @@ def evaluate(
     seed: int = 0,
     activations: bool = False,
 ) -> Evaluation:
-    """Measure adapters together on a base: in their weights, and in what the UNet says.
+    """Measure adapters together on a base: in their weights and in the UNet's predictions.
 
     `prompts` hold "{token}" where each concept goes; there are defaults for them and for `concept_free`. With
-    `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes`, prompts
-    with {first} and with {second} on its right, from `seeds` seeds, and compatibility foresees who spoils whom. With
-    `activations`, it also listens to the inputs of every changed layer, which takes their second moments in memory: I²
-    numbers a layer and adapter. Raises ConfigError without adapters, or for references of other tokens, and whatever
-    attach raises.
+    `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes` from
+    `seeds` seeds (a prompt with {first}, and one with {second} on its right), and with a forecast of which concepts
+    disturb each other. With `activations`, also at the inputs of every changed layer, whose second moments take I²
+    numbers of memory per layer and adapter. Raises ConfigError without adapters, or for references of other tokens, and
+    whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
-    texts = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
-    identity = foresight = None
+    texts: dict[str, Any] = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
+    identity = prediction = None
     if references:
-        drawn = range(seed, seed + seeds)
+        picture_seeds = range(seed, seed + seeds)
         judge = _checked(adapters, references, judge)
-        foresight = foresee(pipe, adapters, references, judge, prompt=scenes[0], seeds=drawn)
-        identity = _identity(pipe, adapters, references, judge, drawn, scenes)
-    gated, ungated = measure_survival(pipe, adapters, (None, "none"), **texts, seed=seed)
-    moments = None
-    if activations:
-        moments = record_moments(
-            pipe, adapters, prompts=texts["prompts"], concept_free=texts["concept_free"], seed=seed
-        )
-    return Evaluation(compatibility(adapters, pipe, moments, foresight), gated, ungated, identity)
+        prediction = forecast(pipe, adapters, references, judge, prompt=scenes[0], seeds=picture_seeds)
+        identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes)
+    gated, ungated = measure_output_errors(pipe, adapters, (None, "none"), **texts, seed=seed)
+    moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
+    return Evaluation(compatibility(adapters, pipe, moments, prediction), gated, ungated, identity)
 
 
 def _checked(
@@ -144,11 +133,9 @@ def _checked(
     """The judge, when there is one and the references are of known concepts."""
     known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     if judge is None or any(not pictures for pictures in references.values()):
-        raise ConfigError(
-            "Pictures are judged by a CLIP model against references: give a judge, and one or more of each."
-        )
-    if strange := [token for token in references if token not in known]:
-        raise ConfigError(f"No adapter knows {strange[0]}; references are needed for {', '.join(known) or 'nothing'}.")
+        raise ConfigError("A CLIP model compares pictures with references: give a judge, and one or more of each.")
+    if unknown := [token for token in references if token not in known]:
+        raise ConfigError(f"No adapter knows {unknown[0]}; references are needed for {', '.join(known) or 'nothing'}.")
     return judge
 
 
@@ -160,8 +147,8 @@ def _identity(
     seeds: Sequence[int],
     scenes: tuple[str, str],
 ) -> Identity:
-    def draw(using: Sequence[Adapter], prompt: str, at: int) -> Image.Image:
-        return generate(pipe, prompt, adapters=using, seed=at)[0].image
+    def draw(active: Sequence[Adapter], prompt: str, seed: int) -> Image.Image:
+        return generate(pipe, prompt, adapters=active, seed=seed)[0].image
 
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
     scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))

@@ -11,7 +11,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import BaseMismatch, ConfigError
-from fusion.evaluation.clip_judge import likeness, open_judge, reliability
+from fusion.evaluation.clip_judge import open_judge, reliability, similarity
 from fusion.evaluation.identity import Scene, crop, measure_identity, share
 from trained import trained_adapter
 
@@ -54,31 +54,33 @@ def scene(together):
 
 
 def test_a_perfect_fusion_loses_nothing(judge):
-    found = measure_identity(scene(COLOURS), judge, references(), seeds=range(3))
-    assert found.reliability == 1 and found.omission == 0 and found.redundancy == 0
-    assert all(abs(kept.mean - 1) < 0.1 for kept in [*found.retention, *found.pair_retention])
-    assert all(high > low + 0.02 for high, low in zip(found.alone, found.floor, strict=True))
-    matrix = torch.tensor(found.matrix)
+    identity = measure_identity(scene(COLOURS), judge, references(), seeds=range(3))
+    assert identity.reliability == 1 and identity.omission == 0 and identity.redundancy == 0
+    assert all(abs(part.mean - 1) < 0.1 for part in [*identity.retention, *identity.pair_retention])
+    assert all(high > low + 0.02 for high, low in zip(identity.alone, identity.floor, strict=True))
+    matrix = torch.tensor(identity.matrix)
     assert (matrix.argmax(dim=1) == torch.arange(3)).all()
 
 
 def test_a_fusion_that_draws_nothing_of_the_concepts_keeps_nothing(judge):
-    found = measure_identity(scene(dict.fromkeys(COLOURS, NOUN)), judge, references(), seeds=range(3))
-    assert all(abs(kept.mean) < 0.1 for kept in [*found.retention, *found.pair_retention]) and found.omission == 1
+    identity = measure_identity(scene(dict.fromkeys(COLOURS, NOUN)), judge, references(), seeds=range(3))
+    assert (
+        all(abs(part.mean) < 0.1 for part in [*identity.retention, *identity.pair_retention]) and identity.omission == 1
+    )
 
 
 def test_swapped_names_are_noticed(judge):
     swapped = {"<red>": COLOURS["<blue>"], "<blue>": COLOURS["<red>"], "<green>": COLOURS["<green>"]}
-    found = measure_identity(scene(swapped), judge, references(), seeds=range(3))
-    assert found.omission >= 0.5 and found.redundancy >= 0.5
-    leakage, tokens = torch.tensor(found.leakage), found.tokens
+    identity = measure_identity(scene(swapped), judge, references(), seeds=range(3))
+    assert identity.omission >= 0.5 and identity.redundancy >= 0.5
+    leakage, tokens = torch.tensor(identity.leakage), identity.tokens
     assert leakage[tokens.index("<red>")].argmax() == tokens.index("<blue>")
-    assert found.retention[2].mean > 0.9 > max(found.retention[0].mean, found.retention[1].mean)
+    assert identity.retention[2].mean > 0.9 > max(identity.retention[0].mean, identity.retention[1].mean)
 
 
 def test_one_concept_everywhere_leaks_into_the_others(judge):
-    found = measure_identity(scene(dict.fromkeys(COLOURS, COLOURS["<red>"])), judge, references(), seeds=range(3))
-    leakage = torch.tensor(found.leakage)
+    identity = measure_identity(scene(dict.fromkeys(COLOURS, COLOURS["<red>"])), judge, references(), seeds=range(3))
+    leakage = torch.tensor(identity.leakage)
     assert (leakage[1:, 0] > 0.02).all() and (leakage[1:, 0] > leakage[0, 1:].max()).all()
 
 
@@ -88,11 +90,11 @@ def test_shuffled_references_make_the_judge_unreliable(judge):
     assert reliability([judge.pictures(pictures) for pictures in references().values()]) == 1
 
 
-def test_likeness_is_a_mean_of_cosines(judge):
+def test_similarity_is_a_mean_of_cosines(judge):
     rows = judge.pictures([patch(c, 0) for c in COLOURS.values()])
     assert torch.allclose(rows.norm(dim=1), torch.ones(3), atol=1e-5)
     assert torch.allclose(
-        likeness(rows, [rows[:1], rows[1:]])[0], torch.stack([rows[0] @ rows[0], (rows[1:] @ rows[0]).mean()])
+        similarity(rows, [rows[:1], rows[1:]])[0], torch.stack([rows[0] @ rows[0], (rows[1:] @ rows[0]).mean()])
     )
     assert judge.texts(["a dog", "a cat in the snow and the snow and the snow and the snow"]).shape == rows[:2].shape
 
@@ -118,10 +120,10 @@ def test_evaluate_draws_and_judges(judge):
     more = {"prompts": ["a {token}"], "concept_free": ["a dog"], "seeds": 2}
     more["scenes"] = ("a {first}", "{first} beside {second}")
     report = fusion.evaluate(pipe, adapters, references=own, judge=judge, **more)
-    found = report.identity
-    assert found and found.tokens == ["<rex>", "<tom>"]
+    identity = report.identity
+    assert identity and identity.tokens == ["<rex>", "<tom>"]
     # Gates are exact, so a concept on its own is drawn together as alone: nothing can be lost.
-    assert all(kept.mean == pytest.approx(1, abs=1e-3) for kept in found.retention)
+    assert all(part.mean == pytest.approx(1, abs=1e-3) for part in identity.retention)
     assert "retention in pairs" in report.to_markdown() and report.to_json()["identity"]["judge"] == judge.name
     for wrong, said in (({"<max>": own["<rex>"]}, "No adapter knows <max>"), ({"<rex>": []}, "one or more of each")):
         with pytest.raises(ConfigError, match=said):
@@ -142,5 +144,5 @@ def test_the_embedded_judge_tells_the_example_concepts_apart_and_knows_subjects_
     names = ("pizza", "fox", "house", "guitar", "umbrella", "ghost", "banana", "rocket")
     pipe = fusion.open_pipeline(device="cpu")
     drawn = [fusion.generate(pipe, f"a {name} on a blue background")[0].image for name in names]
-    likeness = seeing.pictures(drawn) @ seeing.texts([f"a {name}" for name in names]).T
-    assert (likeness.argmax(dim=1) == torch.arange(len(names))).all()
+    cosines = seeing.pictures(drawn) @ seeing.texts([f"a {name}" for name in names]).T
+    assert (cosines.argmax(dim=1) == torch.arange(len(names))).all()

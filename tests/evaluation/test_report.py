@@ -8,7 +8,7 @@ from fusion.errors import ConfigError
 from trained import trained_adapter
 
 
-def test_gated_concepts_survive_untouched_and_ungated_ones_do_not():
+def test_gated_concepts_are_unchanged_and_ungated_ones_are_not():
     pipe = tiny.pipeline("sd1")
     adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]
     report = fusion.evaluate(pipe, adapters, prompts=["a {token}"], concept_free=["a dog"])

@@ -7,7 +7,7 @@ import torch
 
 import fusion
 import tiny
-from fusion.evaluation.output_error import measure_survival
+from fusion.evaluation.output_error import measure_output_errors
 from fusion.models.attachment import attach
 from fusion.models.input_moments import CONCEPT_FREE, record_base
 from fusion.models.layer_sites import matrix, sites
@@ -82,7 +82,7 @@ def test_a_quiet_adapter_drifts_less_when_its_gates_are_open(gating, tmp_path, m
         settings = {"instance_data_dir": tmp_path / "pictures", "output_dir": out, "checkpointing_steps": 0}
         rates = {"learning_rate": 1e-2, "text_encoder_lr": 1e-2, "token_lr": 1e-2, "rank": 4, "max_train_steps": 15}
         *_, last = fusion.train(pipe, config(quiet_loss_weight=weight, gating=gating, **settings, **rates))
-        (found,) = measure_survival(
+        (found,) = measure_output_errors(
             pipe, [last.adapter], ("none",), prompts=["a {token}"], concept_free=["a robot", "a bird"], seed=0
         )
         drift[weight] = found.drift

@@ -21,7 +21,7 @@ from fusion_studio.tabs.draw import STOPPED, example_prompt, working
 NO_GRID = markup.empty("A grid of pictures", "One prompt and seed; rows are strengths, columns methods and adapters.")
 LEGEND = (
     "Kept: how much of a concept remains, 100% as its file alone draws it. "
-    "Leakage: how far prompts without any concept move, 0 not at all."
+    "Leakage: how much prompts without any concept change, 0 not at all."
 )
 
 
