@@ -55,6 +55,7 @@ class Provenance:
     seed: int = 0
     parents: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    run: str = ""  # random id of the training, the same in all its checkpoints
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,30 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     from fusion.training.loop import train
 
     print(f"teaching {config.token} from {short(config.instance_data_dir)}", flush=True)
-    step, checkpoint, previews, recent = None, None, [], deque[float](maxlen=25)
+    step, checkpoint, previews, losses = None, None, [], deque[float](maxlen=25)
     target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
-    running: Any = train(pipe, config)
+    training: Any = train(pipe, config)
     try:
-        with closing(running) as steps, progress() as advance:
+        with closing(training) as steps, progress() as advance:
             for step in steps:
-                recent.append(step.loss)
-                advance(step.step, step.total, note=f"loss {sum(recent) / len(recent):.4f}")
+                if not losses and step.resumed:
+                    print(f"resumed after step {step.resumed} of {step.total}", flush=True)
+                losses.append(step.loss)
+                advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
                 checkpoint = step.checkpoint or checkpoint
-                previews = keep(step, config) or previews
+                previews = save_previews(step, config) or previews
                 if step.step == step.total:  # while the slice is still reserved
                     save(step.adapter, target, dtype=config.save_precision)
     except KeyboardInterrupt:
-        print(f"stopped after step {step.step if step else 0}. {resumption(checkpoint, words)}", file=sys.stderr)
+        after = step.step if step else 0
+        print(f"stopped after step {after}. {resume_hint(checkpoint, config, words)}", file=sys.stderr)
         raise
-    if step is None:
-        raise ConfigError(f"There is nothing left to train: {config.max_train_steps} steps are done already.")
     if previews:  # beside the adapter, where galleries of other programs look for its picture
         previews[0].save(target.with_suffix(".png"))
     return step, target
 
 
-def keep(step: Any, config: TrainingConfig) -> list[Any]:
+def save_previews(step: Any, config: TrainingConfig) -> list[Any]:
     """Write a step's previews to the samples folder."""
     folder = short(config.output_dir) / "samples"
     for number, image in enumerate(step.images):
@@ -104,11 +106,15 @@ def keep(step: Any, config: TrainingConfig) -> list[Any]:
     return step.images
 
 
-def resumption(checkpoint: Path | None, words: list[str]) -> str:
+def resume_hint(checkpoint: Path | None, config: TrainingConfig, words: list[str]) -> str:
+    """How to continue. The command names this run's checkpoint: "latest" may be another run's by then."""
+    if checkpoint is None and config.resume_from_checkpoint:
+        return f"There is no new checkpoint yet; continue from the same one with:\n  {example(*words)}"
     if checkpoint is None:
         return "There is no checkpoint yet; --checkpointing_steps N writes one every N steps."
-    again = [] if "--resume_from_checkpoint" in words else ["--resume_from_checkpoint", "latest"]
-    return f"Continue after {checkpoint.name} with:\n  {example(*words, *again)}"
+    flag, name = "--resume_from_checkpoint", f"{checkpoint.parent.name}/{checkpoint.name}"
+    again = [word for before, word in pairwise(["", *words]) if flag not in (before, word.partition("=")[0])]
+    return f"Continue after {checkpoint.name} with:\n  {example(*again, flag, name)}"
 
 
 def as_toml(config: TrainingConfig, base: Mapping[str, Any]) -> str:

@@ -12,6 +12,18 @@ from fusion.errors import ConfigError
 
 PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
 
+# What may be another when a training is resumed; every other setting shapes the adapter (`lasting_settings`).
+MAY_CHANGE = {
+    # Where things are. What is found there is compared instead: the base's name, the pictures, the slice.
+    *("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "library", "output_dir", "output_name"),
+    "resume_from_checkpoint",
+    # How the training is watched and what is written of it.
+    *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
+    *("checkpointing_steps", "checkpoints_total_limit", "save_precision"),
+    # Memory and time. Class pictures, drawn sample_batch_size at a time, are compared themselves.
+    *("gradient_checkpointing", "cache_latents", "sample_batch_size"),
+}
+
 
 def worded(text: str, token: str) -> str:
     """A prompt with every placeholder replaced by the token."""
@@ -240,6 +252,5 @@ class TrainingConfig(StrictModel):
         return self.cache_latents and self.center_crop and not self.random_flip
 
     def lasting_settings(self) -> dict[str, object]:
-        """What shaped the adapter, for its file, as JSON values: no paths, nothing of how the run was kept."""
-        passing = {*self.places(), "report_to", "checkpointing_steps", "checkpoints_total_limit"}
-        return self.model_dump(mode="json", exclude_none=True, exclude=passing)
+        """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""
+        return self.model_dump(mode="json", exclude=MAY_CHANGE)

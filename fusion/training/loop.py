@@ -7,50 +7,49 @@ generator) and the pipeline is as it was found.
 import hashlib
 import logging
 import math
-import shutil
+import secrets
 import time
-from collections.abc import Generator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
 from fusion.generation.drawing import generate
-from fusion.layer_names import component_of, sees_tokens
+from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, encode_prompts, predict
+from fusion.models.layer_sites import Site
 from fusion.models.pipeline import Pipeline
-from fusion.models.pipelines import base_defaults
+from fusion.models.pipelines import base_defaults, base_info
 from fusion.training.accelerator import accelerated, frozen
-from fusion.training.batches import Batches
-from fusion.training.checkpoint import (
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    slice_of_checkpoint,
-)
+from fusion.training.checkpoint import Checkpoint, find_checkpoint, remove_old_checkpoints, save_checkpoint
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
-from fusion.training.quiet_loss import Quiet
-from fusion.training.setup import fresh_adapter, parameter_groups
+from fusion.training.quiet_loss import QuietLoss
+from fusion.training.setup import (
+    check_base_name,
+    fresh_adapter,
+    named_parameters,
+    named_slice,
+    parameter_groups,
+    reserved_slice,
+    target_sites,
+    warn_about_gates,
+)
+from fusion.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
-# Settings under which a resumed training would not be the same training.
-LASTING = (
-    "seed", "adapter_type", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "text_encoder_lr", "token_lr", "balance_slices",
-    "quiet_loss_weight",
-)  # fmt: skip
+MIN_SCALE = 2.0**-14  # of the gradient scaler; gradients that overflow even so are not a matter of scale
 
 
 @dataclass(frozen=True)
@@ -64,67 +63,124 @@ class TrainStep:
     adapter: Adapter
     seconds: float  # since the training began
     images: list[Image.Image] = field(default_factory=list[Image.Image])  # previews, at validation steps
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # written at this step
+    resumed: int = 0  # steps that were done before, by the checkpoint this training was resumed from
 
 
 def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     """Teach one concept to an adapter; the pipeline's own weights are never changed.
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
-    targets, slice (reserved in the library for as long as training lasts), checkpoint.
-    Raises DatasetError, ConfigError, SliceConflict, UnknownName; FusionError when the loss is no number any more.
+    targets, checkpoint, slice (reserved in the library for as long as training lasts). Resumed after its last step, a
+    training yields that step once more, so that its adapter can be saved.
+    Raises DatasetError, ConfigError, SliceConflict, UnknownName; FormatError for a damaged checkpoint; FusionError when
+    the loss is no number any more.
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
-    with ExitStack() as held:
-        run = _Training(pipe, config, held)
-        yield from run.steps()
+    check_base_name(pipe, config)
+    targets, data = target_sites(pipe, config), TrainingData(pipe, config)
+    settings, checkpoint = lasting_settings(pipe, config, data), None
+    if name := config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
+    with (
+        reserved_slice(pipe, config, targets, checkpoint and checkpoint.slice) as directions,
+        accelerated(pipe, config) as accelerator,
+        frozen(pipe, config),
+    ):
+        data.prepare()
+        adapter = fresh_adapter(pipe, config, targets, directions)
+        warn_about_gates(config, list(targets))
+        with attach(pipe, adapter, live=True):
+            yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint).steps()
+
+
+def lasting_settings(
+    pipe: Pipeline, config: TrainingConfig, data: TrainingData, adapter: Adapter | None = None
+) -> dict[str, Any]:
+    """Everything that shapes an adapter, in JSON values: a training is resumed under the same only.
+
+    Its slice is that of the `adapter`, else the one that the config names, else None: any.
+    """
+    directions = adapter.slices[0] if adapter and adapter.slices else named_slice(config)
+    part = {"slice": directions.to_json() if directions else None}
+    return {"base": asdict(base_info(pipe)), **config.lasting_settings(), **part, **data.digests()}
+
+
+def checkpoint_folder(config: TrainingConfig) -> Path:
+    """Where the checkpoints of all runs of this output name are."""
+    return config.output_dir / "checkpoints" / config.name
 
 
 class _Training:
-    """The state of one training; everything it touches is put back when `held` closes."""
+    """One training with an adapter that is attached live: what its steps read and change."""
 
-    def __init__(self, pipe: Pipeline, config: TrainingConfig, held: ExitStack) -> None:
-        self.pipe, self.config = pipe, config
-        self.batches = Batches(pipe, config)
-        self.accelerator = held.enter_context(accelerated(pipe, config))
-        held.enter_context(frozen(pipe, config))
-        self.checkpoints = config.output_dir / "checkpoints" / config.name
-        asked = config.resume_from_checkpoint
-        self.resumed = find_checkpoint(asked, self.checkpoints) if asked else None
-        self.adapter = fresh_adapter(pipe, config, held, self.resumed and slice_of_checkpoint(self.resumed))
-        self._tell_about_gates()
-        held.enter_context(attach(pipe, self.adapter, live=True))
-        self.batches.prepare()
-        captions = [example.caption for example in self.batches.instances.examples]
-        self.quiet = Quiet(pipe, config, self.adapter, captions) if config.quiet_loss_weight else None
-        groups = parameter_groups(pipe, self.adapter, config)
+    def __init__(
+        self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, data: TrainingData, accelerator: Accelerator,
+        targets: Mapping[str, Site], checkpoint: Checkpoint | None,
+    ) -> None:  # fmt: skip
+        self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
+        self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
+        self.done = checkpoint.state.step if checkpoint else 0
+        self.last_loss = checkpoint.state.loss if checkpoint else math.nan
+        settings = lasting_settings(pipe, config, data, adapter)
+        provenance = replace(adapter.info.provenance, run=self.run, settings=settings)
+        self.adapter = replace(adapter, info=replace(adapter.info, provenance=provenance))
+        captions = [example.caption for example in data.instances.examples]
+        self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions) if config.quiet_loss_weight else None
+        groups = parameter_groups(adapter, config, targets)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
-        warm_up, total = config.lr_warmup_steps, config.max_train_steps
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the scheduler computes this step's rate from it
         self.scheduler = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
-        )
-        self.optimizer: Any = self.accelerator.prepare(optimizer)
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps, last_epoch=self.done - 1,
+        )  # fmt: skip
+        self.optimizer: Any = accelerator.prepare(optimizer)
         self.noise = _noise_schedule(pipe, config)
         trained = {id(p) for group in groups for p in group["params"]}
-        self.parameters = {name: p for name, p in named_parameters(self.adapter).items() if id(p) in trained}
-        self.trains_text = bool(config.token_lr) or any(component_of(n) != "unet" for n in self.adapter.layer_names)
+        self.parameters = {name: p for name, p in named_parameters(adapter).items() if id(p) in trained}
+        self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
         self.text_cache: dict[str, Conditioning] = {}
-        self.done = self._resume()
+        if checkpoint:
+            checkpoint.restore(self.parameters, self.optimizer, accelerator.scaler)
+            logger.info("Resuming from '%s' after %d steps.", checkpoint.path, self.done)
 
     def steps(self) -> Generator[TrainStep]:
         config, began = self.config, time.monotonic()
-        for step in range(self.done + 1, config.max_train_steps + 1):
-            loss = self._optimize(step)
+        # After the last step nothing is left to train, but its adapter may never have been saved.
+        for step in range(self.done + 1, config.max_train_steps + 1) or [self.done]:
+            trained = step > self.done
+            loss = self._optimize(step) if trained else self.last_loss
             rate = float(self.scheduler.get_last_lr()[0])
-            if config.report_to:
+            if config.report_to and trained:
                 self.accelerator.log({"loss": loss, "learning_rate": rate}, step=step)
             provenance = replace(self.adapter.info.provenance, steps=step)
             self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
-            seconds, images, checkpoint = time.monotonic() - began, self._previews(step), self._checkpoint(step)
-            yield TrainStep(step, config.max_train_steps, loss, rate, self.adapter, seconds, images, checkpoint)
+            images, checkpoint = self._previews(step), self._checkpoint(step, loss) if trained else None
+            seconds = time.monotonic() - began
+            yield TrainStep(
+                step, config.max_train_steps, loss, rate, self.adapter, seconds, images, checkpoint, self.done
+            )
 
     def _optimize(self, step: int) -> float:
-        """One optimizer step over all micro-batches; returns the mean loss."""
+        """One optimizer step; returns the mean loss. In fp16, gradients that overflow are computed again, scaled less.
+
+        Such a repetition is no step of its own: it has the same pictures, noise and learning rate.
+        """
+        while True:
+            loss = self._gradients(step)
+            self.optimizer.step()
+            if not self.optimizer.step_was_skipped:
+                self.scheduler.step()
+                return loss
+            if self.accelerator.scaler.get_scale() < MIN_SCALE:
+                raise FusionError(
+                    f"The gradients overflow in float16 at step {step}, however small they are scaled; train with "
+                    "mixed_precision = 'bf16' or 'no', or at a lower learning rate."
+                )
+
+    def _gradients(self, step: int) -> float:
+        """The gradients of all micro-batches of a step, clipped; returns the mean loss."""
         config, total = self.config, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(config.gradient_accumulation_steps):
@@ -133,8 +189,8 @@ class _Training:
                 loss = self._loss(number) / config.gradient_accumulation_steps
             self.accelerator.backward(loss)
             total += float(loss.detach())
-        if self.quiet is not None:
-            self.accelerator.backward(self.quiet.loss(self.adapter))
+        if self.quiet_loss is not None:
+            self.accelerator.backward(self.quiet_loss(self.adapter))
         if not math.isfinite(total):
             raise FusionError(
                 f"The loss is {total} at step {step}; the learning rate ({config.learning_rate:g}) is probably too "
@@ -142,15 +198,13 @@ class _Training:
             )
         if config.max_grad_norm:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
         return total
 
     def _loss(self, number: int) -> Tensor:
         """The loss of micro-batch `number`: a function of the seed and that number alone."""
         config, device = self.config, self.accelerator.device
         generator = _generator(config.seed, number)
-        latents, mask, time_ids, captions, weights = self.batches.batch(number, generator)
+        latents, mask, time_ids, captions, weights = self.data.batch(number, generator)
         noise = sample_noise(latents.shape, config.noise_offset, generator).to(device)
         steps = sample_timesteps(len(latents), self.noise.config.num_train_timesteps, generator).to(device)
         noisy = self.noise.add_noise(latents, noise, steps)
@@ -176,58 +230,24 @@ class _Training:
         config = self.config
         if step % config.validation_steps and step != config.max_train_steps:
             return []
-        drawn = [
-            generate(self.pipe, prompt, seed=config.seed, batch=config.num_validation_images)
+        return [
+            picture.image
             for prompt in config.validation_prompts()
+            for picture in generate(self.pipe, prompt, seed=config.seed, batch=config.num_validation_images)
         ]
-        return [picture.image for pictures in drawn for picture in pictures]
 
-    def _checkpoint(self, step: int) -> Path | None:
-        """Every `checkpointing_steps`, keeping the newest `checkpoints_total_limit`."""
-        if not self.config.checkpointing_steps or step % self.config.checkpointing_steps:
+    def _checkpoint(self, step: int, loss: float) -> Path | None:
+        """Every `checkpointing_steps`, keeping this run's newest `checkpoints_total_limit`."""
+        config, folder = self.config, checkpoint_folder(self.config) / self.run
+        if not config.checkpointing_steps or step % config.checkpointing_steps:
             return None
-        path = self.checkpoints / f"checkpoint-{step}"
-        save_checkpoint(path, self.parameters, self.optimizer, self.scheduler, self._lasting())
-        if limit := self.config.checkpoints_total_limit:
-            for old in checkpoints(self.checkpoints)[:-limit]:
-                shutil.rmtree(old)
+        path = save_checkpoint(
+            folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.accelerator.scaler,
+            run=self.run, step=step, loss=loss, settings=self.adapter.info.provenance.settings,
+        )  # fmt: skip
+        if config.checkpoints_total_limit:
+            remove_old_checkpoints(folder, step, config.checkpoints_total_limit)
         return path
-
-    def _resume(self) -> int:
-        """The number of steps done already."""
-        if self.resumed is None:
-            return 0
-        load_checkpoint(self.resumed, self.parameters, self.optimizer, self.scheduler, self._lasting())
-        done = int(self.scheduler.last_epoch)
-        logger.info("Resuming from '%s' after %d steps.", self.resumed, done)
-        return done
-
-    def _lasting(self) -> dict[str, Any]:
-        owned = {"slices": [part.to_json() for part in self.adapter.slices]}
-        return {"examples": self.batches.digest} | owned | {name: getattr(self.config, name) for name in LASTING}
-
-    def _tell_about_gates(self) -> None:
-        config, names = self.config, self.adapter.layer_names
-        if config.gating != "tokens":
-            return
-        if blind := [name for name in names if not sees_tokens(name)]:
-            logger.warning(
-                "%d of %d targeted layers see no tokens (%s, …); there %s acts on whole pictures whose prompt holds "
-                "it, so concepts drawn together will mix.", len(blind), len(names), blind[0], config.token,
-            )  # fmt: skip
-        if config.with_prior_preservation:
-            logger.warning(
-                "Prior preservation changes nothing here: under token gating, class prompts run the base itself. "
-                "Drop with_prior_preservation, or train with gating = 'none'."
-            )
-
-
-def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
-    """Everything trainable under a stable name: `<layer>.<tensor>` and `<component>.token.<token>`."""
-    found = {f"{name}.{key}": p for name, layer in adapter.layers.items() for key, p in layer.named_parameters()}
-    for token, rows in adapter.tokens.items():
-        found |= {f"{c}.token.{token}": row for c, row in rows.items() if isinstance(row, nn.Parameter)}
-    return found
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -1,19 +1,22 @@
-"""What a training starts from: a fresh adapter on its slice, attached live, and the groups its optimizer sees."""
+"""What a training starts from: its layers, its slice, an untrained adapter and the groups its optimizer sees."""
 
-from contextlib import ExitStack
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import Adapter, AdapterInfo, BaseInfo, Branch, Concept, Provenance
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, Provenance
 from fusion.adapters.layer import AdapterLayer, LayerOptions
-from fusion.errors import UnknownName, closest
-from fusion.layer_names import component_of
+from fusion.errors import ConfigError, UnknownName, closest
+from fusion.layer_names import component_of, sees_tokens
 from fusion.library.library_folder import Library
 from fusion.library.spectrum_cache import cached_spectrum
-from fusion.models.layer_sites import components, matrix, sites
+from fusion.models.layer_sites import Site, components, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 from fusion.models.targets import default_targets, resolve
@@ -21,60 +24,80 @@ from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice
 from fusion.training.config import TrainingConfig
 
+logger = logging.getLogger(__name__)
 
-def fresh_adapter(
-    pipe: Pipeline, config: TrainingConfig, held: ExitStack, resumed: SpectralSlice | None = None
-) -> Adapter:
-    """An untrained adapter for `config`, on a free slice; a slice reserved in a library is held until `held` closes.
 
-    `resumed`: the slice of the training that is gone on with.
+def check_base_name(pipe: Pipeline, config: TrainingConfig) -> None:
+    """Raise ConfigError if the settings name another base than the one that is open."""
+    named, opened = config.pretrained_model_name_or_path, base_info(pipe).name
+    if named and opened != "unnamed" and Path(named).name != opened:
+        raise ConfigError(
+            f"pretrained_model_name_or_path is '{named}', but '{opened}' is open; open that base, or leave it out."
+        )
 
-    Raises UnknownName for a target that names no layer, SliceConflict for a slice that is taken or does not fit.
-    """
+
+def target_sites(pipe: Pipeline, config: TrainingConfig) -> dict[str, Site]:
+    """The layers to adapt, by canonical name. Raises UnknownName for a target or adapter type that does not exist."""
     if config.adapter_type not in ADAPTERS:
         near = closest(config.adapter_type, ADAPTERS)
         raise UnknownName(f"No adapter type is called '{config.adapter_type}'{near} There are: {', '.join(ADAPTERS)}.")
-    kind, info = ADAPTERS[config.adapter_type], base_info(pipe)
-    gated = config.gating == "tokens"
-    learning = [c for c in components(pipe) if c == "unet" or config.text_encoder_lr]
-    targets = tuple(config.targets or default_targets(learning, gated=gated))
-    places = sites(pipe)
-    names = resolve(targets, places)
-    narrowest = min(names, key=lambda name: min(matrix(places[name]).shape))
-    capacity = min(matrix(places[narrowest]).shape)
-    directions = choose_slice(config, kind, info, capacity, held, resumed)
-    directions.check_fits(capacity, narrowest)
-    options = LayerOptions(seed=config.seed, guard=config.guard)
-    layers = {name: fresh_layer(kind, matrix(places[name]), directions, options) for name in names}
-    concept = Concept(config.token, config.noun, config.num_vectors)
-    rows = {component: nn.Parameter(start) for component, start in initial_rows(pipe, concept).items()}
-    slices = (directions,) if kind.slice_of else ()
-    branch = Branch(config.name, config.adapter_type, layers, slices, targets, (config.token,) if gated else ())
-    provenance = Provenance(f"spectral-fusion {tool_version()}", 0, config.seed, (), config.lasting_settings())
-    return Adapter(AdapterInfo(config.name, info, (concept,), provenance), (branch,), {concept.token: rows})
+    layers = sites(pipe)
+    return {name: layers[name] for name in resolve(target_patterns(pipe, config), layers)}
 
 
-def choose_slice(
-    config: TrainingConfig, kind: type[AdapterLayer], base: BaseInfo, capacity: int, held: ExitStack,
-    resumed: SpectralSlice | None = None,
-) -> SpectralSlice:  # fmt: skip
-    """The slice the config names, or that of the training that is resumed, or the library's next free one."""
+def target_patterns(pipe: Pipeline, config: TrainingConfig) -> tuple[str, ...]:
+    trained = [c for c in components(pipe) if c == "unet" or config.text_encoder_lr]
+    return tuple(config.targets or default_targets(trained, gated=config.gating == "tokens"))
+
+
+@contextmanager
+def reserved_slice(
+    pipe: Pipeline, config: TrainingConfig, targets: Mapping[str, Site], resumed: SpectralSlice | None = None
+) -> Generator[SpectralSlice]:
+    """The slice to train on, reserved in the library until the context is left.
+
+    It is the one that the config names, or that of the checkpoint that is `resumed`, or the next free one.
+    Raises SliceConflict for a slice that is taken, or does not fit the narrowest of the `targets`.
+    """
+    kind, wanted = ADAPTERS[config.adapter_type], named_slice(config) or resumed
+    capacity, narrowest = min((min(matrix(site).shape), name) for name, site in targets.items())
     if kind.slice_of is None:
-        return SpectralSlice(0, config.rank)
-    wanted = resumed
-    if config.slice is not None and config.layout == "strided":
-        wanted = SpectralSlice.strided(config.slice, config.rank, config.slots)
-    elif config.slice is not None:
-        wanted = SpectralSlice.contiguous(config.slice, config.rank)
-    where: dict[str, Any] = {
-        "capacity": capacity,
-        "layout": config.layout,
-        "slots": config.slots,
-        "slice_of": kind.slice_of,
-    }
+        SpectralSlice(0, config.rank).check_fits(capacity, narrowest)
+        yield SpectralSlice(0, config.rank)
+        return
     library = Library(config.library or config.output_dir)
-    reserved = library.reserve(base, config.rank, wanted=wanted, replacing=config.token, **where)
-    return held.enter_context(reserved).slice
+    with library.reserve(
+        base_info(pipe), config.rank, capacity=capacity, layout=config.layout, slots=config.slots,
+        slice_of=kind.slice_of, wanted=wanted, replacing=config.token,
+    ) as reservation:  # fmt: skip
+        reservation.slice.check_fits(capacity, narrowest)
+        yield reservation.slice
+
+
+def named_slice(config: TrainingConfig) -> SpectralSlice | None:
+    """The slice that the config names by its number, if it does."""
+    if config.slice is None:
+        return None
+    if config.layout == "strided":
+        return SpectralSlice.strided(config.slice, config.rank, config.slots)
+    return SpectralSlice.contiguous(config.slice, config.rank)
+
+
+def fresh_adapter(
+    pipe: Pipeline, config: TrainingConfig, targets: Mapping[str, Site], directions: SpectralSlice
+) -> Adapter:
+    """An untrained adapter of the `targets` on the slice `directions`. Its ΔW is zero."""
+    kind, concept = ADAPTERS[config.adapter_type], Concept(config.token, config.noun, config.num_vectors)
+    options = LayerOptions(seed=config.seed, guard=config.guard)
+    layers = {name: fresh_layer(kind, matrix(site), directions, options) for name, site in targets.items()}
+    rows = {component: nn.Parameter(start) for component, start in initial_rows(pipe, concept).items()}
+    branch = Branch(
+        config.name, config.adapter_type, layers, (directions,) if kind.slice_of else (),
+        target_patterns(pipe, config), (config.token,) if config.gating == "tokens" else (),
+    )  # fmt: skip
+    provenance = Provenance(f"spectral-fusion {tool_version()}", 0, config.seed)
+    info = AdapterInfo(config.name, base_info(pipe), (concept,), provenance)
+    return Adapter(info, (branch,), {concept.token: rows})
 
 
 def fresh_layer(
@@ -87,13 +110,20 @@ def fresh_layer(
     return kind.fresh(exact, directions, spectrum=spectrum, options=options)
 
 
-def parameter_groups(pipe: Pipeline, adapter: Adapter, config: TrainingConfig) -> list[dict[str, Any]]:
+def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Everything trainable under a stable name: `<layer>.<tensor>` and `<component>.token.<token>`."""
+    named = {f"{name}.{key}": p for name, layer in adapter.layers.items() for key, p in layer.named_parameters()}
+    for token, rows in adapter.tokens.items():
+        named |= {f"{c}.token.{token}": row for c, row in rows.items() if isinstance(row, nn.Parameter)}
+    return named
+
+
+def parameter_groups(adapter: Adapter, config: TrainingConfig, targets: Mapping[str, Site]) -> list[dict[str, Any]]:
     """Optimizer groups: UNet layers, text encoder layers and token rows at their own learning rates.
 
     With `balance_slices` every spectral parameter gets its layer's own rate, so that a slice far down the spectrum
-    learns as fast as the first. Token rows are pulled by no weight decay: zero is no meaning of a word.
+    learns as fast as the first. Token rows have no weight decay: an embedding of zero is no meaning of a word.
     """
-    places = sites(pipe)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, layer in adapter.layers.items():
         rate = config.learning_rate if component_of(name) == "unet" else config.text_encoder_lr
@@ -101,14 +131,30 @@ def parameter_groups(pipe: Pipeline, adapter: Adapter, config: TrainingConfig) -
             continue
         gains = {}
         if config.balance_slices:
-            spectrum = cached_spectrum(matrix(places[name]).float(), config.rank)
+            spectrum = cached_spectrum(matrix(targets[name]).float(), config.rank)
             gains = layer.learning_rate_gains(spectrum.S[: config.rank])
         for key, parameter in layer.named_parameters():
             groups.setdefault(rate * gains.get(key, 1.0), []).append(parameter)
     rows = [row for per_component in adapter.tokens.values() for row in per_component.values()]
     decay = config.adam_weight_decay
-    made = [{"params": params, "lr": rate, "weight_decay": decay} for rate, params in groups.items()]
-    return [*made, {"params": rows, "lr": config.token_lr, "weight_decay": 0.0}] if config.token_lr else made
+    layers = [{"params": params, "lr": rate, "weight_decay": decay} for rate, params in groups.items()]
+    return [*layers, {"params": rows, "lr": config.token_lr, "weight_decay": 0.0}] if config.token_lr else layers
+
+
+def warn_about_gates(config: TrainingConfig, layers: list[str]) -> None:
+    """Say where token gating cannot keep concepts apart, and where it makes a setting useless."""
+    if config.gating != "tokens":
+        return
+    if ungated := [name for name in layers if not sees_tokens(name)]:
+        logger.warning(
+            "%d of %d targeted layers see no tokens (%s, …); there %s acts on whole pictures whose prompt has it, so "
+            "concepts drawn together will mix.", len(ungated), len(layers), ungated[0], config.token,
+        )  # fmt: skip
+    if config.with_prior_preservation:
+        logger.warning(
+            "Prior preservation changes nothing here: under token gating, class prompts run the base itself. "
+            "Drop with_prior_preservation, or train with gating = 'none'."
+        )
 
 
 def tool_version() -> str:

@@ -13,8 +13,8 @@ import tiny
 from fusion.adapters import ADAPTERS
 from fusion.config import read_base_defaults
 from fusion.errors import ConfigError
-from fusion.training.batches import Batches
 from fusion.training.config import TrainingConfig
+from fusion.training.training_data import TrainingData
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = {"token": "<dog>", "instance_data_dir": "/data/dog"}
@@ -141,7 +141,7 @@ def test_a_resolution_must_suit_the_base(tmp_path):
     for resolution, multiple in ((16, None), (17, 2)):
         settings = config(instance_data_dir=tmp_path, resolution=resolution)
         with pytest.raises(ConfigError, match=f"a multiple of {multiple}") if multiple else nullcontext():
-            Batches(pipe, settings)
+            TrainingData(pipe, settings)
 
 
 def test_placeholders_become_the_token():

@@ -1,67 +1,25 @@
-"""Training, on toy pipelines of the real classes: what changes, what does not, and that resuming is exact."""
-
-import itertools
+"""Training, on toy pipelines of the real classes: what changes, what does not."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_training import config, run, same
 
 import fusion
 import tiny
 from fusion.adapters import ADAPTERS
-from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName
-from fusion.training.batches import Batches
-from fusion.training.loop import named_parameters
+from fusion.errors import FusionError, SliceConflict, UnknownName
 from fusion.training.loss import denoising_loss
+from fusion.training.setup import named_parameters
+from fusion.training.training_data import TrainingData
 
-PROMPT = "a <dog> on a photo"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    (folder / "masks").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
-
-
-def config(pictures, **settings):
-    base = {
-        "token": "<dog>",
-        "noun": "dog",
-        "instance_data_dir": pictures,
-        "output_dir": pictures.parent / "out",
-        "rank": 4,
-        "max_train_steps": 3,
-        "train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "text_encoder_lr": 1e-2,
-        "token_lr": 1e-2,
-        "checkpointing_steps": 0,
-    }
-    return fusion.TrainingConfig(**{**base, **settings})
-
-
-def run(pipe, settings):
-    steps = list(fusion.train(pipe, settings))
-    return steps, {name: p.detach().clone() for name, p in named_parameters(steps[-1].adapter).items()}
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def bits(pipe):
     parts = (pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "text_encoder_2", None))
     return {f"{i}.{k}": v.clone() for i, part in enumerate(parts) if part for k, v in part.state_dict().items()}
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -132,49 +90,6 @@ def test_an_error_in_the_middle_leaves_the_pipeline_as_found(pictures):
     with pytest.raises(FusionError, match="loss is"):
         list(fusion.train(pipe, config(pictures, learning_rate=1e30, max_train_steps=30, max_grad_norm=0.0)))
     assert pipe.tokenizer is tokenizer and same(before, bits(pipe))
-
-
-@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "center_crop": False, "random_flip": True}])
-def test_resuming_is_exact(extra, pictures):
-    settings = config(pictures, max_train_steps=6, checkpointing_steps=3, lr_scheduler="cosine", **extra)
-    _, whole = run(tiny.pipeline("sd1"), settings)
-    steps = list(itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), 3))
-    assert steps[-1].checkpoint.name == "checkpoint-3"
-    again, resumed = run(tiny.pipeline("sd1"), settings.updated({"resume_from_checkpoint": str(steps[-1].checkpoint)}))
-    assert [step.step for step in again] == [4, 5, 6]
-    assert same(whole, resumed)
-
-
-def test_a_resumed_training_goes_on_with_its_own_slice(pictures):
-    settings = config(pictures, max_train_steps=4, checkpointing_steps=2)
-    _, whole = run(tiny.pipeline("sd1"), settings)
-    list(itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), 2))
-    other = config(pictures, token="<cat>", max_train_steps=1)
-    (last,) = fusion.train(tiny.pipeline("sd1"), other)  # takes the slice that is free for the moment
-    fusion.save(last.adapter, settings.output_dir / "cat.safetensors")
-    resume = settings.updated({"resume_from_checkpoint": "latest"})
-    with pytest.raises(SliceConflict, match="'cat'"):
-        list(fusion.train(tiny.pipeline("sd1"), resume))
-    (settings.output_dir / "cat.safetensors").unlink()
-    wanted = settings.updated({"slice": 1})
-    with pytest.raises(ConfigError, match="slices"):
-        list(fusion.train(tiny.pipeline("sd1"), wanted.updated({"resume_from_checkpoint": "checkpoint-2"})))
-    _, resumed = run(tiny.pipeline("sd1"), settings.updated({"resume_from_checkpoint": "checkpoint-2"}))
-    assert same(whole, resumed)
-
-
-def test_resuming_under_other_settings_is_refused(pictures):
-    settings = config(pictures, max_train_steps=2, checkpointing_steps=2)
-    list(fusion.train(tiny.pipeline("sd1"), settings))
-    with pytest.raises(ConfigError, match="seed"):
-        list(fusion.train(tiny.pipeline("sd1"), settings.updated({"seed": 1, "resume_from_checkpoint": "latest"})))
-
-
-def test_old_checkpoints_are_removed(pictures):
-    settings = config(pictures, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
-    list(fusion.train(tiny.pipeline("sd1"), settings))
-    kept = sorted(p.name for p in (settings.output_dir / "checkpoints" / "dog").iterdir())
-    assert kept == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_equal_seeds_give_equal_adapters_and_others_do_not(pictures):
@@ -292,7 +207,7 @@ def test_balanced_slices_learn_at_their_own_rate(pictures):
 
 def test_batches_are_a_function_of_their_number(pictures):
     pipe, settings = tiny.pipeline("sd1"), config(pictures)
-    batches = Batches(pipe, settings)
+    batches = TrainingData(pipe, settings)
     batches.prepare()
     generator = torch.Generator
     one = batches.batch(4, generator().manual_seed(0))

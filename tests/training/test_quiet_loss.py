@@ -11,7 +11,7 @@ from fusion.evaluation.output_error import measure_output_errors
 from fusion.models.attachment import attach
 from fusion.models.input_moments import CONCEPT_FREE, record_base
 from fusion.models.layer_sites import matrix, sites
-from fusion.training.quiet_loss import CAPTIONS, Quiet, decoy_words, quiet_prompts
+from fusion.training.quiet_loss import MAX_CAPTIONS, QuietLoss, decoy_words, quiet_prompts
 from trained import draw, trained_adapter
 
 TOKEN = "<dog>"
@@ -28,7 +28,7 @@ def test_prompts_are_the_captions_with_other_words_and_never_the_token():
     assert set(CONCEPT_FREE) < set(prompts) and not [p for p in prompts if TOKEN in p]
     for kind in ("a dog in scene", "a cat in scene", "a <decoy> in scene"):
         assert any(prompt.startswith(kind) for prompt in prompts)
-    assert len(prompts) <= len(CONCEPT_FREE) + 4 * CAPTIONS
+    assert len(prompts) <= len(CONCEPT_FREE) + 4 * MAX_CAPTIONS
     assert quiet_prompts(config(noun=""), ["a {token}"], ["<decoy>"])[-1] == "a <decoy>"
 
 
@@ -38,7 +38,7 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
     adapter = trained_adapter(pipe, TOKEN, gated=gated)
     silent = replace(adapter, branches=(replace(adapter.branches[0], strength=0.0),))
     with attach(pipe, silent):
-        quiet = Quiet(pipe, settings, silent, ["a {token}"])
+        quiet_loss = QuietLoss(pipe, settings, silent, sites(pipe), ["a {token}"])
         words = decoy_words(settings, adapter)
         with attach(pipe, words):
             tokens = [concept.token for concept in words.info.concepts]
@@ -48,7 +48,7 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
         change, weight = delta.dense().double(), matrix(sites(pipe)[name]).double()
         free = met[name].free
         ratios.append(float((change @ free * change).sum() / (weight @ free * weight).sum()))
-    assert float(quiet.loss(adapter).detach()) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
+    assert float(quiet_loss(adapter).detach()) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
 
 
 def test_decoys_are_as_large_as_the_concept_and_leave_with_their_attachment():

@@ -5,6 +5,7 @@ Shapes: B examples, C latent channels, H W latent size.
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,17 +17,17 @@ from fusion.generation.drawing import generate
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
-from fusion.training.dataset import Dataset, Example, class_dataset, instance_dataset, prepare
+from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
 
 logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
     latents: Tensor  # (B, C, H, W), scaled as the UNet expects
-    mask: Tensor  # (B, 1, H, W), what each place counts
+    mask: Tensor  # (B, 1, H, W), how much each position counts
     time_ids: list[TimeIds]
     captions: list[str]
-    weights: Tensor  # (B,), what each example counts: the mean over the concept's, and that over class pictures
+    weights: Tensor  # (B,), how much each example counts: the concept's share, and that of class pictures
 
 
 class Encoded(NamedTuple):
@@ -37,7 +38,7 @@ class Encoded(NamedTuple):
     time_ids: TimeIds
 
 
-class Batches:
+class TrainingData:
     """The concept's pictures, and class pictures under prior preservation. Checked at once, encoded by `prepare`."""
 
     def __init__(self, pipe: Pipeline, config: TrainingConfig) -> None:
@@ -48,24 +49,27 @@ class Batches:
             multiple = pipe.vae_scale_factor
             raise ConfigError(f"resolution {self.resolution} does not suit this base; use a multiple of {multiple}.")
         self.instances = instance_dataset(config)
-        self.classes: Dataset | None = None
+        self.classes = class_dataset(config) if config.with_prior_preservation else None
         self._encoded: dict[Example, Encoded] = {}
         if small := self.instances.smaller_than(self.resolution):
             first = small[0].image_path.name
             logger.warning("%d pictures are smaller than %d px and enlarged: %s, …", len(small), self.resolution, first)
 
-    @property
-    def digest(self) -> str:
-        """Of captions and files, to know on resuming that the examples are the same."""
-        sha = hashlib.sha256()
-        for example in self.instances.examples:
-            sha.update(f"{example.caption} {example.repeats}".encode() + example.image_path.read_bytes())
-        return sha.hexdigest()[:16]
+    def digests(self) -> dict[str, str | None]:
+        """Of the pictures with their captions and repeats, of masks and of class pictures, to compare on resuming."""
+        examples, classes = self.instances.examples, self.classes.examples if self.classes else ()
+        return {
+            "pictures": _digest(f"{e.caption} {e.repeats}".encode() + e.image_path.read_bytes() for e in examples),
+            "masks": _digest(
+                f"{i} ".encode() + e.mask_path.read_bytes() for i, e in enumerate(examples) if e.mask_path
+            ),
+            "class_pictures": _digest(example.image_path.read_bytes() for example in classes),
+        }
 
     def prepare(self) -> None:
         """Draw the class pictures that are missing, and encode what may be encoded once."""
-        if self.config.with_prior_preservation:
-            self._draw_class_pictures()
+        if self.classes is not None and len(self.classes) < self.config.num_class_images:
+            self._draw_class_pictures(self.config.num_class_images - len(self.classes))
             self.classes = class_dataset(self.config)
         if self.config.caches_latents():
             for dataset in (self.instances, self.classes):
@@ -93,20 +97,19 @@ class Batches:
         if stored == torch.float16 and vae.config.force_upcast:
             vae.to(torch.float32)
         with torch.no_grad():
-            found = vae.encode(picture.pixels[None].to(device, vae.dtype)).latent_dist.mode()
+            mode = vae.encode(picture.pixels[None].to(device, vae.dtype)).latent_dist.mode()
         if vae.dtype != stored:
             vae.to(stored)
-        latents = found[0].float() * vae.config.scaling_factor
+        latents = mode[0].float() * vae.config.scaling_factor
         mask, outside = torch.ones_like(latents[:1]), self.config.unmasked_weight
         if picture.mask is not None:
             inside = F.interpolate(picture.mask[None].to(device), latents.shape[-2:], mode="area")[0]
             mask = outside + (1 - outside) * inside
         return Encoded(latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2))
 
-    def _draw_class_pictures(self) -> None:
-        """Class pictures by the base, as many as are missing; the adapter attached is untrained and changes nothing."""
-        config, folder = self.config, self.config.class_folder()
-        missing, seed = config.num_class_images - len(class_dataset(config)), 0
+    def _draw_class_pictures(self, missing: int) -> None:
+        """Class pictures by the base itself, as no adapter is attached yet."""
+        config, folder, seed = self.config, self.config.class_folder(), 0
         while missing > 0:
             for picture in generate(self.pipe, config.class_prompt or "", seed=seed, batch=config.sample_batch_size):
                 path = folder / f"drawn-{seed:05d}.png"
@@ -114,3 +117,12 @@ class Batches:
                     picture.save(path)
                     missing -= 1
                 seed += 1
+
+
+def _digest(parts: Iterable[bytes]) -> str | None:
+    """SHA-256 over all parts, 16 hexadecimal digits; None where there are none."""
+    sha, empty = hashlib.sha256(), True
+    for part in parts:
+        sha.update(part)
+        empty = False
+    return None if empty else sha.hexdigest()[:16]
