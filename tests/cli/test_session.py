@@ -1,6 +1,7 @@
 """A whole session at the terminal, on a toy base in a folder: train, inspect, fuse, generate, export, evaluate."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -157,12 +158,26 @@ def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
     assert train("<dog>", "--checkpointing_steps", "1") == 130
     shown = capsys.readouterr().err
     assert "stopped after step 2. Continue after checkpoint-2 with:" in shown
-    assert "--resume_from_checkpoint latest" in shown
+    command = shlex.split(next(line for line in shown.splitlines() if "fusion train" in line))
+    assert command[:2] == ["fusion", "train"] and command[-2] == "--resume_from_checkpoint"
     monkeypatch.setattr(loop, "train", whole)
+    assert train("<dog>", "--checkpointing_steps", "1", "--seed", "1") == 0  # meanwhile another run of this name
+    assert main(command[1:]) == 0  # the printed command goes on with its own
+    shown = capsys.readouterr().out
+    assert "resumed after step 2 of 3" in shown and "3 steps" in shown
+
+
+def test_a_training_that_died_before_its_adapter_was_written_is_finished(train, capsys, tmp_path):
+    assert train("<dog>", "--checkpointing_steps", "1") == 0
+    file = tmp_path / "out" / "dog.safetensors"
+    written = file.read_bytes()
+    file.unlink()
     assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 0
-    assert "3 steps" in capsys.readouterr().out
-    assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 1
-    assert "nothing left to train" in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "resumed after step 3 of 3" in shown and "wrote out/dog.safetensors" in shown
+    assert file.read_bytes() == written
+    assert train("<dog>", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest", "--rank", "2") == 1
+    assert "was made with rank = 4, not 2" in capsys.readouterr().err
 
 
 def test_words_nobody_taught_are_pointed_out(train, base, capsys):
