@@ -16,7 +16,7 @@ from benchmarks.laboratory.teaching import School, Size
 from fusion.methods.method import LayerMerge
 
 
-def halved(deltas, strengths, given):
+def halved(deltas, strengths, context):
     """A method of one's own: half of the sum."""
     return sum((delta * (0.5 * strength) for delta, strength in zip(deltas[1:], strengths[1:], strict=True)),
                start=deltas[0] * (0.5 * strengths[0]))  # fmt: skip

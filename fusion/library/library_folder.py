@@ -21,12 +21,7 @@ from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, 
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
 from fusion.library.locks import create_folder, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
-from fusion.library.training_folders import (
-    TrainingFolder,
-    all_training_folders,
-    idle_training_folders,
-    new_training_folder,
-)
+from fusion.library.training_folders import TrainingFolder, all_training_folders
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
@@ -102,11 +97,11 @@ class Library:
 
         An adapter saved there owns its slice. Raises FormatError where nothing can be written.
         """
-        return new_training_folder(self.folder, name)
+        return TrainingFolder.new(self.folder, name)
 
     def unfinished(self) -> list[TrainingFolder]:
         """Trainings that nobody is working at: stopped, or left behind by a program that has ended."""
-        return idle_training_folders(self.folder)
+        return TrainingFolder.idle(self.folder)
 
     def slice_map(self, base: BaseInfo, slice_of: str = "spectrum") -> list[OwnedSlice]:
         """Who owns which slice of `base`: adapters first, then unfinished trainings and running ones."""

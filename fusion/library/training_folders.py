@@ -8,6 +8,7 @@ the library.
 import secrets
 import shutil
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -26,13 +27,37 @@ class TrainingFolder:
         # Not bound to a thread: one begins a training, another one ends it.
         self._lock = FileLock(folder / _LOCK, thread_local=False)
 
+    @classmethod
+    def new(cls, library: Path, name: str) -> Self:
+        """An empty one, acquired. Raises FormatError where nothing can be written."""
+        training = cls(library / UNFINISHED / f"{name}-{secrets.token_hex(4)}")
+        create_folder(library)
+        with library_lock(library):
+            create_folder(training.folder)
+            training._acquire()
+        return training
+
+    @classmethod
+    def idle(cls, library: Path) -> list[Self]:
+        """Those that nobody works in, by name."""
+        if not (folders := all_training_folders(library)):
+            return []
+        try:
+            with library_lock(library):
+                idle = [training for training in map(cls, folders) if training._acquire()]
+                for training in idle:
+                    training.release()
+        except FormatError:
+            return []  # no training can be resumed where nothing can be written
+        return idle
+
     def acquire(self) -> bool:
         """Work here, until `release` or `delete`. False where somebody does already, and where it was deleted."""
         # Listing probes the locks of all folders, under the same lock: it is never in the way.
         with library_lock(self._library):
-            return self._acquired()
+            return self._acquire()
 
-    def _acquired(self) -> bool:
+    def _acquire(self) -> bool:
         if self._lock.is_locked or not self.folder.is_dir():  # locking would create the folder again
             return False
         try:
@@ -50,31 +75,6 @@ class TrainingFolder:
         with library_lock(self._library):
             self._lock.release()
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def new_training_folder(library: Path, name: str) -> TrainingFolder:
-    """An empty one, acquired. Raises FormatError where nothing can be written."""
-    folder = library / UNFINISHED / f"{name}-{secrets.token_hex(4)}"
-    create_folder(library)
-    with library_lock(library):
-        create_folder(folder)
-        training = TrainingFolder(folder)
-        training._acquired()
-    return training
-
-
-def idle_training_folders(library: Path) -> list[TrainingFolder]:
-    """Those that nobody works in, by name."""
-    if not (folders := all_training_folders(library)):
-        return []
-    try:
-        with library_lock(library):
-            idle = [training for training in map(TrainingFolder, folders) if training._acquired()]
-            for training in idle:
-                training.release()
-    except FormatError:
-        return []  # no training can be resumed where nothing can be written
-    return idle
 
 
 def all_training_folders(library: Path) -> list[Path]:
