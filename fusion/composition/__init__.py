@@ -1,1 +1,1 @@
-"""Several adapters become one: conflicts and interference told before, fusion in one exact step."""
+"""Several adapters become one: conflicts and interference are reported, then they are fused in one exact step."""

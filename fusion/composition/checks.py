@@ -9,6 +9,7 @@ from fusion.errors import BaseMismatch, TokenConflict
 
 
 def check_bases(adapters: Sequence[Adapter]) -> None:
+    """Raise BaseMismatch for adapters of different families."""
     known = [adapter for adapter in adapters if adapter.info.base is not None]
     for other in known[1:]:
         first, second = known[0].info.base, other.info.base
@@ -21,15 +22,16 @@ def check_bases(adapters: Sequence[Adapter]) -> None:
 
 
 def check_tokens(adapters: Sequence[Adapter]) -> None:
-    owner: dict[str, str] = {}
+    """Raise TokenConflict for a token that two adapters use."""
+    owners: dict[str, str] = {}
     for adapter in adapters:
         for concept in adapter.info.concepts:
-            if concept.token in owner:
+            if concept.token in owners:
                 raise TokenConflict(
-                    f"'{owner[concept.token]}' and '{adapter.info.name}' both use {concept.token}; rename one: "
+                    f"'{owners[concept.token]}' and '{adapter.info.name}' both use {concept.token}; rename one: "
                     f"adapter.renamed({{'{concept.token}': '<another>'}}), or --rename '{concept.token}=<another>'."
                 )
-            owner[concept.token] = adapter.info.name
+            owners[concept.token] = adapter.info.name
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class SliceClash:
 
     def sentence(self) -> str:
         ends = sorted({min(self.directions), max(self.directions)})
-        shown = "-".join(str(end) for end in ends)
-        return f"'{self.first}' and '{self.second}' both use directions {shown} in {self.layers} layers."
+        directions = "-".join(str(end) for end in ends)
+        return f"'{self.first}' and '{self.second}' both use directions {directions} in {self.layers} layers."
 
     def advice(self) -> str:
         retrain = "Retrain one on another slice (train with --library hands out free ones), or fuse by method 'average'"

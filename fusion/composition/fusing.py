@@ -42,9 +42,9 @@ def fuse(
 ) -> Adapter:
     """One adapter that does what all of `adapters` do.
 
-    Weighted sums keep every branch with its basis, its gate and its strength times the method's weight: exact, and
-    any concept can be taken out again. Other methods merge the changes of each layer into one, which no gate can tell
-    apart. `rank` or `energy` compress that merged change (and so also merge under a weighted sum).
+    Weighted sums keep every branch with its basis, its gate and its strength times the method's weight: this is exact,
+    and any concept can be removed again. Other methods merge the changes of each layer into one, whose concepts no gate
+    can separate. `rank` or `energy` compress the merged change (and so also merge under a weighted sum).
     Methods that need moments of the layers' inputs record them on `pipe`, or take those of `record_moments`, one for
     each branch of each adapter. `options` are the methods' own.
     `gating` as in attach: "none" drops the gates, "tokens" gates every branch by its adapter's own tokens.
@@ -57,7 +57,7 @@ def fuse(
         raise UnknownName(
             f"No fusion method is called '{method}'{closest(method, METHODS)} There are: {quoted(METHODS)}."
         )
-    values = _one_each(adapters, strengths)
+    values = _checked_strengths(adapters, strengths)
     regated = [_with_gates(adapter, gating) for adapter in adapters]
     check_bases(regated)
     check_tokens(regated)
@@ -69,20 +69,20 @@ def fuse(
             "Merged into one change per layer, '%s' cannot be gated: it acts on every token.", name or method
         )
     if METHODS[method].moments:
-        parts = [(part, value) for a, value in zip(regated, values, strict=True) for part in taken_apart(a)]
-        apart, values_apart = [part for part, _ in parts], [value for _, value in parts]
-        fused = _merged(apart, values_apart, method, options, _moments(apart, method, pipe, moments))
+        pairs = [(part, value) for a, value in zip(regated, values, strict=True) for part in split_branches(a)]
+        parts, values_of_parts = [part for part, _ in pairs], [value for _, value in pairs]
+        fused = _merged(parts, values_of_parts, method, options, _moments(parts, method, pipe, moments))
     elif merge:
         fused = _merged(regated, values, method, options, ())
     else:
-        fused = _side_by_side(regated, values, method)
+        fused = _weighted(regated, values, method)
     if rank is not None or energy is not None:
         fused = _compressed(fused, rank, energy)
     info = _fused_info(regated, values, method, options, name)
     return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
 
 
-def _one_each(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
+def _checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
     if not adapters:
         raise ConfigError("There is nothing to fuse; give at least one adapter.")
     values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
@@ -91,16 +91,15 @@ def _one_each(adapters: Sequence[Adapter], strengths: Sequence[float] | None) ->
     return values
 
 
-def taken_apart(adapter: Adapter) -> list[Adapter]:
-    """An adapter of each branch, under the branch's name; one that has a single branch as it is."""
+def split_branches(adapter: Adapter) -> list[Adapter]:
+    """An adapter for each branch, with the branch's name; one that has a single branch as it is."""
     if len(adapter.branches) == 1:
         return [adapter]
-    named = [replace(adapter.info, name=branch.name) for branch in adapter.branches]
-    return [replace(adapter, info=i, branches=(b,)) for i, b in zip(named, adapter.branches, strict=True)]
+    return [replace(adapter, info=replace(adapter.info, name=b.name), branches=(b,)) for b in adapter.branches]
 
 
-def _side_by_side(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
-    """A weighted sum, carried out branch by branch."""
+def _weighted(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:
+    """A weighted sum, branch by branch."""
     weights = _weights(method, strengths, [adapter.deltas for adapter in adapters])
     branches = [
         replace(branch, strength=branch.strength * weight, name=_label(adapter, branch))
@@ -113,7 +112,7 @@ def _side_by_side(adapters: list[Adapter], strengths: list[float], method: str) 
 def _weights(
     method: str, strengths: Sequence[float], changes: Sequence[Callable[[], Mapping[str, Delta]]]
 ) -> Sequence[float]:
-    """What a weighted sum makes of strengths; `changes` are computed if it asks how they overlap."""
+    """The weights of a weighted sum; `changes` are computed if the method needs their inner products."""
     row = METHODS[method]
     assert isinstance(row, WeightedSum)
 
@@ -132,8 +131,8 @@ def _moments(
     if moments is None:
         if pipe is None:
             raise ConfigError(
-                f"Method '{method}' looks at what each adapter does to its inputs, so it needs a base: pass pipe=, or "
-                "moments= recorded before; on the command line, --base."
+                f"Method '{method}' needs the inputs of each adapter's layers, so a base: pass pipe=, or moments= recorded "
+                "before; on the command line, --base."
             )
         return record_moments(pipe, parts)
     if len(moments) != len(parts):
@@ -144,7 +143,7 @@ def _moments(
 def _merged(
     adapters: list[Adapter], strengths: list[float], method: str, options: MethodOptions, moments: Sequence[Moments]
 ) -> tuple[Branch, ...]:
-    """Any method, carried out layer by layer on whole changes."""
+    """Any method, layer by layer on whole changes."""
     changes = [adapter.deltas() for adapter in adapters]
     if any(each.everywhere for each in moments):
         options = replace(options, neutral=0.0)  # what one concept should leave alone is another's own
@@ -153,10 +152,10 @@ def _merged(
     layers: dict[str, LoraLayer] = {}
     for layer in dict.fromkeys(n for change in changes for n in change):
         shape = next(change[layer].shape for change in changes if layer in change)
-        # An adapter that leaves a layer alone still takes part: it has inputs there, and a say about them.
+        # An adapter that does not change a layer takes part too: its inputs there are to be left as they are.
         parts = [change.get(layer) or Delta.zero(*shape) for change in changes]
-        met = [each.layers.get(layer) for each in moments]
-        merged = METHODS[method](layer, parts, strengths, moments=met, options=options)
+        inputs = [each.layers.get(layer) for each in moments]
+        merged = METHODS[method](layer, parts, strengths, moments=inputs, options=options)
         layers[layer] = LoraLayer(merged.up, merged.down)
     slices = tuple(dict.fromkeys(part for adapter in adapters for part in adapter.slices))
     targets = tuple(dict.fromkeys(t for adapter in adapters for branch in adapter.branches for t in branch.targets))
@@ -165,8 +164,8 @@ def _merged(
 
 def _compressed(branches: tuple[Branch, ...], rank: int | None, energy: float | None) -> tuple[Branch, ...]:
     (branch,) = branches
-    small = {name: layer.delta().detach().compress(rank, energy) for name, layer in branch.layers.items()}
-    return (replace(branch, layers={name: LoraLayer(delta.up, delta.down) for name, delta in small.items()}),)
+    deltas = {name: layer.delta().detach().compress(rank, energy) for name, layer in branch.layers.items()}
+    return (replace(branch, layers={name: LoraLayer(delta.up, delta.down) for name, delta in deltas.items()}),)
 
 
 def _with_gates(adapter: Adapter, gating: str | None) -> Adapter:
@@ -180,12 +179,12 @@ def _label(adapter: Adapter, branch: Branch) -> str:
 
 def _unique(branches: list[Branch]) -> Iterable[Branch]:
     """Branches with distinct names: the second 'dog' becomes 'dog-2'."""
-    seen: set[str] = set()
+    names: set[str] = set()
     for branch in branches:
         name, count = branch.name, 2
-        while name in seen:
+        while name in names:
             name, count = f"{branch.name}-{count}", count + 1
-        seen.add(name)
+        names.add(name)
         yield replace(branch, name=name)
 
 

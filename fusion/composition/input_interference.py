@@ -1,10 +1,10 @@
-"""Interference between adapters, measured on the inputs their layers meet: what weights alone cannot say.
+"""Interference between adapters, measured on the inputs of their layers, which the weights alone do not show.
 
-From the second moments of `record_moments`, on factors; no picture is drawn. Adapters are taken as plain LoRA exports
-would act: at every input, gates or none. X are the inputs of one layer while a concept is prompted, or those it should
-leave alone (X₀), and every ratio is of root sums over all layers that both sides change.
+From the second moments of `record_moments`, on factors; no picture is drawn. Adapters act as their LoRA exports would:
+at every input, whatever their gates. X are the inputs of one layer while a concept is prompted, X₀ those it should
+leave alone; every ratio is of root sums over all layers that both sides change.
 
-Shapes: N adapters, one for each Moments. Adapters of several branches are taken apart, as fuse does.
+Shapes: N adapters, one for each Moments. Each branch of a fused adapter counts as an adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
-from fusion.composition.fusing import taken_apart
+from fusion.composition.fusing import split_branches
 from fusion.errors import ConfigError
 from fusion.models.layer_sites import matrix, sites
 from fusion.models.pipeline import Pipeline
@@ -30,7 +30,7 @@ class CrossTalk:
     """What N adapters do to each other's inputs, in the order of `names`."""
 
     names: list[str]
-    ratio: list[list[float]]  # [i][j] = ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖: 0 silent, 1 as loud as the concept itself
+    ratio: list[list[float]]  # [i][j] = ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖: 0 no change, 1 as large as the concept's own
     by_layer: dict[str, list[list[float]]]
     drift: list[float]  # ‖ΔWᵢ X₀‖ / ‖W X₀‖ on the inputs that i should leave alone
 
@@ -38,7 +38,7 @@ class CrossTalk:
         return asdict(self)
 
     def worst(self, count: int = 5) -> list[tuple[str, str, str, float]]:
-        """The layers where one adapter talks into another most: (layer, who, into whom, ratio)."""
+        """The layers where an adapter acts most on the inputs of another: (layer, name, name of the other, ratio)."""
         pairs = [
             (layer, self.names[i], self.names[j], matrix[i][j])
             for layer, matrix in self.by_layer.items()
@@ -50,8 +50,11 @@ class CrossTalk:
 
 
 def cross_talk(pipe: Pipeline, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> CrossTalk:
-    """Measure adapters against each other on a base; `moments` as recorded there, one for each branch."""
-    parts = _matched(adapters, moments)
+    """Measure adapters against each other on a base; `moments` as recorded there, one for each branch.
+
+    Raises ConfigError if there are more or fewer.
+    """
+    parts = _parts(adapters, moments)
     changes = [part.deltas() for part in parts]
     layers = list(dict.fromkeys(layer for change in changes for layer in change))
     energies = {layer: _energies(layer, changes, moments) for layer in layers}
@@ -60,41 +63,41 @@ def cross_talk(pipe: Pipeline, adapters: Sequence[Adapter], moments: Sequence[Mo
         [part.info.name for part in parts],
         _ratios(whole).tolist(),
         {layer: _ratios(matrix).tolist() for layer, matrix in energies.items()},
-        [_drift(pipe, change, met) for change, met in zip(changes, moments, strict=True)],
+        [_drift(pipe, change, each) for change, each in zip(changes, moments, strict=True)],
     )
 
 
 def merge_error(fused: Adapter, adapters: Sequence[Adapter], moments: Sequence[Moments]) -> list[float]:
-    """‖(ΔW − ΔWᵢ) Xᵢ‖ / ‖ΔWᵢ Xᵢ‖ for each adapter: 0 lost and disturbed by nothing, 1 as far off as without it.
+    """‖(ΔW − ΔWᵢ) Xᵢ‖ / ‖ΔWᵢ Xᵢ‖ for each adapter: 0 the same on its inputs, 1 as far off as without it.
 
     What gradient fusion minimises. Layers of `fused` where nothing was recorded are left out.
     """
     whole, errors = fused.deltas(), list[float]()
-    for part, met in zip(_matched(adapters, moments), moments, strict=True):
-        own, off, full = part.deltas(), 0.0, 0.0
+    for part, recorded in zip(_parts(adapters, moments), moments, strict=True):
+        change, error, energy = part.deltas(), 0.0, 0.0
         for layer, delta in whole.items():
-            if layer in met.layers:
-                wanted = own.get(layer) or Delta.zero(*delta.shape)
-                off += float(response(delta + wanted * -1.0, met.layers[layer].own) ** 2)
-                full += float(response(wanted, met.layers[layer].own) ** 2)
-        errors.append((off / max(full, _TINY)) ** 0.5)
+            if layer in recorded.layers:
+                target = change.get(layer) or Delta.zero(*delta.shape)
+                error += float(response(delta + target * -1.0, recorded.layers[layer].own) ** 2)
+                energy += float(response(target, recorded.layers[layer].own) ** 2)
+        errors.append((error / max(energy, _TINY)) ** 0.5)
     return errors
 
 
-def _matched(adapters: Sequence[Adapter], moments: Sequence[Moments]) -> list[Adapter]:
-    parts = [part for adapter in adapters for part in taken_apart(adapter)]
+def _parts(adapters: Sequence[Adapter], moments: Sequence[Moments]) -> list[Adapter]:
+    parts = [part for adapter in adapters for part in split_branches(adapter)]
     if len(parts) != len(moments):
         raise ConfigError(f"There are {len(parts)} adapters and branches, but moments of {len(moments)}.")
     return parts
 
 
 def _energies(layer: str, changes: Sequence[Mapping[str, Delta]], moments: Sequence[Moments]) -> Tensor:
-    """‖ΔWᵢ Xⱼ‖² at one layer, (N, N); 0 where i does not act or j met nothing."""
+    """‖ΔWᵢ Xⱼ‖² at one layer, (N, N); 0 where i has no change or j no inputs."""
     result = torch.zeros(len(changes), len(changes), dtype=torch.float64)
     for i, change in enumerate(changes):
-        for j, met in enumerate(moments):
-            if layer in change and layer in met.layers:
-                result[i, j] = response(change[layer], met.layers[layer].own) ** 2
+        for j, recorded in enumerate(moments):
+            if layer in change and layer in recorded.layers:
+                result[i, j] = response(change[layer], recorded.layers[layer].own) ** 2
     return result
 
 
@@ -104,10 +107,10 @@ def _ratios(energies: Tensor) -> Tensor:
     return torch.where(own > 0, energies / own.clamp(min=_TINY), 0.0).sqrt()
 
 
-def _drift(pipe: Pipeline, change: Mapping[str, Delta], met: Moments) -> float:
-    found, moved, said = sites(pipe), 0.0, 0.0
-    for layer in (layer for layer in change if layer in met.layers):
-        weight, free = matrix(found[layer]).to("cpu", torch.float64), met.layers[layer].free
-        moved += float(response(change[layer], free) ** 2)
-        said += float(((weight @ free) * weight).sum())
-    return (moved / max(said, _TINY)) ** 0.5
+def _drift(pipe: Pipeline, change: Mapping[str, Delta], recorded: Moments) -> float:
+    layers, changed, base = sites(pipe), 0.0, 0.0
+    for layer in (layer for layer in change if layer in recorded.layers):
+        weight, free = matrix(layers[layer]).to("cpu", torch.float64), recorded.layers[layer].free
+        changed += float(response(change[layer], free) ** 2)
+        base += float(((weight @ free) * weight).sum())
+    return (changed / max(base, _TINY)) ** 0.5

@@ -4,27 +4,28 @@ Shapes: N adapters.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fusion.adapters.adapter import Adapter
-from fusion.composition.fusing import taken_apart
+from fusion.composition.fusing import split_branches
 from fusion.spectral.interference import cosines, energy_ratio, gram, retention, subspace_overlap
 
 
 @dataclass(frozen=True)
 class Interference:
-    """How N adapters get in each other's way; every matrix is (N, N) in the order of `names`."""
+    """How N adapters interfere with each other; every matrix is (N, N) in the order of `names`."""
 
     names: list[str]
     cosine: list[list[float]]  # over all layers together
     by_layer: dict[str, list[list[float]]]  # the same layer by layer
     retention: list[float]  # of each in the sum of all: 1 nothing lost or added
     energy_ratio: float  # norm of the sum over the largest of the parts
-    column_overlap: list[list[float]]  # of output directions, mean over shared layers: 0 disjoint … 1
-    row_overlap: list[list[float]]  # of input directions
+    # Of output and input directions, mean over shared layers: 0 disjoint … 1. From `interference` only.
+    column_overlap: list[list[float]] = field(default_factory=list[list[float]])
+    row_overlap: list[list[float]] = field(default_factory=list[list[float]])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,8 +42,18 @@ class Interference:
 
 
 def interference(adapters: Sequence[Adapter]) -> Interference:
-    """Measure adapters against each other. A fused adapter is taken apart into its branches."""
-    parts = [part for adapter in adapters for part in taken_apart(adapter)]
+    """Measure adapters against each other, a fused one as its branches."""
+    changes = [part.deltas() for adapter in adapters for part in split_branches(adapter)]
+    return replace(
+        cosine_interference(adapters),
+        column_overlap=_overlaps([{n: delta.up for n, delta in change.items()} for change in changes]),
+        row_overlap=_overlaps([{n: delta.down.T for n, delta in change.items()} for change in changes]),
+    )
+
+
+def cosine_interference(adapters: Sequence[Adapter]) -> Interference:
+    """The same without the overlaps of directions, which take an SVD for each layer and pair."""
+    parts = [part for adapter in adapters for part in split_branches(adapter)]
     changes = [part.deltas() for part in parts]
     layers = dict.fromkeys(layer for change in changes for layer in change)
     grams = {layer: gram([change.get(layer) for change in changes]) for layer in layers}
@@ -53,8 +64,6 @@ def interference(adapters: Sequence[Adapter]) -> Interference:
         by_layer={layer: cosines(matrix).tolist() for layer, matrix in grams.items()},
         retention=retention(total).tolist(),
         energy_ratio=energy_ratio(total),
-        column_overlap=_overlaps([{n: delta.up for n, delta in change.items()} for change in changes]),
-        row_overlap=_overlaps([{n: delta.down.T for n, delta in change.items()} for change in changes]),
     )
 
 

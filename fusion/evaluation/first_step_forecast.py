@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, nouns
-from fusion.composition.compatibility_report import Foresight
+from fusion.composition.compatibility_report import Forecast
 from fusion.evaluation.clip_judge import Judge, similarity
 from fusion.evaluation.identity import SINGLE
 from fusion.evaluation.output_error import concepts_of
@@ -40,7 +40,7 @@ def forecast(
     *,
     prompt: str = SINGLE,
     seeds: Sequence[int] = range(4),
-) -> Foresight:
+) -> Forecast:
     """What each concept with references will lose of its identity to each other one, with the gates of the files.
 
     `prompt` holds {first}. Takes C² + C steps of the UNet, of S pictures each. Raises whatever attach raises.
@@ -62,7 +62,7 @@ def forecast(
         if (effect := alone - to_references(token, nouns(adapters)[token])) > MIN_EFFECT:
             others = [other for other in tokens if other != token]
             lost |= {(by, token): (alone - to_references(token, token, by, token)) / effect for by in others}
-    return Foresight(tokens, [[lost.get((by, token)) for token in tokens] for by in tokens])
+    return Forecast(tokens, [[lost.get((by, token)) for token in tokens] for by in tokens])
 
 
 def _only(adapter: Adapter, tokens: Sequence[str]) -> Adapter:

@@ -9,6 +9,7 @@ import fusion
 import tiny
 from fusion.adapters.adapter import BaseInfo
 from fusion.cli import main
+from fusion.composition.compatibility_report import Forecast
 from fusion.errors import BaseMismatch, ConfigError, GatingError, SliceConflict, TokenConflict, UnknownName
 from fusion.methods import METHODS
 from fusion.methods.method import LayerMerge
@@ -173,6 +174,24 @@ def test_a_planted_collision_is_named_with_pair_and_layer(toy):
     worst = fusion.interference([one, planted]).worst(1)[0]
     assert worst[0] == layer and {worst[1], worst[2]} == {"rex", "tom"} and worst[3] == pytest.approx(1.0)
     assert layer in " ".join(fusion.compatibility([one, planted]).problems)
+
+
+def test_overlaps_of_directions_are_in_interference_alone(three):
+    """Compatibility shows none, and would pay an SVD for each layer and pair."""
+    measured = fusion.interference(three)
+    assert measured.column_overlap[0][0] == 1 and 0 <= measured.row_overlap[1][0] < 1
+    report = fusion.compatibility(three).interference
+    assert report == replace(measured, column_overlap=[], row_overlap=[])
+
+
+def test_compatibility_accepts_the_former_keyword_with_one_warning(three):
+    forecast = Forecast(["<rex>", "<tom>"], [[None, 0.5], [0.0, None]])
+    with pytest.warns(FutureWarning, match="forecast=") as warned:
+        former = fusion.compatibility(three, foresight=forecast)
+    assert len(warned) == 1 and former == fusion.compatibility(three, forecast=forecast)
+    assert former.problems == [
+        "<tom> will lose about 50% of what distinguishes it from its noun to <rex>, by the first denoising step."
+    ]
 
 
 def test_a_fused_adapter_is_taken_apart_when_measured(three):

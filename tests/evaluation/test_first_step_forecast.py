@@ -70,7 +70,7 @@ def test_gated_concepts_lose_nothing(toy, judge, sensitive):
     adapters, references = taught(toy, gated=True)
     predicted = fusion.forecast(toy, adapters, references, judge, prompt=PROMPT, seeds=SEEDS)
     assert predicted.tokens == list(TOKENS) and predicted.lost == [[None, 0.0], [0.0, None]]
-    assert fusion.compatibility(adapters, toy, foresight=predicted).verdict == "compatible"
+    assert fusion.compatibility(adapters, toy, forecast=predicted).verdict == "compatible"
 
 
 def test_the_disturbing_adapter_is_named(toy, judge, sensitive):
@@ -84,8 +84,8 @@ def test_the_disturbing_adapter_is_named(toy, judge, sensitive):
     a, f, n = (float((rows @ own.T).mean()) for rows in (own, both, noun))
     assert predicted.lost[0][1] == pytest.approx((a - f) / (a - n), rel=1e-3)
     assert predicted.lost[0][1] > 0.25
-    report = fusion.compatibility(adapters, toy, foresight=predicted)
-    assert report.verdict == "caution" and report.foresight == predicted
+    report = fusion.compatibility(adapters, toy, forecast=predicted)
+    assert report.verdict == "caution" and report.forecast == predicted
     assert any(line.startswith("<tom> will lose about") and "to <rex>" in line for line in report.problems)
 
 
@@ -108,4 +108,4 @@ def test_of_a_concept_that_adds_nothing_to_its_noun_nothing_is_predicted(toy, ju
     adapters, references = taught(toy, gated=False)
     predicted = fusion.forecast(toy, adapters, references, judge, prompt=PROMPT, seeds=SEEDS)
     assert predicted.lost == [[None, None], [None, None]]
-    assert not any("will lose" in line for line in fusion.compatibility(adapters, toy, foresight=predicted).problems)
+    assert not any("will lose" in line for line in fusion.compatibility(adapters, toy, forecast=predicted).problems)
