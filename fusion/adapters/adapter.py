@@ -1,4 +1,4 @@
-"""A whole trained change as a value: what a file holds, with no model inside."""
+"""A trained adapter as a value: the contents of its file, without a model."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from fusion.spectral.slices import SpectralSlice
 
 @dataclass(frozen=True)
 class Concept:
-    """What the user teaches: the word for it in prompts, and the ordinary word it starts from."""
+    """What the user trains: its token in prompts, and the noun its embedding starts from."""
 
     token: str  # "<dog>"
     noun: str = ""  # "dog"
@@ -61,7 +61,7 @@ class Provenance:
 @dataclass(frozen=True)
 class AdapterInfo:
     name: str
-    base: BaseInfo | None  # None: imported from a format that does not say
+    base: BaseInfo | None  # None: imported from a file that does not name it
     concepts: tuple[Concept, ...] = ()
     provenance: Provenance = Provenance()
 
@@ -84,7 +84,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Branches, the embeddings of their concept tokens, and where it all comes from."""
+    """Branches, the embeddings of their concept tokens, and their provenance."""
 
     info: AdapterInfo
     branches: tuple[Branch, ...]
@@ -152,7 +152,7 @@ class Adapter:
         return self.digest_cache.digest(self) if self.digest_cache else digest_of(self)
 
     def renamed(self, tokens: Mapping[str, str]) -> "Adapter":
-        """The same adapter answering to other tokens: `{"<dog>": "<rex>"}`. Raises TokenConflict on an unknown one."""
+        """The same adapter with other tokens: `{"<dog>": "<rex>"}`. Raises TokenConflict for an unknown one."""
         owned = [concept.token for concept in self.info.concepts]
         if unknown := [token for token in tokens if token not in owned]:
             raise TokenConflict(f"'{self.info.name}' has no token {unknown[0]}; it has {', '.join(owned) or 'none'}.")
@@ -206,7 +206,7 @@ class DigestCache:
 
 
 def float32(layer: AdapterLayer) -> AdapterLayer:
-    """The layer itself when it computes in float32 or better, else a float32 copy: half files, full-precision maths."""
+    """The layer itself when it computes in float32 or better, else a copy in float32: only files are in half."""
     state = layer.state_dict()
     if all(torch.promote_types(t.dtype, torch.float32) == t.dtype for t in state.values()):
         return layer
@@ -220,5 +220,5 @@ def content(tensor: Tensor) -> bytes:
 
 
 def nouns(adapters: Iterable[Adapter]) -> dict[str, str]:
-    """What the base calls such a thing, for every concept's token; "thing" where the file does not say."""
+    """The noun of every concept by its token; "thing" where the file has none."""
     return {concept.token: concept.noun or "thing" for adapter in adapters for concept in adapter.info.concepts}

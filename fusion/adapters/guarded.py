@@ -1,4 +1,4 @@
-"""Guarded additive: the additive type, kept out of the directions that other concepts own or may own."""
+"""Guarded additive: the additive type, projected off the directions that other concepts own or may own."""
 
 from typing import Any, Self
 
@@ -17,9 +17,9 @@ class GuardedAdditiveLayer(AdditiveLayer):
 
         dU ← dU − G_U G_Uᵀ dU,   dV ← dV − G_V G_Vᵀ dV
 
-    The guard is the head of the base's spectrum without the own slice. This removes the first-order overlap
+    The guard is the head of the base's spectrum without the layer's slice. This removes the first-order overlap
     tr(dU₁ᵀ U₂ …) between concepts on disjoint slices; about 1e-4 of cosine is left, of second order.
-    A projection is idempotent, so the state dict holds projected tensors and needs no guard.
+    A projection is idempotent, so the state dict has the projected tensors and needs no guard.
     """
 
     guard_U: Tensor

@@ -18,10 +18,10 @@ from fusion.spectral.spectrum import Spectrum, decompose, take
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a fresh layer may be told beyond its weight and slice; a type reads what concerns it."""
+    """Options of a fresh layer beside its weight and slice; each type reads its own."""
 
     seed: int = 0  # of random starts (lora)
-    guard: int = 64  # guarded: how many leading directions of the base stay out of reach, beside the own slice
+    guard: int = 64  # guarded: leading directions of the base that are projected off, without the slice
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -58,9 +58,9 @@ class AdapterLayer(nn.Module, ABC):
         """ΔW in factors, differentiable in the parameters."""
 
     def learning_rate_gains(self, reference: Tensor) -> dict[str, float]:
-        """How much faster each parameter must learn for its slice to learn as fast as the head of the spectrum.
+        """Factors of the learning rate that make a slice learn as fast as the head of the spectrum, by parameter.
 
-        `reference`: the base's largest singular values, as many as the slice is long. 1 where σ plays no part.
+        `reference`: the base's largest singular values, as many as the slice is long. 1 where ∂ΔW does not depend on σ.
         """
         return {name: 1.0 for name, _ in self.named_parameters()}
 
@@ -113,7 +113,7 @@ class SpectralLayer(AdapterLayer):
 
 
 def adopt(layer: AdapterLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Make the given tensors the layer's parameters, in their own dtype."""
+    """Make these tensors the layer's parameters, in the dtype they have."""
     for name, parameter in list(layer.named_parameters()):
         value = tensors[name]
         if value.shape != parameter.shape:

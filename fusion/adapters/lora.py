@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): the baseline, and the form of merged and imported adapters."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): the baseline, and the type of merged and imported adapters."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -33,7 +33,7 @@ class LoraLayer(AdapterLayer):
         spectrum: Spectrum | None = None,
         options: LayerOptions = LayerOptions(),
     ) -> Self:
-        """`directions` gives the rank only; the start is drawn on the CPU so that every device begins alike."""
+        """Only the rank of `directions` counts; `down` is drawn on the CPU, so that it is the same on every device."""
         out_features, in_features = weight.shape
         generator = torch.Generator().manual_seed(options.seed)
         down = torch.randn(directions.rank, in_features, generator=generator) / in_features**0.5

@@ -1,4 +1,4 @@
-"""Orthogonal Adaptation (Po et al. 2024, arXiv 2312.02432): every concept reads through its own frozen directions."""
+"""Orthogonal Adaptation (Po et al. 2024, arXiv 2312.02432): each concept has frozen input directions of its own."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,7 +16,7 @@ from fusion.spectral.spectrum import Spectrum
 class OrthogonalLayer(AdapterLayer):
     """ΔW = up · rowsᵀ with `rows` (I, R) a frozen block of one shared orthonormal basis of the input space.
 
-    The basis depends on I alone, so adapters trained apart take blocks of the same one: on disjoint slices
+    The basis depends on I alone, so adapters trained separately use blocks of the same one: on disjoint slices
     ΔW₁ ΔW₂ᵀ = 0 exactly.
     """
 

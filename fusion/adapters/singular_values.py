@@ -1,4 +1,4 @@
-"""Only the singular values of one slice move: SVDiff (Han et al. 2023, arXiv 2303.11305) on a slice."""
+"""Only the singular values of one slice are trained: SVDiff (Han et al. 2023, arXiv 2303.11305) on a slice."""
 
 from fusion.adapters.layer import SpectralLayer, zeros
 from fusion.spectral.delta import Delta

@@ -1,4 +1,4 @@
-"""The toolkit's own adapter file: self-contained, so that no base, SVD or GPU is needed to use what is in it.
+"""Our adapter file: self-contained, so that neither the base nor an SVD nor a GPU is needed to read it.
 
     <layer name>.<tensor>                   an adapter of one branch: trained tensors and the slice's basis U, S, V
     <branch>.<layer name>.<tensor>          several branches, counted from 0
@@ -238,7 +238,7 @@ def _check_rows(info: AdapterInfo, rows: Keys, shapes: Shapes) -> None:
 def tensor_shapes(kind: str) -> dict[str, str]:
     """The tensors of an adapter type with their shapes in letters: {"dU": "OR", "dS": "R", …}.
 
-    Read off a toy layer of O = 5, I = 7, R = 3, so that a new type needs no line here. No SVD: its basis is given.
+    Found by a toy layer of O = 5, I = 7, R = 3, so that a new type needs no line here. Without an SVD.
     """
     if kind not in ADAPTERS:
         raise UnknownName(f"no adapter type '{kind[:40]}'{closest(kind, ADAPTERS)} There are: {', '.join(ADAPTERS)}.")

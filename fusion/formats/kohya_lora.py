@@ -15,7 +15,7 @@ from fusion.errors import FormatError
 from fusion.formats.lora_file import LoraForm
 from fusion.layer_names import diffusers_path, original_path, with_text_model
 
-# Path levels that contain an underscore, so that the others can be told apart.
+# Path levels that contain an underscore; all other underscores separate levels.
 _WORDS = (
     *("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks", "transformer_blocks"),
     *("to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out", "conv_shortcut", "time_emb_proj", "emb_layers"),

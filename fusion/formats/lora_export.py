@@ -1,4 +1,4 @@
-"""An adapter as other programs read it: a LoRA, and beside it a textual inversion for every concept token.
+"""An adapter as other programs read it: a LoRA, and a textual inversion for every concept token.
 
 SD 1.x, 2.x    one tensor (vectors, dim), named by the token: `pipe.load_textual_inversion(path)` takes the token
                from there; A1111, Forge, ComfyUI and InvokeAI take the only tensor and go by the file's name
@@ -25,7 +25,7 @@ _SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what the user has to know about it."""
+    """The files that were written, and what users have to know about them."""
 
     path: Path  # the LoRA
     files: list[Path]
@@ -48,24 +48,24 @@ def export(
 
     Every concept goes beside it as `<stem>_<token>.safetensors`: A1111 and ComfyUI use the file's name as the word in
     prompts, so it must not be a word of the language.
-    Raises UnknownName for another form, ConfigError for a senseless rank or energy, FormatError if there is no layer.
+    Raises UnknownName for another form, ConfigError for an impossible rank or energy, FormatError if there is no layer.
     """
     if form not in LORA_FORMS:
         raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise ConfigError(f"rank should be at least 1 and energy above 0 and at most 1, got {rank} and {energy}.")
-    target, whole = Path(path), adapter.deltas()
-    if not whole:
+    target, deltas = Path(path), adapter.deltas()
+    if not deltas:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
-    kept = {layer: _compressed(delta, rank, energy) for layer, delta in whole.items()}
-    write_lora(LORA_FORMS[form], adapter.info, kept, target, dtype)
+    factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
+    write_lora(LORA_FORMS[form], adapter.info, factors, target, dtype)
     files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
     embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
     for concept, file in embeddings.items():
         _write_embedding(file, adapter.info, concept, adapter.tokens[concept.token])
-    exact = all(kept[layer] is whole[layer] for layer in whole)
-    share = 1.0 if exact else _energy(kept) / max(_energy(whole), 1e-300)
-    largest = max(delta.rank for delta in kept.values())
+    exact = all(factors[layer] is deltas[layer] for layer in deltas)
+    share = 1.0 if exact else _energy(factors) / max(_energy(deltas), 1e-300)
+    largest = max(delta.rank for delta in factors.values())
     notes = [] if exact else [f"Compressed to rank {largest}; {share:.2%} of the change's energy is kept."]
     notes += _notes(adapter, target, embeddings)
     return ExportReport(target, [target, *embeddings.values()], notes, largest, exact, share)
@@ -86,8 +86,8 @@ def _energy(deltas: Mapping[str, Delta]) -> float:
 def _write_embedding(path: Path, info: AdapterInfo, concept: Concept, rows: Mapping[str, Tensor]) -> None:
     """Write the embeddings (vectors, dim) of one concept per text encoder."""
     tensors = {_SDXL_KEYS[component] if len(rows) > 1 else concept.token: row for component, row in rows.items()}
-    own = AdapterInfo(path.stem, info.base, (concept,))
-    spec = modelspec(own, "textual-inversion", implementation="https://github.com/Stability-AI/generative-models")
+    embedding = AdapterInfo(path.stem, info.base, (concept,))
+    spec = modelspec(embedding, "textual-inversion", implementation="https://github.com/Stability-AI/generative-models")
     write_file(path, tensors, {"format": "pt", **spec}, "float32")
 
 

@@ -1,7 +1,7 @@
-"""What every file says of itself to other programs, in metadata strings.
+"""Metadata strings by which other programs know our files.
 
 ModelSpec 1.0.1 (`modelspec.*`), which every tool shows, and what kohya's trainer writes (`ss_*`), by which A1111
-tells the families apart.
+distinguishes the families.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def modelspec(info: AdapterInfo, kind: str, *, implementation: str = "diffusers"
 
 
 def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:
-    """The `ss_*` entries by which A1111, Forge and kohya's own tools know a LoRA."""
+    """The `ss_*` entries by which A1111, Forge and kohya's tools know a LoRA."""
     entries = {
         "ss_v2": str(bool(info.base and info.base.family == "sd2")),
         "ss_base_model_version": _family(info.base)[2],
@@ -51,13 +51,13 @@ def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:
 
 
 def foreign_base(metadata: Mapping[str, str]) -> BaseInfo | None:
-    """What a LoRA file says of its base by kohya's or ModelSpec's entries. None: it does not say."""
+    """The base of a LoRA file by kohya's or ModelSpec's entries; None if it has neither."""
     version, spec = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
     for (family, _), (architecture, _, kohya) in _FAMILIES.items():
         if version == kohya or spec.startswith(f"{architecture}/"):
-            by_velocity = version.endswith("_v") or metadata.get("modelspec.prediction_type") == "v"
+            velocity = version.endswith("_v") or metadata.get("modelspec.prediction_type") == "v"
             name = metadata.get("ss_sd_model_name", "").removesuffix(".safetensors") or "unknown"
-            return BaseInfo(family, name, "v_prediction" if by_velocity else "epsilon")
+            return BaseInfo(family, name, "v_prediction" if velocity else "epsilon")
     return None
 
 

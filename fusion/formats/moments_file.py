@@ -39,14 +39,14 @@ def save_moments(moments: Sequence[Moments], path: str | os.PathLike[str]) -> No
     numbers: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     concepts: list[_Concept] = []
-    for each in moments:
-        for moment in each.layers.values():
+    for concept in moments:
+        for moment in concept.layers.values():
             if id(moment) not in numbers:
                 number = numbers[id(moment)] = str(len(numbers))
                 floor = torch.tensor([moment.floor], dtype=torch.float64)
                 parts = {"own": _packed(moment.own), "free": _packed(moment.free), "floor": _split(floor)}
                 tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
-        concepts.append(_Concept({name: numbers[id(m)] for name, m in each.layers.items()}, each.everywhere))
+        concepts.append(_Concept({name: numbers[id(m)] for name, m in concept.layers.items()}, concept.everywhere))
     entries = _Entries.model_construct(concepts=tuple(concepts)).model_dump(round_trip=True)
     write_file(path, tensors, {"format": FORMAT, "format_version": VERSION, **entries}, "float32")
 
@@ -63,9 +63,9 @@ def load_moments(path: str | os.PathLike[str]) -> list[Moments]:
         except ConfigError as error:
             raise FormatError(f"'{file.path}' is damaged: {error}") from None
         numbers = dict.fromkeys(number for concept in entries.concepts for number in concept.layers.values())
-        found = {number: _moment(file, number) for number in numbers}
+        known = {number: _moment(file, number) for number in numbers}
     return [
-        Moments({layer: found[number] for layer, number in concept.layers.items()}, everywhere=concept.everywhere)
+        Moments({layer: known[number] for layer, number in concept.layers.items()}, everywhere=concept.everywhere)
         for concept in entries.concepts
     ]
 

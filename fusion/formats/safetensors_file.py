@@ -1,6 +1,6 @@
-"""safetensors files: read with suspicion, written whole or not at all.
+"""safetensors files: checked when they are read, written whole or not at all.
 
-Knows tensors, names and metadata strings; what they mean is for its siblings.
+Only tensors, names and metadata strings; what they mean is known by the other modules of this folder.
 """
 
 import json
@@ -22,8 +22,8 @@ MAX_HEADER = 32 * 2**20  # bytes; ten fused SDXL adapters need five of these meg
 MAX_SIDE = 2**24
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-# What people hand over in place of a safetensors file, by its first bytes.
-_STRANGERS = {
+# Other kinds of files, by their first bytes.
+_OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it (.pt, .ckpt): that can run code when opened",
     b"\x80": "a Python pickle (.pt, .ckpt, .bin): that can run code when opened",
     b"<": "a web page, as failed downloads leave behind",
@@ -49,10 +49,10 @@ class OpenFile:
             self.shapes[name] = shape
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in memory of its own: what the file is later turned into does not matter. Never inf or NaN."""
+        """A copy of one tensor, which does not change with the file. Raises FormatError for NaN and infinite values."""
         tensor: Tensor = self._handle.get_tensor(name).clone()
         if not tensor.isfinite().all():
-            raise FormatError(f"'{self.path}' is spoilt: {name} holds NaN or infinite values.")
+            raise FormatError(f"'{self.path}' is damaged: {name} holds NaN or infinite values.")
         return tensor
 
     def head(self, name: str, rows: int) -> Tensor:
@@ -76,7 +76,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[OpenFile, None, None]:
 
 
 def _check_beginning(path: Path) -> None:
-    """Tell what a file is if it cannot be safetensors: eight bytes of header length, then JSON."""
+    """Raise FormatError with the kind of a file that is not eight bytes of header length, then JSON."""
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
@@ -87,8 +87,8 @@ def _check_beginning(path: Path) -> None:
         raise FormatError(f"'{path}' cannot be read: {error.strerror}.") from error
     if start[8:9] != b"{":
         otherwise = "not a safetensors file" if start else "empty"
-        found = next((what for magic, what in _STRANGERS.items() if start.startswith(magic)), otherwise)
-        raise FormatError(f"'{path}' is {found}. A .safetensors file is needed.")
+        kind = next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), otherwise)
+        raise FormatError(f"'{path}' is {kind}. A .safetensors file is needed.")
     if (length := int.from_bytes(start[:8], "little")) > MAX_HEADER:
         raise FormatError(f"'{path}' has a header of {length:,} bytes; at most {MAX_HEADER:,} are read.")
 
@@ -116,28 +116,28 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Copies on the CPU: the safetensors package refuses tensors that share memory."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got '{dtype}'{closest(dtype, DTYPES)}")
-    made = {name: t.detach().to("cpu", DTYPES[dtype], copy=True).contiguous() for name, t in tensors.items()}
-    for name, tensor in made.items():
+    copies = {name: t.detach().to("cpu", DTYPES[dtype], copy=True).contiguous() for name, t in tensors.items()}
+    for name, tensor in copies.items():
         if not tensor.isfinite().all():
             raise FormatError(
                 f"{name} reaches {float(tensors[name].abs().max()):.3g}, which {dtype} cannot hold; save with "
-                "dtype='float32', or train more gently if these are no finite numbers."
+                "dtype='float32', or train at a lower learning rate if these are not finite numbers."
             )
-    return made
+    return copies
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file under another name beside `path`, then move it there: no reader ever sees half of it."""
-    working = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+    """Write a file under another name beside `path`, then move it there: no reader ever gets half of it."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with working.open("xb") as stream:
+        with partial.open("xb") as stream:
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
-        working.replace(path)
+        partial.replace(path)
     except OSError as error:
         raise FormatError(f"'{path}' cannot be written: {error.strerror}.") from error
     finally:
         with suppress(OSError):
-            working.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)

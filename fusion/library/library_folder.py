@@ -1,4 +1,4 @@
-"""A library: a plain folder of adapter files. Which slices of which base are owned, their headers tell.
+"""A library: a plain folder of adapter files. Their headers say which slices of which base they own.
 
 Names and slices are given out, changed and given back under one lock, so that no two processes get the same. What a
 slice belongs to moves in one direction, from the reservation of a training to its unfinished adapter to the library's
@@ -86,7 +86,7 @@ class Library:
         return target
 
     def remove(self, name: str) -> None:
-        """Delete an adapter with what is kept beside it. Its slice is free again."""
+        """Delete an adapter and the picture beside it. Its slice is free again."""
         with library_lock(self.folder):
             path = self.find(name)
             for ending in (path.suffix, *_BESIDE):
@@ -117,20 +117,20 @@ class Library:
         layout: str = "contiguous",
         slots: int = 8,
         slice_of: str = "spectrum",
-        wanted: SpectralSlice | None = None,
+        directions: SpectralSlice | None = None,
         replacing: str | None = None,
     ) -> Reservation:
-        """Reserve the slice `wanted`, or the first free one of `rank` among `capacity` directions.
+        """Reserve these `directions`, or the first free slice of `rank` among `capacity` directions.
 
         `slice_of`: what a slice means for the adapter's type (AdapterLayer.slice_of). Adapters of the token
         `replacing` do not count as owners: training a concept again may use its own slice.
-        Raises SliceConflict, naming the owner, if `wanted` is owned, or if nothing is free.
+        Raises SliceConflict, naming the owner, if `directions` are taken, or if nothing is free.
         """
         create_folder(self.folder)
         with library_lock(self.folder):
             owned = self._owned(base, slice_of, replacing)
             taken = [entry.slice for entry in owned]
-            directions = wanted or free_slice(taken, rank, capacity=capacity, layout=layout, slots=slots)
+            directions = directions or free_slice(taken, rank, capacity=capacity, layout=layout, slots=slots)
             for entry in owned:
                 if entry.slice.overlap(directions):
                     raise SliceConflict(
@@ -186,6 +186,6 @@ def _save_as(adapter: Adapter, path: Path, dtype: str) -> Path:
 
 
 def _stored_dtype(adapter: Adapter) -> str:
-    """The precision of its file, to be kept."""
+    """The precision of the file it was loaded from."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in adapter.parameters()}
     return "float32" if len(dtypes) != 1 else dtypes.pop()

@@ -1,4 +1,4 @@
-"""Who owns what of a base's spectrum, and what is free: what a library says, for the base of a pipeline."""
+"""Which directions of a base's spectrum are owned by whom in a library, and which are free."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The change to one weight, kept in factors: ΔW = up @ down.
+"""The change to one weight, in factors: ΔW = up @ down.
 
 Every adapter type produces Deltas; attaching, baking, fusion, metrics and export consume them.
 Knows nothing of modules, models or files.
@@ -69,11 +69,11 @@ class Delta:
         Q_up, R_up = torch.linalg.qr(self.up.double())  # (O, Q), (Q, Q)
         Q_down, R_down = torch.linalg.qr(self.down.double().T)  # (I, Q), (Q, Q)
         left, values, right = torch.linalg.svd(R_up @ R_down.T, full_matrices=False)
-        kept = values.shape[0] if rank is None else min(rank, values.shape[0])
+        size = values.shape[0] if rank is None else min(rank, values.shape[0])
         if energy is not None:
             share = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-            kept = min(kept, int((share < energy).sum()) + 1)
-        root = values[:kept].sqrt()
-        up = (Q_up @ left[:, :kept]) * root  # (O, kept)
-        down = root[:, None] * (Q_down @ right[:kept].T).T  # (kept, I)
+            size = min(size, int((share < energy).sum()) + 1)
+        root = values[:size].sqrt()
+        up = (Q_up @ left[:, :size]) * root  # (O, size)
+        down = root[:, None] * (Q_down @ right[:size].T).T  # (size, I)
         return Delta(up.to(self.up.dtype), down.to(self.down.dtype))

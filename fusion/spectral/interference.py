@@ -1,6 +1,7 @@
-"""How much changes of weights get in each other's way: exact, on factors.
+"""How much changes of weights interfere with each other: exact, on factors.
 
-These are statements about weights. Orthogonal weights do not imply isolated behaviour; pictures have to be measured.
+These are numbers about weights. Orthogonal changes do not imply that concepts are isolated; pictures have to be
+measured.
 
 Shapes: N changes compared. A Gram matrix may be summed over layers before it is read.
 """
@@ -32,12 +33,12 @@ def cosines(gram: Tensor) -> Tensor:
 
 
 def retention(gram: Tensor) -> Tensor:
-    """⟨ΣΔW, ΔWᵢ⟩ / ‖ΔWᵢ‖², (N,): how much of each change is found in the sum. 1: nothing lost, nothing added."""
+    """⟨ΣΔW, ΔWᵢ⟩ / ‖ΔWᵢ‖², (N,): the part of each change that remains in the sum. 1: nothing lost, nothing added."""
     return gram.sum(dim=1) / gram.diagonal().clamp(min=_TINY)
 
 
 def energy_ratio(gram: Tensor) -> float:
-    """‖ΣΔW‖ / max ‖ΔWᵢ‖: well above 1, the sum cooks the weights harder than any adapter was trained to."""
+    """‖ΣΔW‖ / max ‖ΔWᵢ‖: well above 1, the sum changes the weights more than any adapter was trained to."""
     return float((gram.sum().clamp(min=0) / gram.diagonal().max().clamp(min=_TINY)).sqrt())
 
 

@@ -1,6 +1,6 @@
-"""Second moments of a layer's inputs: all that least squares and activation-space measures need to know of them.
+"""Second moments of a layer's inputs: all that least squares and measures on inputs need of them.
 
-They add up, so that inputs are forgotten as soon as they are counted, and concepts can be added later without them.
+They add up, so that no input is stored, and concepts can be added later without the inputs of earlier ones.
 
 Shapes: O out_features, I in_features, Q rank of a delta.
 """
@@ -15,7 +15,7 @@ from fusion.spectral.delta import Delta
 
 @dataclass(frozen=True)
 class Moment:
-    """The inputs of one layer as one concept meets them, in float64.
+    """The inputs of one layer under the prompts of one concept, in float64.
 
     `own` is (1/n) Σ x xᵀ over the n inputs x at which the concept's change acts, `free` the same over inputs it should
     leave alone, `floor` the mean square of all of them, the unit of the ridge.
@@ -34,7 +34,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of one concept, layer by layer. `everywhere`: it has no word, so no input is to be left alone."""
+    """The moments of one concept, layer by layer. `everywhere`: it has no token, so no input is to be left alone."""
 
     layers: Mapping[str, Moment]
     everywhere: bool = field(default=False, kw_only=True)

@@ -68,7 +68,7 @@ def reserved_slice(
     library = Library(config.library or config.output_dir)
     with library.reserve(
         base_info(pipe), config.rank, capacity=capacity, layout=config.layout, slots=config.slots,
-        slice_of=kind.slice_of, wanted=wanted, replacing=config.token,
+        slice_of=kind.slice_of, directions=wanted, replacing=config.token,
     ) as reservation:  # fmt: skip
         reservation.slice.check_fits(capacity, narrowest)
         yield reservation.slice

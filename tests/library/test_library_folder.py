@@ -55,10 +55,10 @@ def test_files_own_their_slices(filled):
 
 def test_a_taken_slice_is_refused_by_its_owners_name(filled):
     with pytest.raises(SliceConflict, match=r"'cat' \(<tom>\) owns directions 8-11"):
-        reserve(filled, wanted=SpectralSlice(9, 4))
-    with reserve(filled, wanted=SpectralSlice(4, 4)), pytest.raises(SliceConflict, match="a training under way"):
-        reserve(filled, wanted=SpectralSlice(5, 2))
-    with reserve(filled, wanted=SpectralSlice(8, 4), replacing="<tom>") as again:
+        reserve(filled, directions=SpectralSlice(9, 4))
+    with reserve(filled, directions=SpectralSlice(4, 4)), pytest.raises(SliceConflict, match="a training under way"):
+        reserve(filled, directions=SpectralSlice(5, 2))
+    with reserve(filled, directions=SpectralSlice(8, 4), replacing="<tom>") as again:
         assert again.slice == SpectralSlice(8, 4)
     with pytest.raises(SliceConflict, match="No free contiguous slice"):
         reserve(filled, capacity=4)

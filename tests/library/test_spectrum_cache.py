@@ -63,7 +63,7 @@ def test_a_damaged_file_is_made_again(damage, svds, tmp_path, caplog):
     path.write_bytes(raw)
     with caplog.at_level(logging.WARNING):
         assert same(cached_spectrum(weight, 16, tmp_path), decompose(weight, 16))
-    assert "damaged and is made again" in caplog.text
+    assert "damaged and is computed again" in caplog.text
     count = len(svds)
     assert same(cached_spectrum(weight, 8, tmp_path), expected) and len(svds) == count
 
