@@ -41,7 +41,12 @@ _PACKAGES = (
     "training",
 )
 # Former public name -> today's. Each use warns; none of them is in __all__, dir() or the stub.
-_RENAMED = {"examine": "check_pictures", "foresee": "forecast"}
+_RENAMED = {
+    "examine": "check_pictures",
+    "foresee": "forecast",
+    "keep_settings": "save_training_settings",
+    "unfinished": "find_unfinished_trainings",
+}
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

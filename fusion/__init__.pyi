@@ -49,5 +49,5 @@ from fusion.training.picture_checks import check_pictures as check_pictures
 from fusion.training.pictures import load_picture as load_picture
 from fusion.training.presets import PRESETS as PRESETS
 from fusion.training.presets import preset as preset
-from fusion.training.unfinished_trainings import keep_settings as keep_settings
-from fusion.training.unfinished_trainings import unfinished as unfinished
+from fusion.training.unfinished_trainings import find_unfinished_trainings as find_unfinished_trainings
+from fusion.training.unfinished_trainings import save_training_settings as save_training_settings

@@ -89,7 +89,7 @@ def new_job(
                 caption = caption if any(word in caption for word in (token, "{token}")) else f"{{token}}, {caption}"
                 copy.with_suffix(".txt").write_text(caption, encoding="utf-8")
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
-        fusion.keep_settings(place, config)
+        fusion.save_training_settings(place, config)
         job = _job(session, config, place)
     except BaseException:
         place.delete()
@@ -102,12 +102,12 @@ def new_job(
 def _job(session: Session, config: fusion.TrainingConfig, place: Any) -> TrainingJob:
     pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
     checks = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.resolution())
-    return TrainingJob(config, place, [look.crop for look in checks.looks if look.crop], len(pictures))
+    return TrainingJob(config, place, [check.crop for check in checks.pictures if check.crop], len(pictures))
 
 
 def unfinished_jobs(session: Session) -> dict[str, Any]:
     """Trainings that were stopped, or ended with the studio, by the names of their folders in the library."""
-    return fusion.unfinished(fusion.Library(session.library))
+    return fusion.find_unfinished_trainings(fusion.Library(session.library))
 
 
 def unfinished_job(session: Session, name: str) -> Any:
@@ -120,18 +120,18 @@ def unfinished_job(session: Session, name: str) -> Any:
 def resume_job(session: Session, name: str) -> TrainingJob:
     """An unfinished training from its latest checkpoint on; the result is the same as without the interruption."""
     training = unfinished_job(session, name)
-    config = training.take()
+    config = training.acquire()
     try:
         if config is None:
             raise fusion.FusionError("The settings of this training cannot be read; it can only be discarded.")
         if (base := config.pretrained_model_name_or_path) != session.base_path:
             raise fusion.FusionError(f"{config.token} was being taught on {base or 'pocket'}; choose that base first.")
-        job = _job(session, config, training.place)
+        job = _job(session, config, training.folder)
     except BaseException:
-        training.place.release()
+        training.folder.release()
         raise
-    job.start = job.step = training.done
-    same_slice = [e for e in session.entries().values() if training.sofar and e.slices == training.sofar.slices]
+    job.start = job.step = training.steps
+    same_slice = [e for e in session.entries().values() if training.adapter and e.slices == training.adapter.slices]
     job.replaces = next((entry.path for entry in same_slice if tokens_of(entry.info) == [job.token]), None)
     return job
 

@@ -1,4 +1,4 @@
-"""Look at pictures before teaching: which cannot be used, are small, or nearly the same; how they will be cut."""
+"""Check pictures before training: which cannot be used, are small or nearly the same, and how they will be cut."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -23,13 +23,13 @@ def run(args: Namespace) -> int:
     from fusion.training.picture_checks import check_pictures
 
     resolution = args.resolution or read_base_defaults(pocket(), "training").get("resolution", 512)
-    found = check_pictures([path for path in visible(args.folder) if is_picture(path)], resolution)
-    for look in found.looks:
-        labelled(f"{look.path.name}: ", " ".join(look.notes) or f"{look.size[0]}x{look.size[1]}, fine")
-    for warning in found.warnings:
+    checks = check_pictures([path for path in visible(args.folder) if is_picture(path)], resolution)
+    for check in checks.pictures:
+        labelled(f"{check.path.name}: ", " ".join(check.warnings) or f"{check.size[0]}x{check.size[1]}, fine")
+    for warning in checks.warnings:
         print(f"warning: {warning}")
-    usable = [(look.crop, look.path.name) for look in found.looks if look.crop]
-    print(f"{len(usable)} of {len(found.looks)} pictures can be used.")
+    usable = [(check.crop, check.path.name) for check in checks.pictures if check.crop]
+    print(f"{len(usable)} of {len(checks.pictures)} pictures can be used.")
     if args.output and usable:
         contact_sheet([usable[i : i + 4] for i in range(0, len(usable), 4)]).save(args.output)
         print(f"wrote {args.output}")

@@ -1,4 +1,4 @@
-"""A look at pictures before they are taught: as training will cut them, and what speaks against each."""
+"""Pictures checked before training: cut as training will cut them, with what is wrong with each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,48 +10,48 @@ from PIL import Image
 from fusion.errors import DatasetError
 from fusion.training.pictures import cut, load_picture
 
-FEW = 3  # pictures
-ALIKE = 6.0  # mean difference of small copies, of 255, below which two pictures are one
-COPY = 16  # pixels
+MIN_PICTURES = 3
+DUPLICATE_THRESHOLD = 6.0  # mean difference of thumbnails, of 255, below which two pictures are nearly the same
+THUMBNAIL_SIDE = 16  # pixels
 
 
 @dataclass(frozen=True)
-class Look:
-    """One picture as it will be learned; `crop` is None where it cannot be used, and the notes say why."""
+class PictureCheck:
+    """One picture as training will see it; `crop` is None where it cannot be used, and the warnings say why."""
 
     path: Path
     crop: Image.Image | None
-    size: tuple[int, int]  # width, height of the upright file
-    notes: tuple[str, ...] = ()
+    size: tuple[int, int]  # width, height of the upright picture
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Examination:
-    looks: list[Look]
-    warnings: list[str]  # of all pictures together
+class PictureChecks:
+    pictures: list[PictureCheck]
+    warnings: list[str]  # about all pictures together
 
 
-def check_pictures(pictures: Sequence[str | Path], resolution: int) -> Examination:
-    """Look at picture files as a training at `resolution` would: nothing is raised, everything is said."""
-    looks: list[Look] = []
-    copies: dict[str, np.ndarray] = {}
-    for path in map(Path, pictures):
+def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureChecks:
+    """Check picture files for a training at `resolution`. Problems are warnings; nothing is raised."""
+    checks: list[PictureCheck] = []
+    thumbnails: dict[str, np.ndarray] = {}
+    for path in map(Path, paths):
         try:
             picture = load_picture(path)
         except DatasetError as error:
-            looks.append(Look(path, None, (0, 0), (str(error),)))
+            checks.append(PictureCheck(path, None, (0, 0), (str(error),)))
             continue
         crop = _crop(picture, resolution)
-        notes = _size_notes(picture, resolution)
-        copy = np.asarray(crop.resize((COPY, COPY), Image.Resampling.BOX), dtype=np.float32)
-        twin = next((name for name, other in copies.items() if np.abs(copy - other).mean() < ALIKE), None)
-        if twin:
-            notes.append(f"Nearly the same as {twin}: it teaches little more.")
-        copies[path.name] = copy
-        looks.append(Look(path, crop, picture.size, tuple(notes)))
-    usable = sum(look.crop is not None for look in looks)
-    few = [f"{usable} picture{'s are' if usable != 1 else ' is'} few; {FEW} or more work better."]
-    return Examination(looks, few if 0 < usable < FEW else [])
+        warnings = _size_warnings(picture, resolution)
+        thumbnail = np.asarray(crop.resize((THUMBNAIL_SIDE,) * 2, Image.Resampling.BOX), dtype=np.float32)
+        differences = {name: np.abs(thumbnail - other).mean() for name, other in thumbnails.items()}
+        if duplicate := next((name for name, value in differences.items() if value < DUPLICATE_THRESHOLD), None):
+            warnings.append(f"Nearly the same as {duplicate}: it adds little.")
+        thumbnails[path.name] = thumbnail
+        checks.append(PictureCheck(path, crop, picture.size, tuple(warnings)))
+    usable = sum(check.crop is not None for check in checks)
+    few = [f"{usable} picture{'s are' if usable != 1 else ' is'} few; {MIN_PICTURES} or more work better."]
+    return PictureChecks(checks, few if 0 < usable < MIN_PICTURES else [])
 
 
 def _crop(picture: Image.Image, resolution: int) -> Image.Image:
@@ -59,11 +59,11 @@ def _crop(picture: Image.Image, resolution: int) -> Image.Image:
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def _size_notes(picture: Image.Image, resolution: int) -> list[str]:
+def _size_warnings(picture: Image.Image, resolution: int) -> list[str]:
     short, long = sorted(picture.size)
-    notes: list[str] = []
+    warnings: list[str] = []
     if short < resolution:
-        notes.append(f"Small: {picture.width}x{picture.height} is enlarged to {resolution}.")
+        warnings.append(f"Small: {picture.width}x{picture.height} is enlarged to {resolution}.")
     if long > 1.5 * short:
-        notes.append("Long: much of it is cut off at the ends.")
-    return notes
+        warnings.append("Long: much of it is cut off at the ends.")
+    return warnings

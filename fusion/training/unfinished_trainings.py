@@ -1,4 +1,4 @@
-"""Trainings that ended before their last step, and what it takes to go on with them exactly.
+"""Trainings that ended before their last step, and what it takes to resume them exactly.
 
 A training that may be interrupted works in a folder of its library (Library.new_training_folder). There are its
 settings, its pictures, its checkpoints, and the adapter as it was at the latest of them, which owns the slice until
@@ -14,50 +14,52 @@ from fusion.library.library_folder import Library
 from fusion.library.training_folders import TrainingFolder
 from fusion.training.config import TrainingConfig
 
-SETTINGS = "training.toml"
+SETTINGS_FILE = "training.toml"
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """A training nobody is working at. `str` tells people which one and how far it came."""
+class UnfinishedTraining:
+    """A training nobody is working at. `str` tells which one it is and how many steps are done."""
 
-    place: TrainingFolder
-    config: TrainingConfig | None  # None: its settings cannot be read; it can only be removed
-    sofar: AdapterFile | None  # as it was at the latest checkpoint
+    folder: TrainingFolder
+    config: TrainingConfig | None  # None: its settings cannot be read; it can only be deleted
+    adapter: AdapterFile | None  # as it was at the latest checkpoint
 
     @property
-    def done(self) -> int:
-        return self.sofar.info.provenance.steps if self.sofar else 0
+    def steps(self) -> int:
+        """Steps done at the latest checkpoint."""
+        return self.adapter.info.provenance.steps if self.adapter else 0
 
     def __str__(self) -> str:
         if self.config is None:
-            return f"{self.place.folder.name}: cannot be read"
-        return f"{self.config.token}: {self.done} of {self.config.max_train_steps} steps"
+            return f"{self.folder.folder.name}: cannot be read"
+        return f"{self.config.token}: {self.steps} of {self.config.max_train_steps} steps"
 
-    def take(self) -> TrainingConfig | None:
-        """Work at it: settings that go on from the latest checkpoint. Raises FusionError where somebody does."""
-        if not self.place.acquire():
+    def acquire(self) -> TrainingConfig | None:
+        """Lock its folder; returns the settings to resume with. Raises FusionError where somebody works there."""
+        if not self.folder.acquire():
             raise FusionError("Somebody is at work on this training already.")
-        return self.config.updated({"resume_from_checkpoint": "latest"}) if self.config and self.sofar else self.config
+        resumed = {"resume_from_checkpoint": "latest"} if self.adapter else {}
+        return self.config and self.config.updated(resumed)
 
 
-def keep_settings(place: TrainingFolder, config: TrainingConfig) -> Path:
-    """Into the training's folder, in the form `fusion train --config` reads."""
-    file = place.folder / SETTINGS
+def save_training_settings(folder: TrainingFolder, config: TrainingConfig) -> Path:
+    """Write the settings into the training's folder, in the form that `fusion train --config` reads."""
+    file = folder.folder / SETTINGS_FILE
     file.write_text(config.to_toml(), encoding="utf-8")
     return file
 
 
-def unfinished(library: Library) -> dict[str, Unfinished]:
-    """The unfinished trainings of a library, by the names of their folders, wherever the library is now."""
-    return {place.folder.name: _read(library, place) for place in library.unfinished()}
+def find_unfinished_trainings(library: Library) -> dict[str, UnfinishedTraining]:
+    """The unfinished trainings of a library by the names of their folders, also after the library was moved."""
+    return {folder.folder.name: _read(library, folder) for folder in library.unfinished()}
 
 
-def _read(library: Library, place: TrainingFolder) -> Unfinished:
-    sofar = next(iter(Library(place.folder).adapters()), None)
+def _read(library: Library, folder: TrainingFolder) -> UnfinishedTraining:
+    adapter = next(iter(Library(folder.folder).adapters()), None)
     try:
-        config = TrainingConfig.from_toml(place.folder / SETTINGS)
+        config = TrainingConfig.from_toml(folder.folder / SETTINGS_FILE)
     except FusionError:
-        return Unfinished(place, None, sofar)
-    moved = {"instance_data_dir": place.folder / config.instance_data_dir.name, "output_dir": place.folder}
-    return Unfinished(place, config.updated({**moved, "library": library.folder}), sofar)
+        return UnfinishedTraining(folder, None, adapter)
+    paths = {"instance_data_dir": folder.folder / config.instance_data_dir.name, "output_dir": folder.folder}
+    return UnfinishedTraining(folder, config.updated({**paths, "library": library.folder}), adapter)

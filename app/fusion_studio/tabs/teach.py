@@ -108,9 +108,9 @@ def check_pictures(session: Session, pictures: Sequence[Mapping[str, Any]]) -> t
     checks = fusion.check_pictures(paths, session.resolution())
     names = {path.name: str(picture.get("name", "")) for path, picture in zip(paths, pictures, strict=True)}
     checked: list[dict[str, Any]] = []
-    for picture, check in zip(pictures, checks.looks, strict=True):
+    for picture, check in zip(pictures, checks.pictures, strict=True):
         crop = markup.data_url(check.crop, CROP_SIDE, "WEBP") if check.crop else None
-        checked.append({**picture, "crop": crop, "notes": [_with_names(text, names) for text in check.notes]})
+        checked.append({**picture, "crop": crop, "notes": [_with_names(text, names) for text in check.warnings]})
     return checked, "".join(markup.hint(_with_names(text, names)) for text in checks.warnings)
 
 
@@ -154,8 +154,8 @@ def resume_teaching(session: Session, name: str) -> Any:
 def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
     """Delete an unfinished training's pictures, settings and checkpoints; what is in the library stays."""
     training = training_jobs.unfinished_job(session, name)
-    training.take()
-    training.place.delete()
+    training.acquire()
+    training.folder.delete()
     return unfinished_trainings(session)
 
 
