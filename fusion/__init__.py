@@ -28,18 +28,7 @@ def _public() -> dict[str, str]:
 
 # Imported on first use: `import fusion` costs nothing and needs no torch.
 _PUBLIC = _public()
-_PACKAGES = (
-    "adapters",
-    "composition",
-    "evaluation",
-    "formats",
-    "generation",
-    "library",
-    "methods",
-    "models",
-    "spectral",
-    "training",
-)
+_PACKAGES = {module.split(".")[1] for module in _PUBLIC.values()}
 # Former public name -> today's. Each use warns; none of them is in __all__, dir() or the stub.
 _RENAMED = {
     "examine": "check_pictures",
