@@ -1,7 +1,7 @@
-"""Add adapters into the base's own weights and vocabulary, and save the result as a diffusers folder.
+"""Add an adapter to the weights and the vocabulary of the base, and save the result as a diffusers folder.
 
-Any program that reads diffusers folders then draws them, without this one. One-way: baked weights have no gates, so
-every concept acts on every word.
+Any program that reads diffusers folders can draw with it. It cannot be undone, and baked weights have no gates: every
+concept acts on every token.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -21,9 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="the new base, a folder that is not there yet",
+        help="the new base, a folder that does not exist",
     )
-    add("--gating", choices=("tokens", "none"), help="none accepts that baked weights act on every token")
+    add("--gating", choices=("tokens", "none"), help="none: accept that baked weights act on every token")
     add_base_arguments(parser)
 
 
@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
     from fusion.models.baking import bake
 
     if args.output.exists():
-        raise UsageError(f"'{args.output}' is there already; name a new folder.")
+        raise UsageError(f"'{args.output}' exists already; name a new folder.")
     adapter = load(args.adapter)
     pipe = open_base(args.base, args, args.dtype)
     bake(pipe, adapter, args.gating)

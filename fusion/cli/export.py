@@ -25,4 +25,4 @@ def run(args: Namespace) -> None:
         print(f"wrote {path} ({size(Path(path))})")
     notes(report.notes)
     if adapter.gated:
-        print(f"next: {example('evaluate', args.adapter)}  # what the missing gates cost")
+        print(f"next: {example('evaluate', args.adapter)}  # measures what the missing gates cost")

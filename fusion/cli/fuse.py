@@ -1,7 +1,7 @@
-"""Make several adapters one, and say how they get along.
+"""Fuse several adapters into one, and report whether they are compatible.
 
-direct_sum, average and energy_balanced keep the adapters side by side, each behind its gate. The other methods, --rank
-and --energy merge all into one LoRA, in which gates cannot tell the adapters apart.
+direct_sum, average and energy_balanced keep every adapter with its gate. The other methods, --rank and --energy merge
+all of them into one LoRA, which acts on every token.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -22,11 +22,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_file_arguments(parser, "the fused adapter")
     add_use_arguments(parser)
     add("--method", default="direct_sum", metavar="NAME", help="one of those below (default: direct_sum)")
-    what = "rename a token of the last adapter that has it"
-    add("--rename", action="append", default=[], metavar="<OLD>=<NEW>", help=what)
+    text = "rename a token of the last adapter that has it"
+    add("--rename", action="append", default=[], metavar="<OLD>=<NEW>", help=text)
     add("--allow_overlap", action="store_true", help="let adapters share singular directions under direct_sum")
     parser.epilog = f"methods:\n{methods()}\n\n{parser.epilog}"
-    add = parser.add_argument_group("what some methods are told").add_argument
+    add = parser.add_argument_group("options of methods").add_argument
     for option in fields(MethodOptions):
         kind: Any = type(option.default)
         text = f"{option.metadata['help']} (default: {option.default:g})"
@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def methods() -> str:
-    """The table, for people."""
+    """The table of methods as text."""
     width = max(map(len, METHODS))
     needs = {name: "; runs the base" if row.moments else "" for name, row in METHODS.items()}
     return "\n".join(f"  {name:<{width}}  {row.about}{needs[name]}" for name, row in METHODS.items())
@@ -64,7 +64,7 @@ def run(args: Namespace) -> None:
         name=args.output.stem,
     )
     report = compatibility([fuse([adapter], gating=args.gating, allow_overlap=True) for adapter in adapters])
-    # What fuse has done in spite of a refusal was allowed by the method, or by --allow_overlap.
+    # What was fused in spite of a refusal, the method or --allow_overlap permits.
     verdict("caution" if report.verdict == "refused" else report.verdict, report)
     save(fused, args.output, dtype=args.dtype)
     tokens = [concept.token for concept in fused.info.concepts]
@@ -82,6 +82,6 @@ def renamed(adapters: list[Any], renames: list[str]) -> list[Any]:
         owners = [i for i, adapter in enumerate(adapters) if old in {c.token for c in adapter.info.concepts}]
         if not (equals and owners):
             known = ", ".join(c.token for adapter in adapters for c in adapter.info.concepts) or "none"
-            raise UsageError(f'--rename takes "<old>=<new>", got "{rename}"; the tokens there are: {known}.')
+            raise UsageError(f'--rename takes "<old>=<new>", got "{rename}"; the tokens are: {known}.')
         adapters[owners[-1]] = adapters[owners[-1]].renamed({old: new})
     return adapters

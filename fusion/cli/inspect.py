@@ -1,4 +1,4 @@
-"""Say what adapter files hold; for several, which directions they own and how much they interfere."""
+"""Show the contents of adapter files; of several also which directions they own and how much they interfere."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def run(args: Namespace) -> None:
     files = list(expand(args.paths))
     adapters = [load(path) for path in files]
     report = compatibility(adapters)
-    measured = report.interference  # a fused adapter is taken apart into its branches, here as there
+    measured = report.interference  # each branch of a fused adapter counts, as in `slices`
     slices = [branch.slices for adapter in adapters for branch in adapter.branches]
     capacity = min(min(delta.shape) for adapter in adapters for delta in adapter.deltas().values())
     if args.plot:
@@ -38,16 +38,16 @@ def run(args: Namespace) -> None:
 
         write(overview(measured.names, slices, measured.cosine, capacity=capacity), args.plot)
     if args.json:
-        known = [describe(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
-        print(json.dumps({"adapters": known, "compatibility": report.to_json()}, indent=2))
+        contents = [describe(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
+        print(json.dumps({"adapters": contents, "compatibility": report.to_json()}, indent=2))
         return
-    told = [facts(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
+    rows = [facts(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
     if len(adapters) == 1:
-        for label, text in told[0].items():
+        for label, text in rows[0].items():
             if text:
                 labelled(f"{label:<10}", text)
     else:
-        table([list(told[0])[:COLUMNS], *([text or "-" for text in row.values()][:COLUMNS] for row in told)])
+        table([list(rows[0])[:COLUMNS], *([text or "-" for text in row.values()][:COLUMNS] for row in rows)])
     if len(slices) > 1:
         print_slices(measured.names, slices, capacity)
         print_matrix(measured)
@@ -66,14 +66,14 @@ def expand(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.is_dir():
             yield path
-        elif found := [entry.path for entry in Library(path).adapters()]:
-            yield from found
+        elif files := [entry.path for entry in Library(path).adapters()]:
+            yield from files
         else:
             raise FormatError(f"There is no adapter in '{path}'.")
 
 
 def describe(adapter: Any, path: Path) -> dict[str, Any]:
-    """Everything a file says of itself, for programs."""
+    """The contents of a file, for programs."""
     branches = [
         {**vars(b), "slices": [part.to_json() for part in b.slices], "layers": list(b.layers)} for b in adapter.branches
     ]
@@ -82,8 +82,8 @@ def describe(adapter: Any, path: Path) -> dict[str, Any]:
 
 
 def facts(adapter: Any, path: Path) -> dict[str, str]:
-    """Everything a file says of itself, for people."""
-    info, made, branches = adapter.info, adapter.info.provenance, adapter.branches
+    """The contents of a file, for people."""
+    info, provenance, branches = adapter.info, adapter.info.provenance, adapter.branches
     layers = Counter(name.partition(".")[0] for name in adapter.layer_names)
     return {
         "adapter": info.name,
@@ -100,9 +100,9 @@ def facts(adapter: Any, path: Path) -> dict[str, str]:
         "strength": ", ".join(f"{b.name} {b.strength:g}" for b in branches if b.strength != 1),
         "targets": ", ".join(dict.fromkeys(target for branch in branches for target in branch.targets)),
         "numbers": f"{sum(p.numel() for p in adapter.parameters()):,} trained",
-        "steps": f"{made.steps}, seed {made.seed}" if made.steps else "",
-        "parents": ", ".join(made.parents),
-        "settings": ", ".join(f"{key} {value}" for key, value in made.settings.items()),
+        "steps": f"{provenance.steps}, seed {provenance.seed}" if provenance.steps else "",
+        "parents": ", ".join(provenance.parents),
+        "settings": ", ".join(f"{key} {value}" for key, value in provenance.settings.items()),
         "contents": adapter.digest()[:12],
     }
 
@@ -111,22 +111,22 @@ def print_slices(names: Sequence[str], slices: Sequence[Any], capacity: int) -> 
     """The slice map as text: a line for each adapter, a character for one or several directions."""
     end = min(capacity, max(16, 2 * max((part.stop for parts in slices for part in parts), default=0)))
     step = -(-end // WIDTH)
-    mine, shared, free = "█▒·" if (sys.stdout.encoding or "").lower().startswith("utf") else "#x."
+    owned, shared, free = "█▒·" if (sys.stdout.encoding or "").lower().startswith("utf") else "#x."
     cells = [{i // step for part in parts for i in part.indices} for parts in slices]
-    owners = Counter(cell for own in cells for cell in own)
+    owners = Counter(cell for row in cells for cell in row)
     width = max(map(len, names))
     print(f"\nslices: singular directions 0-{end - 1} of {capacity}" + (f", {step} a character" if step > 1 else ""))
-    for name, parts, own in zip(names, slices, cells, strict=True):
-        line = ((shared if owners[c] > 1 else mine) if c in own else free for c in range(-(-end // step)))
+    for name, parts, row in zip(names, slices, cells, strict=True):
+        line = ((shared if owners[c] > 1 else owned) if c in row else free for c in range(-(-end // step)))
         print(f"  {name:<{width}}  {''.join(line)}  {', '.join(map(str, parts)) or 'owns none'}")
 
 
 def print_matrix(measured: Any) -> None:
-    """Cosines of ΔW, and what each keeps of itself in the sum."""
+    """Cosines of ΔW, and the part of each that remains in the sum."""
     rows = [("", *measured.names, "kept")]
     for i, (name, line) in enumerate(zip(measured.names, measured.cosine, strict=True)):
         cosines = ("1" if i == j else f"{round(value, 3) + 0.0:+.3f}" for j, value in enumerate(line))
         rows.append((name, *cosines, f"{measured.retention[i]:.2f}"))
-    print("\ninterference: cosine of ΔW; kept = how much of each is left in the sum of all")
+    print("\ninterference: cosine of ΔW; kept = the part of each that remains in the sum of all")
     table(rows, indent="  ")
-    print(f"  the sum is {measured.energy_ratio:.2f} times as large as the strongest of them")
+    print(f"  the sum is {measured.energy_ratio:.2f} times as large as the largest of them")

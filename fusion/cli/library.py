@@ -1,6 +1,6 @@
-"""A folder of adapters: what is in it, who owns which slice; take in, rename and delete adapters.
+"""List, import, rename and delete the adapters of a folder, and show who owns which slice.
 
-Adapters are meant by the names of their files, without the ending.
+Adapters go by the names of their files, without the ending.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -16,14 +16,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=Path("out"), metavar="DIR", help="the library (default: out)")
     add(
-        "--add", nargs="+", type=Path, default=[], metavar="FILE", help="take in copies: ours, diffusers or kohya LoRAs"
+        "--add",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="import copies of adapter files, diffusers LoRAs or kohya LoRAs",
     )
-    add(
-        "--rename", nargs=2, metavar=("OLD", "NEW"), help="give an adapter another name; the same is fine with --tokens"
-    )
-    add("--tokens", nargs="+", default=[], metavar="<OLD>=<NEW>", help="with --rename: other tokens too")
+    add("--rename", nargs=2, metavar=("OLD", "NEW"), help="rename an adapter; with --tokens, NEW may be OLD")
+    add("--tokens", nargs="+", default=[], metavar="<OLD>=<NEW>", help="with --rename: change its tokens too")
     add("--delete", nargs="+", default=[], metavar="NAME", help="delete adapters for good")
-    add("--slices", action="store_true", help="show who owns what of the base, and what is free")
+    add("--slices", action="store_true", help="show who owns which directions of the base, and which are free")
     add_base_arguments(parser)
 
 
@@ -66,7 +69,7 @@ def row(entry: Any) -> tuple[str, ...]:
 def print_slices(pipe: Any, library: Any) -> None:
     from fusion.library.slice_maps import slice_map
 
-    found = slice_map(pipe, library)
-    print(f"{found.base.name}: {found.free} of {found.capacity} directions are free")
-    for owner in found.owners:
+    slices = slice_map(pipe, library)
+    print(f"{slices.base.name}: {slices.free} of {slices.capacity} directions are free")
+    for owner in slices.owners:
         print(f"  {owner.slice}  {owner.owner}")
