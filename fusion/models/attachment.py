@@ -43,14 +43,13 @@ class AttachedState:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.components = _modules(pipe)
-        widths = {name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()}
-        self.tracker = PromptTracker(widths)
+        self.tracker = PromptTracker({})  # a new one from the first attachment to the last
         self.checks = PassedChecks()
         states = [state for module in self.components.values() if (state := module.__dict__.get(_STATE))]
         self.baked: set[str] = set().union(*(state.baked for state in states))  # digests of adapters
         self.attachments = 0
         self.gated_branches = 0  # in the UNet: without any, its prompts need not be recognised
-        self.tokens = ConceptTokens(text_encoders(pipe), self.tracker)
+        self.tokens = ConceptTokens(text_encoders(pipe))
         self._unet = uncompiled(pipe.unet)
         self._attention: list[Any] = [m for m in self._unet.modules() if hasattr(m, "processor")]
         self._layers: dict[str, tuple[Site, Any]] = {}  # canonical name -> where an adapted layer was put
@@ -67,7 +66,9 @@ class AttachedState:
         """Count an attachment; the first one puts in the hooks."""
         self.check_projections()
         if not self.attachments:
-            self.tokens.open(pipe, self._hooks)
+            widths = {name: embedding_of(m).embedding_dim for name, m in text_encoders(pipe).items()}
+            self.tracker = PromptTracker(widths)
+            self.tokens.open(pipe, self._hooks, self.tracker)
             self._hooks.before(self._unet, self._before_unet)
             self._hooks.after(self._unet, self._after_unet)
         self.attachments += 1

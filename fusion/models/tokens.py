@@ -71,8 +71,8 @@ class _Calls(threading.local):
 class ConceptTokens:
     """The concepts attached to one set of components, from `open()` to `close()`."""
 
-    def __init__(self, encoders: Mapping[str, nn.Module], tracker: PromptTracker) -> None:
-        self._encoders, self._tracker = encoders, tracker
+    def __init__(self, encoders: Mapping[str, nn.Module]) -> None:
+        self._encoders, self._tracker = encoders, PromptTracker({})
         self._originals: dict[str, Any] = {}
         # One tokenizer for each component, kept for good: pipelines built of the same components follow it.
         self._tokenizers: dict[str, Any] = {}
@@ -85,8 +85,9 @@ class ConceptTokens:
         self._words: dict[str, dict[int, tuple[str, int]]] = {}  # component -> id -> (token, which vector)
         self._calls = _Calls()
 
-    def open(self, pipe: Pipeline, hooks: Hooks) -> None:
-        """Follow the prompts of a pipeline, and of all pipelines that join."""
+    def open(self, pipe: Pipeline, hooks: Hooks, tracker: PromptTracker) -> None:
+        """Follow the prompts of a pipeline, and of all pipelines that join, in `tracker`."""
+        self._tracker = tracker
         self._originals = {name: self._own(pipe, name) for name in self._encoders}
         self._words = {name: {} for name in self._encoders}
         for name, encoder in self._encoders.items():
