@@ -47,7 +47,14 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    ("how", "order"), [*((how, ORDERS[0]) for how in COMPILERS), *(("whole", o) for o in ORDERS[1:])]
+    ("how", "order"),
+    [
+        ("whole, one graph", ORDERS[0]),
+        ("in place", ORDERS[1]),
+        *(("regional", order) for order in ORDERS),
+        ("text encoder", ORDERS[0]),
+        *(pytest.param("whole", order, marks=pytest.mark.slow) for order in ORDERS[1:]),
+    ],
 )
 def test_every_order_of_prompts_is_drawn_as_without_a_compiler(how, order, expected):
     torch._dynamo.reset()
@@ -78,6 +85,7 @@ def test_strengths_and_what_is_attached_change_no_graph(expected):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_branches_of_a_compiled_unet():
     torch._dynamo.reset()
     gradients = []
