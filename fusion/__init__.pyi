@@ -22,12 +22,13 @@ from fusion.formats.adapter_file import save as save
 from fusion.formats.lora_export import export as export
 from fusion.formats.moments_file import load_moments as load_moments
 from fusion.formats.moments_file import save_moments as save_moments
+from fusion.generation.config import GenerationConfig as GenerationConfig
 from fusion.generation.config import Region as Region
 from fusion.generation.drawing import Cancelled as Cancelled
-from fusion.generation.drawing import Picture as Picture
-from fusion.generation.drawing import Recipe as Recipe
 from fusion.generation.drawing import generate as generate
-from fusion.generation.drawing import recipe_of as recipe_of
+from fusion.generation.recipe import Picture as Picture
+from fusion.generation.recipe import Recipe as Recipe
+from fusion.generation.recipe import recipe_of as recipe_of
 from fusion.generation.schedulers import SCHEDULERS as SCHEDULERS
 from fusion.library.library_folder import Library as Library
 from fusion.library.slice_maps import SliceMap as SliceMap

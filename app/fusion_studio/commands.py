@@ -1,10 +1,13 @@
 """What a click would be on the command line: every action of the page can be repeated in a terminal, or in a script."""
 
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fusion
 from fusion_studio.session import Session
 
 PICTURES = "FOLDER_OF_PICTURES"
@@ -30,16 +33,17 @@ def used(session: Session, picked: Mapping[str, float]) -> list[object]:
 
 
 def generate(
-    session: Session, picked: Mapping[str, float], settings: Mapping[str, Any],
-    regions: Sequence[Mapping[str, Any]] = (), found: bool = False,
+    session: Session, picked: Mapping[str, float], config: fusion.GenerationConfig,
+    regions: Sequence[Mapping[str, Any]] = (), *, from_picture: bool = False,
 ) -> str:  # fmt: skip
-    """`settings` by the names of the flags; what is None or empty is left out. `found`: regions found by the base."""
-    flags = [word for name, value in settings.items() if value not in (None, "") for word in (f"--{name}", value)]
+    """`regions` as the page has them; a painted one and a picture to start from stand there by a name to replace."""
+    values = {name: value for name, value in config.settings().items() if value != "" and name != "regions"}
+    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
     for number, region in enumerate(regions, start=1):
         box = region.get("box")
         where = " ".join(f"{share:g}" for share in box) if box else f"MASK_{number}.png"
         flags += ["--region", f"{region['prompt']}: {where}"]
-    flags += ["--region", "auto"] if found else []
+    flags += ["--region", "auto"] * (config.regions == "auto") + ["--image", "PICTURE.png"] * from_picture
     return command("generate", *used(session, picked), *flags, *session.base_flags)
 
 

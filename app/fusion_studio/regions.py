@@ -1,4 +1,4 @@
-"""Parts of the picture with prompts of their own: from what a page says to `fusion.Region`s."""
+"""Parts of the picture with prompts of their own: from the value of the page's widget to `fusion.Region`s."""
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
@@ -12,17 +12,17 @@ from PIL import Image
 
 import fusion
 
-MOST = 12
-LARGEST = 300_000  # letters of a painted mask
-SIDE = 1024  # pixels of a painted mask, at most
-PREFIX = "data:image/png;base64,"
+MAX_REGIONS = 12
+MAX_MASK_LENGTH = 300_000  # letters of a painted mask
+MAX_MASK_SIDE = 1024  # pixels of a painted mask, at most
+DATA_URL = "data:image/png;base64,"
 
 
 def regions_of(value: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What widgets/regions.js holds, checked: every region has a prompt, and a box or a mask."""
     found: list[Any] = list((value or {}).get("regions") or ())
-    if len(found) > MOST:
-        raise fusion.FusionError(f"{len(found)} regions are too many; {MOST} is the limit.")
+    if len(found) > MAX_REGIONS:
+        raise fusion.FusionError(f"{len(found)} regions are too many; {MAX_REGIONS} is the limit.")
     made: list[dict[str, Any]] = []
     for number, region in enumerate(found, start=1):
         prompt, box, mask = str(region.get("prompt") or "").strip(), region.get("box"), region.get("mask")
@@ -49,11 +49,11 @@ def as_regions(found: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _mask(url: str, number: int) -> Image.Image:
     wrong = fusion.FusionError(f"What is painted in region {number} cannot be read; paint it again.")
-    if not url.startswith(PREFIX) or len(url) > LARGEST:
+    if not url.startswith(DATA_URL) or len(url) > MAX_MASK_LENGTH:
         raise wrong
     try:
-        with Image.open(BytesIO(base64.b64decode(url[len(PREFIX) :], validate=True)), formats=("PNG",)) as image:
-            if max(image.size) > SIDE:
+        with Image.open(BytesIO(base64.b64decode(url[len(DATA_URL) :], validate=True)), formats=("PNG",)) as image:
+            if max(image.size) > MAX_MASK_SIDE:
                 raise wrong
             return image.convert("L")
     except (binascii.Error, OSError, ValueError, Image.DecompressionBombError):

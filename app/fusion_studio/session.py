@@ -58,7 +58,7 @@ class Session:
             _ = self.pipe
             if self.base is None:  # another base may take minutes for a picture
                 with self.queue.acquire("The base is being opened"):
-                    (picture,) = fusion.generate(self.pipe, FIRST_PROMPT, seed=0)
+                    (picture,) = fusion.generate(self.pipe, fusion.GenerationConfig(prompt=FIRST_PROMPT, seed=0))
                 self.first_picture = self.store_picture(picture), picture.recipe
         except Exception as error:
             logger.warning("The base is not ready: %s", error_sentence(error))
@@ -89,9 +89,10 @@ class Session:
 
     def defaults(self) -> tuple[int, int, float]:
         """Training steps, drawing steps and guidance: the base's own, else the general ones."""
-        training, drawing = (fusion.base_defaults(self.pipe, table) for table in ("training", "generation"))
+        training, generation = (fusion.base_defaults(self.pipe, table) for table in ("training", "generation"))
         steps = training.get("max_train_steps", fusion.TrainingConfig.model_fields["max_train_steps"].default)
-        return int(steps), int(drawing.get("steps", 30)), float(drawing.get("guidance_scale", 7.5))
+        drawing = fusion.GenerationConfig(prompt="").with_base_defaults(generation)
+        return int(steps), drawing.num_inference_steps, drawing.guidance_scale
 
     def entries(self) -> dict[str, Any]:
         """The adapters of the library by the stems of their files, newest first."""
@@ -123,7 +124,7 @@ class Session:
 
     def store_picture(self, picture: fusion.Picture) -> str:
         """Save a drawn picture as a PNG with its recipe, in the folder that pages may show."""
-        name = f"{safe_name(picture.recipe.prompt)}-{secrets.token_hex(4)}.png"
+        name = f"{safe_name(picture.recipe.config.prompt)}-{secrets.token_hex(4)}.png"
         return str(picture.save(self.folder / name))
 
     def store_upload(self, source: str | Path) -> Path:

@@ -45,9 +45,8 @@ def fused(
         whole = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method, gating=gating)
 
         def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
-            where = regions(prompt, whole)
-            made = fusion.generate(pipe, prompt, adapters=[whole], seed=seed, batch=batch, regions=where)
-            return [picture.image for picture in made]
+            config = fusion.GenerationConfig(prompt=prompt, seed=seed, num_images=batch, regions=regions(prompt, whole))
+            return [picture.image for picture in fusion.generate(pipe, config, [whole])]
 
         return Prepared(draw, whole)
 

@@ -47,7 +47,7 @@ def with_adapters(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Draw:
     """Drawing as the adapters' files say, without fusing."""
 
     def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
-        made = fusion.generate(pipe, prompt, adapters=adapters, seed=seed, batch=batch)
-        return [picture.image for picture in made]
+        config = fusion.GenerationConfig(prompt=prompt, seed=seed, num_images=batch)
+        return [picture.image for picture in fusion.generate(pipe, config, adapters)]
 
     return draw

@@ -51,7 +51,8 @@ def _draw(
 
         if named:
             held.enter_context(_taking_turns(pipe, len(named), solo, choose, prompt))
-        return [picture.image for picture in fusion.generate(pipe, prompt, seed=seed, batch=batch)]
+        config = fusion.GenerationConfig(prompt=prompt, seed=seed, num_images=batch)
+        return [picture.image for picture in fusion.generate(pipe, config)]
 
 
 @contextmanager

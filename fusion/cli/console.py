@@ -19,6 +19,7 @@ from fusion.config import Setting, StrictModel, settings_of
 from fusion.errors import FusionError, closest
 
 DTYPES = ("float32", "float16", "bfloat16")
+BASE_NAMES = ("--base", "--pretrained_model_name_or_path")
 
 
 class UsageError(FusionError):
@@ -110,7 +111,7 @@ def flags_of(args: Namespace, model: type[StrictModel]) -> dict[str, Any]:
 def add_base_arguments(parser: ArgumentParser) -> None:
     """What `open_base` reads."""
     add = parser.add_argument_group("base").add_argument
-    add("--base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
+    add(*BASE_NAMES, dest="base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
     add("--dtype", metavar="TYPE", choices=DTYPES, help="default: float16 on a GPU, else float32")
 
@@ -124,11 +125,10 @@ def add_file_arguments(parser: ArgumentParser, what: str) -> None:
     add("--dtype", default="float16", metavar="TYPE", choices=DTYPES, help="of the file (default: float16)")
 
 
-def add_use_arguments(parser: ArgumentParser) -> None:
-    """How adapters act."""
-    add = parser.add_argument
-    add("--strength", nargs="+", type=float, metavar="X", help="one number for each adapter (default: 1)")
-    add("--gating", choices=("tokens", "none"), help="how the adapters are gated (default: as their files say)")
+def add_strengths(parser: ArgumentParser) -> None:
+    """How strongly adapters act."""
+    text = "one number for each adapter (default: 1)"
+    parser.add_argument("--strength", nargs="+", type=float, metavar="X", help=text)
 
 
 def open_base(

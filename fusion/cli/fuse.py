@@ -9,7 +9,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_file_arguments, add_use_arguments, example, open_base, size, verdict
+from fusion.cli.console import (
+    BASE_NAMES,
+    UsageError,
+    add_file_arguments,
+    add_strengths,
+    example,
+    open_base,
+    size,
+    verdict,
+)
 from fusion.errors import closest
 from fusion.methods import METHODS, MethodOptions
 
@@ -20,7 +29,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
     add_file_arguments(parser, "the fused adapter")
-    add_use_arguments(parser)
+    add_strengths(parser)
+    add("--gating", choices=("tokens", "none"), help="how the adapters are gated (default: as their files say)")
     add("--method", default="direct_sum", metavar="NAME", help="one of those below (default: direct_sum)")
     text = "rename a token of the last adapter that has it"
     add("--rename", action="append", default=[], metavar="<OLD>=<NEW>", help=text)
@@ -31,7 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         kind: Any = type(option.default)
         text = f"{option.metadata['help']} (default: {option.default:g})"
         add(f"--{option.name}", type=kind, default=option.default, metavar="N" if kind is int else "X", help=text)
-    add("--base", metavar="NAME", help="diffusers folder or hub id, where a method needs it (default: pocket)")
+    text = "diffusers folder or hub id, where a method needs it (default: pocket)"
+    add(*BASE_NAMES, dest="base", metavar="NAME", help=text)
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
 
 

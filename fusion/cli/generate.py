@@ -7,18 +7,27 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusion.cli.console import UsageError, add_base_arguments, add_use_arguments, example, open_base, progress
-from fusion.errors import FormatError, closest
+from fusion.cli.console import (
+    UsageError,
+    add_base_arguments,
+    add_settings,
+    add_strengths,
+    example,
+    flags_of,
+    open_base,
+    progress,
+)  # fmt: skip
+from fusion.config import MAX_SEED, TOKEN
+from fusion.errors import ConfigError, FormatError, closest
+from fusion.generation.config import GenerationConfig, Region
+
+if TYPE_CHECKING:  # help must be immediate
+    from fusion.adapters.adapter import Adapter
+    from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 
 logger = logging.getLogger(__name__)
-
-# What a recipe and the flags have in common, by the names `generate` gives them.
-SETTINGS = (
-    *("prompt", "negative_prompt", "seed", "batch", "steps", "guidance_scale", "guidance_rescale", "scheduler"),
-    *("width", "height", "image_strength", "gating", "regions"),
-)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,56 +35,55 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.epilog = 'example: fusion generate pets.safetensors --prompt "a <dog> beside a <cat>" --num_images 4 -o out'
     add = parser.add_argument
     add("adapters", nargs="*", type=Path, metavar="ADAPTER", help="adapter files; none draws what the base knows")
-    add("--prompt", metavar="TEXT", help='what to draw, with the adapters\' tokens: "a <dog> on a beach"')
-    add("--negative_prompt", metavar="TEXT", help="what to stay away from")
     add("--from", dest="source", type=Path, metavar="PNG", help="repeat the recipe in this picture; flags override it")
     add("-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="folder, or .png file (default: out)")
-    add_use_arguments(parser)
-    add = parser.add_argument_group("drawing", "what is not given comes from the base").add_argument
-    add("--seed", type=int, metavar="N", help="of the first picture, the next ones count up (default: 0)")
-    add("--num_images", dest="batch", type=int, metavar="N", help="how many pictures (default: 1)")
-    add("--steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance_scale", type=float, metavar="X", help="how closely to follow the prompt")
-    add("--guidance_rescale", type=float, metavar="X", help="0 to 1: take back the contrast that guidance adds")
-    add("--scheduler", metavar="NAME", help="ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ...")
-    add("--width", type=int, metavar="PIXELS", help="width of the picture")
-    add("--height", type=int, metavar="PIXELS", help="height of the picture")
-    where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
-    where += "; or auto: each concept where it is found to stand"
-    add("--region", dest="regions", action="append", metavar="PROMPT: PLACE", help=f"what a part of it shows: {where}")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
-    add("--image_strength", type=float, metavar="X", help="0 to 1: how far to leave it (default: 0.6)")
+    add_strengths(parser)
+    where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
+    where += "; or auto: each concept where the base would draw it"
+    names = ("--region", "--regions")
+    add(*names, dest="regions", action="append", metavar="PROMPT: REGION", help=f"what a part of it shows: {where}")
+    add_settings(parser, GenerationConfig, leave=("regions",))
     add_base_arguments(parser)
 
 
 def run(args: Namespace) -> None:
-    from fusion.generation.drawing import generate, recipe_of
+    from fusion.generation.drawing import generate
+    from fusion.generation.recipe import recipe_of
 
     recipe = recipe_of(args.source) if args.source else None
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    values = {**(vars(recipe) if recipe else {}), **given}
-    settings = {name: values[name] for name in SETTINGS if values.get(name) is not None}
-    if "prompt" not in settings:
-        raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
+    config = configure(args, recipe)
     adapters, files, strengths = choose_adapters(args, recipe)
-    if args.regions:
-        settings["regions"] = "auto" if args.regions == ["auto"] else [region(text) for text in args.regions]
     image = starting_picture(args.image, args.source, recipe)
     if recipe and recipe.base != "pocket" and not args.base:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
-    asked = settings.get("regions", ())
-    check_words(" ".join([settings["prompt"], *(part.prompt for part in asked if asked != "auto")]), adapters)
+    parts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
+    check_words(" ".join([config.prompt, *parts]), adapters)
     with progress() as advance:
-        pictures = generate(pipe, adapters=adapters, strengths=strengths, image=image, on_step=advance, **settings)
-    if recipe is not None and args.seed is None and args.batch is None:
+        pictures = generate(pipe, config, adapters, strengths=strengths, image=image, on_step=advance)
+    if recipe and not {"seed", "num_images"} & flags_of(args, GenerationConfig).keys():
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     paths = [write(picture, files, args.output, several=len(pictures) > 1) for picture in pictures]
-    on, another = ["--base", args.base] if args.base else [], settings.get("seed", 0) + settings.get("batch", 1)
+    on, another = ["--base", args.base] if args.base else [], (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
 
 
-def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path], list[float] | None]:
+def configure(args: Namespace, recipe: "Recipe | None") -> GenerationConfig:
+    """Flags over the recipe. Raises UsageError: a wrong setting is a wrong command."""
+    flags = flags_of(args, GenerationConfig)
+    if regions := flags.pop("regions", None):
+        flags["regions"] = "auto" if regions == ["auto"] else tuple(region(text) for text in regions)
+    values = {**(recipe.config.settings() if recipe else {}), **flags}
+    if "prompt" not in values:
+        raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
+    try:
+        return GenerationConfig.model_validate(values)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+def choose_adapters(args: Namespace, recipe: "Recipe | None") -> tuple[list["Adapter"], list[Path], list[float] | None]:
     """The adapters given, else the recipe's own, unchanged since."""
     from fusion.formats.adapter_file import load
 
@@ -83,16 +91,16 @@ def choose_adapters(args: Namespace, recipe: Any) -> tuple[list[Any], list[Path]
     if args.adapters or recipe is None:
         same = before if len(before) == len(args.adapters) else None
         return [load(path) for path in args.adapters], args.adapters, args.strength or same
-    found = [again(used, args.source) for used in recipe.adapters]
-    return [adapter for adapter, _ in found], [path for _, path in found], args.strength or before
+    pairs = [load_again(used, args.source) for used in recipe.adapters]
+    return [adapter for adapter, _ in pairs], [path for _, path in pairs], args.strength or before
 
 
-def again(used: Any, picture: Path) -> tuple[Any, Path]:
+def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", Path]:
     """An adapter of a recipe and its file, where it was or beside the picture."""
     from fusion.formats.adapter_file import load
 
     file = Path(used.file or "")
-    path = next((place for place in (file, picture.parent / file.name) if place.is_file()), None)
+    path = next((candidate for candidate in (file, picture.parent / file.name) if candidate.is_file()), None)
     if path is None:
         gone = f"'{used.file or used.name}' is gone, and '{picture}' needs it"
         raise FormatError(f"{gone}; name the adapter's file before --from.")
@@ -105,10 +113,10 @@ def again(used: Any, picture: Path) -> tuple[Any, Path]:
     return adapter, path
 
 
-def check_words(prompt: str, adapters: list[Any]) -> None:
+def check_words(prompt: str, adapters: list["Adapter"]) -> None:
     """Warn of tokens nobody has taught, and of a prompt in which no gate opens: it would be the base's picture."""
     known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
-    named = re.findall(r"<[a-z0-9_-]+>", prompt)
+    named = TOKEN.findall(prompt)
     for token in dict.fromkeys(named):
         if token not in known:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
@@ -116,26 +124,25 @@ def check_words(prompt: str, adapters: list[Any]) -> None:
         logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
 
 
-def region(text: str) -> Any:
+def region(text: str) -> Region:
     """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
     from fusion.errors import DatasetError
-    from fusion.generation.config import Region
     from fusion.training.pictures import load_mask
 
-    prompt, colon, place = text.rpartition(":")
-    if not (colon and prompt.strip() and place.strip()):
+    prompt, colon, where = text.rpartition(":")
+    if not (colon and prompt.strip() and where.strip()):
         raise UsageError(f'--region takes "PROMPT: LEFT TOP RIGHT BOTTOM" or "PROMPT: MASK.png", got "{text}".')
-    numbers = re.findall(r"[-+.0-9eE]+", place) if re.fullmatch(r"[-+.,0-9eE\s]+", place) else []
+    numbers = re.findall(r"[-+.0-9eE]+", where) if re.fullmatch(r"[-+.,0-9eE\s]+", where) else []
     if len(numbers) == 4:
         left, top, right, bottom = map(float, numbers)
         return Region(prompt.strip(), (left, top, right, bottom))
     try:
-        return Region(prompt.strip(), mask=load_mask(place.strip()))
+        return Region(prompt.strip(), mask=load_mask(where.strip()))
     except DatasetError as error:
         raise UsageError(f'--region "{text}" has neither four numbers nor a mask: {error}') from None
 
 
-def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any:
+def starting_picture(path: Path | None, source: Path | None, recipe: "Recipe | None") -> Any:
     if path is None:
         if recipe is not None and recipe.image:
             raise UsageError("This picture was drawn from another one; name it with --image.")
@@ -152,20 +159,20 @@ def starting_picture(path: Path | None, source: Path | None, recipe: Any) -> Any
     return image
 
 
-def write(picture: Any, files: list[Path], output: Path, *, several: bool) -> Path:
+def write(picture: "Picture", files: list[Path], output: Path, *, several: bool) -> Path:
     """Save a picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
-    used = zip(picture.recipe.adapters, files, strict=True)
-    drawn = replace(picture.recipe, adapters=tuple(replace(adapter, file=str(file)) for adapter, file in used))
-    path = replace(picture, recipe=drawn).save(place(output, drawn, several=several))
-    how = f"{drawn.width}x{drawn.height}, seed {drawn.seed + drawn.index}, {drawn.steps} steps on {drawn.base}"
-    print(f"wrote {path}: {how}")
+    used = [adapter.updated({"file": str(file)}) for adapter, file in zip(picture.recipe.adapters, files, strict=True)]
+    recipe = picture.recipe.updated({"adapters": used})
+    path = replace(picture, recipe=recipe).save(path_for(output, recipe, several=several))
+    size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps
+    print(f"wrote {path}: {size}, seed {recipe.picture_seed}, {steps} steps on {recipe.base}")
     return path
 
 
-def place(output: Path, recipe: Any, *, several: bool) -> Path:
-    seed = recipe.seed + recipe.index
+def path_for(output: Path, recipe: "Recipe", *, several: bool) -> Path:
+    seed = recipe.picture_seed
     if output.suffix.lower() == ".png":
         return output.with_stem(f"{output.stem}-{seed}") if several else output
-    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+    words = re.sub(r"[^a-z0-9]+", "-", recipe.config.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
     candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
     return next(path for path in candidates if not path.exists())

@@ -15,7 +15,9 @@ from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
 from fusion.evaluation.output_error import CONCEPT_FREE, base_reference, concept_reference, concepts_of
-from fusion.generation.drawing import Picture, generate
+from fusion.generation.config import GenerationConfig
+from fusion.generation.drawing import generate
+from fusion.generation.recipe import Picture
 from fusion.models.attachment import attach
 from fusion.models.pipeline import Pipeline
 
@@ -80,8 +82,9 @@ def compare(
         for token, single in concepts_of(adapter).items()
     }
     concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed)
+    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": steps})
     for number, (strength, column, fused) in enumerate(settings, start=1):
-        (picture,) = generate(pipe, prompt, adapters=[fused], seed=seed, steps=steps, on_step=on_step)
+        (picture,) = generate(pipe, config, [fused], on_step=on_step)
         tokens = [concept.token for concept in fused.info.concepts if concept.token in references]
         with attach(pipe, fused):
             kept = {token: max(0.0, 1.0 - references[token].error(pipe)) for token in tokens}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch
 from fusion.errors import ConfigError
+from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
@@ -114,7 +115,8 @@ def base_reference(pipe: Pipeline, prompts: list[str], seed: int) -> ReferencePr
 
 def _noisy(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
     """Noisy latents (prompts · NOISE_LEVELS, C, H, W) of drawn pictures, and their timesteps; equal in every call."""
-    pictures = [generate(pipe, prompt, adapters=adapters, seed=seed)[0].image for prompt in prompts]
+    configs = [GenerationConfig(prompt=prompt, seed=seed) for prompt in prompts]
+    pictures = [generate(pipe, config, adapters)[0].image for config in configs]
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess(pictures).to(pipe.vae.device, pipe.vae.dtype)

@@ -14,6 +14,7 @@ from fusion.evaluation.clip_judge import Judge
 from fusion.evaluation.first_step_forecast import forecast
 from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
 from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, OutputErrors, concepts_of, measure_output_errors
+from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
@@ -148,7 +149,7 @@ def _identity(
     scenes: tuple[str, str],
 ) -> Identity:
     def draw(active: Sequence[Adapter], prompt: str, seed: int) -> Image.Image:
-        return generate(pipe, prompt, adapters=active, seed=seed)[0].image
+        return generate(pipe, GenerationConfig(prompt=prompt, seed=seed), active)[0].image
 
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
     scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))

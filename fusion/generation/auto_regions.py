@@ -1,56 +1,71 @@
-"""Where in a picture the concepts of its prompt are going to stand, found by asking the UNet.
+"""Where in a picture the concepts of its prompt will be, found by asking the UNet.
 
-A picture is begun with every concept by its noun. A quarter of the way, when things have found their places, the UNet
-predicts once more for every concept, its token in the place of its noun: where that changes the prediction, the
-concept stands. These are the masks of DiffEdit (Couairon et al. 2022, arXiv 2210.11427), with tokens for edits.
+A picture is begun with every concept by its noun. A quarter of the way, when the layout is settled, the UNet predicts
+once more for every concept, its token in the position of its noun: where that changes the prediction, the concept will
+be. These are the masks of DiffEdit (Couairon et al. 2022, arXiv 2210.11427), with tokens for edits.
 
 Shapes: C concepts, H W latent size.
 """
 
 import logging
-from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from fusion.generation.config import Region
+from fusion.config import TOKEN
+from fusion.generation.config import GenerationConfig, Region
+from fusion.generation.pipeline_call import call_pipeline
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
-LOOK = 0.25  # of the steps
-FAINT = 0.2  # of a concept's largest change; where it changes less, the prompt of the picture rules
+LAYOUT_SHARE = 0.25  # of the steps, after which the layout is settled
+MIN_STEPS = 4  # so that a quarter of them is one
+MIN_CHANGE = 0.2  # of a concept's largest change; where it changes less, the prompt of the picture rules
 
 
-class Looked(Exception):
-    """Raised in the middle of a drawing, with what the UNet is given there: the rest would be for nothing."""
+class Midway(NamedTuple):
+    """What the UNet is given in the middle of a drawing."""
 
-    def __init__(self, latents: Tensor, timestep: Any) -> None:
-        super().__init__()
-        self.latents, self.timestep = latents, timestep  # (1, channels, H, W)
+    latents: Tensor  # (1, channels, H, W), scaled as the scheduler wants
+    timestep: Tensor
 
 
-@contextmanager
-def looking(unet: nn.Module, steps: int) -> Generator[None]:
-    """Raise Looked from the UNet's call a quarter of the way through `steps`."""
-    calls = 0
+def find_regions(
+    pipe: Pipeline, config: GenerationConfig, image: Image.Image | None, nouns: Mapping[str, str]
+) -> tuple[Region, ...]:
+    """A region for each concept of the prompt of one picture; none where there is a single concept."""
+    if len(nouns) < 2:
+        return ()
+    plain = {"prompt": by_nouns(config.prompt, nouns), "num_images": 1, "regions": ()}
+    midway = draw_midway(pipe, config.updated(plain), image)
+    regions = regions_of(cells_by_concept(changes(pipe, midway, config.prompt, nouns)), nouns)
+    return tuple(with_prompt(region, config.prompt, nouns) for region in regions)
 
-    def look(_unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > LOOK * steps:
-            raise Looked((kwargs["sample"] if "sample" in kwargs else args[0])[:1], args[1])
 
-    hook = unet.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+def draw_midway(pipe: Pipeline, config: GenerationConfig, image: Image.Image | None = None) -> Midway:
+    """Draw a quarter of the way, or as far as there is another step to come, and stop."""
+    fewest = MIN_STEPS if image is None else math.ceil(MIN_STEPS / config.image_strength)
+    config = config.updated({"num_inference_steps": max(config.num_inference_steps, fewest)})
+    midway = list[Midway]()
+
+    def stop(call: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        done, total = step + 1, call.num_timesteps
+        if done == min(int(LAYOUT_SHARE * config.num_inference_steps), total - 1):
+            timestep = call.scheduler.timesteps[done - total]
+            midway.append(Midway(call.scheduler.scale_model_input(tensors["latents"], timestep), timestep))
+            call._interrupt = True
+        return tensors
+
+    call_pipeline(pipe, config, image, {"callback_on_step_end": stop, "output_type": "latent"})
+    return midway[0]
 
 
 def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) -> str:
@@ -61,31 +76,42 @@ def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) 
     return prompt
 
 
-def changes(pipe: Pipeline, seen: Looked, prompt: str, nouns: Mapping[str, str]) -> Tensor:
-    """(C, H, W): by how much each concept's token, in the place of its noun, changes the prediction; mean squares."""
+def with_prompt(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region:
+    """A region of bare tokens with the prompt of the picture, in which no other concept is named.
+
+    A concept is drawn worse where the text encoder has read another one's token before its own.
+    """
+    words = region.prompt.split()
+    if not all(TOKEN.fullmatch(word) and word in prompt for word in words):
+        return region
+    return replace(region, prompt=by_nouns(prompt, nouns, keep=words))
+
+
+def changes(pipe: Pipeline, midway: Midway, prompt: str, nouns: Mapping[str, str]) -> Tensor:
+    """(C, H, W): mean squares of how much each concept's token, in place of its noun, changes the prediction."""
     texts = [by_nouns(prompt, nouns), *(by_nouns(prompt, nouns, [token]) for token in nouns)]
-    noisy = seen.latents.expand(len(texts), -1, -1, -1)
-    times = torch.as_tensor(seen.timestep, device=noisy.device).expand(len(texts))
+    noisy = midway.latents.expand(len(texts), -1, -1, -1)
+    times = torch.as_tensor(midway.timestep, device=noisy.device).expand(len(texts))
     with torch.no_grad():
-        told = predict(pipe, noisy, times, encode_prompts(pipe, texts))
-    return (told[1:] - told[:1]).float().square().mean(dim=1)
+        predictions = predict(pipe, noisy, times, encode_prompts(pipe, texts))
+    return (predictions[1:] - predictions[:1]).float().square().mean(dim=1)
 
 
-def places(maps: Tensor) -> Tensor:
+def cells_by_concept(maps: Tensor) -> Tensor:
     """(C, H, W) changes to (C, H, W) bool, no cell twice: smoothed, each against its own largest, the larger wins."""
     reach = min(maps.shape[-2:]) // 16
     smooth = F.avg_pool2d(maps[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
     shares = smooth / smooth.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     owner = F.one_hot(shares.argmax(dim=0), len(maps)).permute(2, 0, 1).bool()
-    return owner & (shares > FAINT)
+    return owner & (shares > MIN_CHANGE)
 
 
 def regions_of(masks: Tensor, tokens: Mapping[str, str]) -> list[Region]:
     """A region for every concept that has cells; a warning for one that has none."""
-    found: list[Region] = []
+    regions: list[Region] = []
     for token, mask in zip(tokens, masks, strict=True):
         if mask.any():
-            found.append(Region(token, mask=Image.fromarray((mask.cpu().numpy() * 255).astype("uint8"))))
+            regions.append(Region(token, mask=Image.fromarray((mask.cpu().numpy() * 255).astype("uint8"))))
         else:
-            logger.warning("No place of its own was found for %s; it follows the prompt of the whole picture.", token)
-    return found
+            logger.warning("No region was found for %s; it follows the prompt of the whole picture.", token)
+    return regions

@@ -1,17 +1,22 @@
-"""What to draw and how, without torch: the settings of `generate`, and regions of a picture."""
+"""The settings of a drawing, and regions of a picture. Nothing here imports torch or Pillow before it needs them."""
 
 import base64
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+
+from fusion.config import MAX_SEED, StrictModel
 from fusion.errors import ConfigError
 
-if TYPE_CHECKING:  # help must be immediate
+if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
 INSIDE = 0.5  # share of a cell that a painted mask must cover
+MAX_MASK_PIXELS = 64_000_000
+MAX_REGIONS = 64
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,87 @@ class Region:
         if self.mask is None:
             return {"prompt": self.prompt, "box": list(self.box or ())}
         file = io.BytesIO()
-        inside = self.mask.convert("L").point(lambda value: 255 * (value >= 255 * INSIDE))
+        inside = self.mask.convert("L").point([255 * (value >= 255 * INSIDE) for value in range(256)])
         inside.convert("1").save(file, "PNG")
         return {"prompt": self.prompt, "mask": base64.b64encode(file.getvalue()).decode()}
 
     @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> "Region":
-        """Raises KeyError, TypeError or ValueError for what to_json did not write."""
-        from PIL import Image
+    def from_json(cls, entry: object) -> "Region":
+        """Raises ConfigError for what to_json did not write."""
+        match entry:
+            case {"prompt": str(prompt), "box": [left, top, right, bottom], **rest} if not rest:
+                shares = [left, top, right, bottom]
+                if all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+                    return cls(prompt, (float(left), float(top), float(right), float(bottom)))
+            case {"prompt": str(prompt), "mask": str(mask), **rest} if not rest:
+                return cls(prompt, mask=_mask_from(mask))
+            case _:
+                pass
+        raise ConfigError("A region is a prompt with a box of four shares, 0 to 1, or with a mask; this one is not.")
 
-        if "mask" not in entry:
-            left, top, right, bottom = map(float, entry["box"])
-            return cls(str(entry["prompt"]), (left, top, right, bottom))
-        with Image.open(io.BytesIO(base64.b64decode(entry["mask"], validate=True)), formats=("PNG",)) as image:
-            return cls(str(entry["prompt"]), mask=image.convert("L"))
+
+def _mask_from(text: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
+            if image.width * image.height <= MAX_MASK_PIXELS:
+                return image.convert("L")
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+        raise ConfigError("The mask of a region is no PNG in base64, or a damaged one.") from error
+    raise ConfigError(f"The mask of a region has more than {MAX_MASK_PIXELS // 1_000_000} megapixels.")
+
+
+def _as_region(value: object) -> object:
+    return value if isinstance(value, Region) else Region.from_json(value)
+
+
+RegionField = Annotated[InstanceOf[Region], BeforeValidator(_as_region), PlainSerializer(Region.to_json)]
+
+
+class GenerationConfig(StrictModel):
+    """What to draw and how: the flags of `fusion generate`, [generation] of a base's `fusion.toml`, recipes.
+
+    What the user has not set may come from the base: `with_base_defaults`.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    aliases: ClassVar = {
+        "steps": "num_inference_steps",
+        "batch": "num_images",
+        "num_images_per_prompt": "num_images",
+    }
+    users_own = ("prompt",)
+    groups: ClassVar = {"picture": "prompt", "drawing": "seed"}
+
+    prompt: str
+    """What to draw, with the adapters' tokens: "a <dog> on a beach"."""
+    negative_prompt: str = ""
+    """What to stay away from."""
+    regions: Literal["auto"] | Annotated[tuple[RegionField, ...], Field(max_length=MAX_REGIONS)] = ()
+    """Parts of the picture with prompts of their own; with auto, each concept has one where the base would draw it."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seed of the first picture; the next ones count up."""
+    num_images: int = Field(default=1, ge=1, le=256)
+    """How many pictures to draw, all at a time."""
+    num_inference_steps: int = Field(default=30, ge=1, le=1000)
+    """Denoising steps."""
+    guidance_scale: float = Field(default=7.5, ge=0)
+    """How closely to follow the prompt."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """0 to 1: take back the contrast that guidance adds."""
+    scheduler: str | None = None
+    """ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ... Default: the base's own."""
+    width: int | None = Field(default=None, ge=8, le=8192)
+    """Width in pixels. Default: of the picture to start from, or the base's own."""
+    height: int | None = Field(default=None, ge=8, le=8192)
+    """Height in pixels. Default: as for the width."""
+    image_strength: float = Field(default=0.6, ge=0.01, le=1)
+    """Up to 1: how far to leave the picture that the drawing starts from."""
+    gating: Literal["tokens", "none"] | None = None
+    """How the adapters are gated. Default: as their files say."""
+
+    def seeds(self) -> list[int]:
+        """A seed for each picture."""
+        return [(self.seed + i) % (MAX_SEED + 1) for i in range(self.num_images)]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
+from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
@@ -230,11 +231,11 @@ class _Training:
         config = self.config
         if step % config.validation_steps and step != config.max_train_steps:
             return []
-        return [
-            picture.image
+        drawings = [
+            GenerationConfig(prompt=prompt, seed=config.seed, num_images=config.num_validation_images)
             for prompt in config.validation_prompts()
-            for picture in generate(self.pipe, prompt, seed=config.seed, batch=config.num_validation_images)
         ]
+        return [picture.image for drawing in drawings for picture in generate(self.pipe, drawing)]
 
     def _checkpoint(self, step: int, loss: float) -> Path | None:
         """Every `checkpointing_steps`, keeping this run's newest `checkpoints_total_limit`."""

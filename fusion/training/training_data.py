@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion.errors import ConfigError
+from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
@@ -111,7 +112,8 @@ class TrainingData:
         """Class pictures by the base itself, as no adapter is attached yet."""
         config, folder, seed = self.config, self.config.class_folder(), 0
         while missing > 0:
-            for picture in generate(self.pipe, config.class_prompt or "", seed=seed, batch=config.sample_batch_size):
+            drawing = GenerationConfig(prompt=config.class_prompt or "", seed=seed, num_images=config.sample_batch_size)
+            for picture in generate(self.pipe, drawing):
                 path = folder / f"drawn-{seed:05d}.png"
                 if missing > 0 and not path.exists():
                     picture.save(path)

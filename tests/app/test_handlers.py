@@ -16,9 +16,9 @@ import fusion
 from fusion_studio import interface, markup, regions, theme
 from fusion_studio.errors import bind
 from fusion_studio.pipeline_queue import PipelineQueue
-from fusion_studio.session import Session, safe_name
+from fusion_studio.session import FIRST_PROMPT, Session, safe_name
 from fusion_studio.streaming import StepProgress
-from fusion_studio.tabs import combine, compare, draw, history, library, picked_of, progress
+from fusion_studio.tabs import Controls, combine, compare, draw, history, library, picked_of, progress
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -33,15 +33,15 @@ def picks(**strengths):
     return {"picked": strengths, "choices": []}
 
 
-def drawn(session, *args, **named):
-    *_, last = draw.draw_pictures(session, *args, **named)
+def drawn(session, *args, history=(), **named):
+    *_, last = draw.draw_pictures(session, history, Controls(*args, **named))
     return last
 
 
 def test_the_page_builds_without_torch():
     code = (
         "import sys; from fusion_studio.interface import build; from fusion_studio.theme import launch_options;"
-        "from fusion_studio.session import Session; build(Session()); launch_options();"
+        "from fusion_studio.session import FIRST_PROMPT, Session; build(Session()); launch_options();"
         "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -91,15 +91,20 @@ def take(line, number, order):
 def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(session, taught):
     taught("rex")
     old = [{"path": "old.png", "words": "old", "controls": []}]
-    made = draw.draw_pictures(session, picks(rex=0.5), "a <rex>", "snow", 7, False, 3, 2.0, 2, history=old)
+    made = draw.draw_pictures(session, old, Controls(picks(rex=0.5), "a <rex>", "snow", 7, False, 3, 2.0, 2))
     *previews, (stage, caption, kept, at, cli) = made
     assert any(isinstance(preview[0], Image.Image) for preview in previews)
     recipe = fusion.recipe_of(stage)
-    assert (recipe.seed, recipe.steps, recipe.batch, recipe.negative_prompt) == (7, 3, 2, "snow")
+    config = recipe.config
+    assert (config.seed, config.num_inference_steps, config.num_images) == (7, 3, 2)
+    assert config.negative_prompt == "snow"
     assert [(a.tokens, a.strength) for a in recipe.adapters] == [(("<rex>",), 0.5)]
     assert "a &lt;rex&gt; · without snow · seed 7 · 3 steps · guidance 2 · &lt;rex&gt; at 0.5" in caption
     assert len(kept) == 3 and kept[2]["path"] == "old.png" and at == 0
-    assert "--prompt 'a <rex>' --negative_prompt snow --seed 7 --steps 3" in cli.value and "--strength 0.5" in cli.value
+    assert (
+        "--prompt 'a <rex>' --negative_prompt snow --seed 7 --num_images 2 --num_inference_steps 3" in cli.value
+        and "--strength 0.5" in cli.value
+    )
 
 
 def test_one_click_repeats_a_picture_of_the_history(session, taught):
@@ -120,7 +125,7 @@ def test_before_and_after(session, taught):
     _, _, kept, *_ = drawn(session, picks(rex=1), "a <rex>", "", 3, False)
     *_, (slider, _) = history.before_and_after(session, history.SIDES[0], kept, 0)
     plain, _ = (entry["path"] for entry in slider.value)
-    assert fusion.recipe_of(plain).prompt == "a dog" and fusion.recipe_of(plain).adapters == ()
+    assert fusion.recipe_of(plain).config.prompt == "a dog" and fusion.recipe_of(plain).adapters == ()
     for side, sentence in ((1, "no picture before"), (2, "did not start")):
         with pytest.raises(fusion.FusionError, match=sentence):
             next(history.before_and_after(session, history.SIDES[side], kept, 0))
@@ -132,16 +137,16 @@ def test_before_and_after(session, taught):
 def test_a_picture_can_be_the_start_of_the_next(session, files):
     name, shown, leave, forget = draw.started_from(session, files[0])
     assert shown.visible and leave.visible and forget.visible
-    stage, _, kept, _, cli = drawn(session, picks(), "a dog", start=name, leave=0.5)
-    assert fusion.recipe_of(stage).image_strength == 0.5 and "--image PICTURE.png" in cli.value
+    stage, _, kept, _, cli = drawn(session, picks(), "a dog", image=name, image_strength=0.5)
+    assert fusion.recipe_of(stage).config.image_strength == 0.5 and "--image PICTURE.png" in cli.value
     assert history.started_from_it(session, kept, 0)[0] != name
     for wrong in ("../../etc/passwd", "0" * 16 + ".png", "/etc/passwd"):
         with pytest.raises(fusion.FusionError, match="no longer here"):
-            drawn(session, picks(), "a dog", start=wrong)
+            drawn(session, picks(), "a dog", image=wrong)
 
 
 def test_a_picture_nobody_waits_for_is_given_up(session):
-    frames = draw.draw_pictures(session, picks(), "a dog", steps=500)
+    frames = draw.draw_pictures(session, (), Controls(picks(), "a dog", num_inference_steps=500))
     next(frames), next(frames), frames.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
     assert Path(drawn(session, picks(), "a dog")[0]).is_file()
@@ -168,7 +173,7 @@ def test_several_concepts_get_places_found_by_the_base_unless_told_otherwise(ses
     assert " --region auto" in cli.value
     again, *controls = history.repeated(kept, 0, both)
     assert (pixels(drawn(session, again, *controls)[0]) == pixels(stage)).all()
-    for options in ({"found": False}, {"regions": {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}]}}):
+    for options in ({"auto_regions": False}, {"regions": {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}]}}):
         *_, cli = drawn(session, both, prompt, "", 3, False, **options)
         assert "--region auto" not in cli.value
     *_, cli = drawn(session, picks(rex=1), "a <rex>", "", 3, False)
@@ -197,16 +202,17 @@ def test_regions_are_checked_before_anything_is_drawn():
 
 
 def test_regions_reach_the_drawing_and_the_command_line(session, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(fusion, "Region", lambda prompt, box=None, mask=None: (prompt, box, mask), raising=False)
-    plain = fusion.generate
-    monkeypatch.setattr(
-        fusion, "generate", lambda *a, regions=(), **named: asked.update(regions=regions) or plain(*a, **named),
-        raising=False,
-    )  # fmt: skip
+    configs, plain = [], fusion.generate
+
+    def watched(pipe, config, *args, **named):
+        configs.append(config)
+        return plain(pipe, config, *args, **named)
+
+    monkeypatch.setattr(fusion, "generate", watched, raising=False)
     value = {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}, {"prompt": "a cat", "box": [0.5, 0, 1, 1]}]}
     *_, cli = drawn(session, picks(), "two things", regions=value)
-    assert asked["regions"] == [("a dog", (0, 0, 0.5, 1), None), ("a cat", (0.5, 0, 1, 1), None)]
+    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    assert configs[0].regions == (fusion.Region("a dog", left), fusion.Region("a cat", right))
     assert "--region 'a dog: 0 0 0.5 1' --region 'a cat: 0.5 0 1 1'" in cli.value
 
 
@@ -349,10 +355,10 @@ def test_every_error_becomes_one_escaped_sentence(session):
 
 
 def test_two_drawings_take_turns_and_the_second_says_so(session):
-    first = draw.draw_pictures(session, picks(), "a dog", steps=500)
+    first = draw.draw_pictures(session, (), Controls(picks(), "a dog", num_inference_steps=500))
     while not isinstance(next(first)[0], Image.Image):
         pass
-    second = draw.draw_pictures(session, picks(), "a dog", steps=2)
+    second = draw.draw_pictures(session, (), Controls(picks(), "a dog", num_inference_steps=2))
     next(second)
     assert "A picture is being drawn. You are next." in next(second)[1]
     first.close()
@@ -366,7 +372,9 @@ def pocket_is_small(base, monkeypatch):
     """The embedded base is the toy: what it is asked to draw."""
     asked, opened, plain = [], fusion.open_pipeline(base), fusion.generate
     monkeypatch.setattr(fusion, "open_pipeline", lambda name=None: opened, raising=False)
-    monkeypatch.setattr(fusion, "generate", lambda *a, **n: asked.append(n) or plain(*a, **n), raising=False)
+    monkeypatch.setattr(
+        fusion, "generate", lambda pipe, config: asked.append(config) or plain(pipe, config), raising=False
+    )
     return asked
 
 
@@ -380,7 +388,7 @@ def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_
             time.sleep(0.01)
         assert session.is_open and warming.is_alive() and pocket_is_small == []  # it takes its turn like everyone
     warming.join()
-    assert pocket_is_small == [{"seed": 0}]
+    assert pocket_is_small == [fusion.GenerationConfig(prompt=FIRST_PROMPT)]
     other = Session("some/base", tmp_path)
     other.warm_up()
     assert other.is_open and len(pocket_is_small) == 1  # a picture of another base may take minutes
@@ -394,17 +402,17 @@ def test_the_picture_that_greets_can_be_repeated(pocket_is_small, tmp_path):
     path, caption, entries, at, _ = draw.first_picture(session)
     assert f"{draw.example_prompt([])} · seed 0" in caption
     _, *controls = history.repeated(entries, at, picks())
-    *_, again = draw.draw_pictures(session, picks(), *controls)
+    *_, again = draw.draw_pictures(session, (), Controls(picks(), *controls))
     assert Path(again[0]).read_bytes() == Path(path).read_bytes()
 
 
 def test_drawing_says_that_the_base_is_still_being_opened(pocket_is_small, tmp_path):
     session = Session(library=tmp_path)
-    first = next(draw.draw_pictures(session, picks(), "a dog"))
+    first = next(draw.draw_pictures(session, (), Controls(picks(), "a dog")))
     assert "The base is being opened" in first[1] and not session.is_open
-    *_, last = draw.draw_pictures(session, picks(), "a dog")
+    *_, last = draw.draw_pictures(session, (), Controls(picks(), "a dog"))
     assert Path(last[0]).is_file()
-    assert "being opened" not in next(draw.draw_pictures(session, picks(), "a dog"))[1]
+    assert "being opened" not in next(draw.draw_pictures(session, (), Controls(picks(), "a dog")))[1]
 
 
 @pytest.mark.parametrize("failing", ["open_pipeline", "generate"])
@@ -423,7 +431,7 @@ def test_a_failing_warm_up_leaves_an_app_that_can_be_used(pocket_is_small, faili
         assert info == "could not be opened"
         assert notes == ["Something unexpected happened (MemoryError); the terminal has details."]
         with pytest.raises(MemoryError):
-            list(draw.draw_pictures(session, picks(), "a dog"))
+            list(draw.draw_pictures(session, (), Controls(picks(), "a dog")))
     else:
         assert "ready" in info and notes == []
     monkeypatch.setattr(fusion, failing, working, raising=False)

@@ -16,7 +16,7 @@ import fusion
 from fusion_studio import settings, training_jobs
 from fusion_studio.markup import loss_svg
 from fusion_studio.session import Session
-from fusion_studio.tabs import draw, library, progress, teach
+from fusion_studio.tabs import Controls, draw, library, progress, teach
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -139,7 +139,7 @@ def test_stop_keeps_what_was_learned_and_gives_the_base_back(session, files):
 
 def test_others_draw_while_a_concept_is_taught_and_get_the_same_picture(session, files):
     def picture():
-        *_, last = draw.draw_pictures(session, {}, "a dog", "", 3, False)
+        *_, last = draw.draw_pictures(session, (), Controls({}, "a dog", "", 3, False))
         with Image.open(last[0]) as image:
             return image.tobytes()
 
@@ -162,7 +162,7 @@ def test_pause_and_go_on(session, files):
     threading.Event().wait(0.3)
     step = session.trainings.current.step
     assert "paused" in next(teach.watch(session))[0]
-    *_, last = draw.draw_pictures(session, {}, "a dog")
+    *_, last = draw.draw_pictures(session, (), Controls({}, "a dog"))
     assert Path(last[0]).is_file() and session.trainings.current.step == step
     assert teach.pause_teaching(session).value == "Pause"
     until(lambda: session.trainings.current.step > step)

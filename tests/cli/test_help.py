@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from fusion.cli import VERBS, main
+from fusion.config import settings_of
+from fusion.generation.config import GenerationConfig
 from fusion.training.config import TrainingConfig
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib", "PIL", "numpy"}
@@ -37,6 +39,14 @@ def test_train_help_explains_every_setting(capsys):
         assert field.description and " ".join(field.description.split()) in shown
 
 
+def test_generate_help_explains_every_setting(capsys):
+    assert main(["generate", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for setting in settings_of(GenerationConfig):
+        assert f"--{setting.name} " in shown
+        assert setting.name == "regions" or " ".join(setting.help.split()) in shown
+
+
 def test_fuse_help_names_every_method(capsys):
     from fusion.methods import METHODS
 
@@ -50,7 +60,7 @@ def test_generate_help_names_schedulers_that_exist(capsys):
 
     assert main(["generate", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    listed = shown.partition("--scheduler NAME ")[2].partition(", ... ")[0].split(", ")
+    listed = shown.partition("--scheduler TEXT ")[2].partition(", ... ")[0].split(", ")
     assert len(listed) > 3 and set(listed) <= SCHEDULERS.keys()
 
 

@@ -7,8 +7,15 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import ConfigError, FormatError, UnknownName
+from fusion.generation.config import GenerationConfig
 from fusion.generation.schedulers import SCHEDULERS
 from trained import trained_adapter
+
+
+def draw(pipe, prompt="a dog", adapters=(), *, strengths=None, image=None, on_step=None, **settings):
+    """generate, in two steps unless told otherwise."""
+    config = GenerationConfig.model_validate({"prompt": prompt, "num_inference_steps": 2, **settings})
+    return fusion.generate(pipe, config, adapters, strengths=strengths, image=image, on_step=on_step)
 
 
 def pixels(pictures):
@@ -18,7 +25,7 @@ def pixels(pictures):
 def test_every_family_draws_with_adapters_and_leaves_no_trace(pipe):
     adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]
     tokenizer, scheduler = pipe.tokenizer, pipe.scheduler
-    drawn = fusion.generate(pipe, "a <rex> and a <tom>", adapters=adapters, steps=2, negative_prompt="a cat")
+    drawn = draw(pipe, "a <rex> and a <tom>", adapters, negative_prompt="a cat")
     assert drawn[0].image.size == (16, 16)
     assert pipe.tokenizer is tokenizer and pipe.scheduler is scheduler
     assert [used.name for used in drawn[0].recipe.adapters] == ["rex", "tom"]
@@ -26,58 +33,48 @@ def test_every_family_draws_with_adapters_and_leaves_no_trace(pipe):
 
 def test_equal_seeds_draw_equal_pictures_and_others_do_not():
     pipe = tiny.pipeline("sd1")
-    one, two = pixels(fusion.generate(pipe, "a dog", steps=2, batch=2, seed=3))
-    again = pixels(fusion.generate(pipe, "a dog", steps=2, batch=2, seed=3))
+    one, two = pixels(draw(pipe, num_images=2, seed=3))
+    again = pixels(draw(pipe, num_images=2, seed=3))
     assert np.array_equal(one, again[0]) and np.array_equal(two, again[1]) and not np.array_equal(one, two)
 
 
 def test_strength_scales_the_change():
     pipe = tiny.pipeline("sd1")
     adapter = trained_adapter(pipe, "<rex>", gated=False)
-    none = pixels(fusion.generate(pipe, "a dog", adapters=[adapter], strengths=[0.0], steps=2))
-    assert np.array_equal(none, pixels(fusion.generate(pipe, "a dog", steps=2)))
+    none = pixels(draw(pipe, "a dog", [adapter], strengths=[0.0]))
+    assert np.array_equal(none, pixels(draw(pipe)))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_draws(name):
-    picture = fusion.generate(tiny.pipeline("sd1"), "a dog", steps=4, scheduler=name)[0]
-    assert picture.recipe.scheduler == name and np.asarray(picture.image).std() > 0
+    picture = draw(tiny.pipeline("sd1"), num_inference_steps=4, scheduler=name)[0]
+    assert picture.recipe.config.scheduler == name and np.asarray(picture.image).std() > 0
 
 
 def test_mistakes_are_named():
     pipe = tiny.pipeline("sd1")
     with pytest.raises(UnknownName, match="did you mean 'euler'"):
-        fusion.generate(pipe, "a dog", scheduler="eulr")
+        draw(pipe, scheduler="eulr")
     with pytest.raises(ConfigError, match="multiple of"):
-        fusion.generate(pipe, "a dog", width=17)
+        draw(pipe, width=17)
     with pytest.raises(ConfigError, match="strengths"):
-        fusion.generate(pipe, "a dog", strengths=[1.0])
+        draw(pipe, strengths=[1.0])
 
 
 def test_zero_terminal_snr_is_not_silently_ignored():
     pipe = fusion.open_pipeline()
     with pytest.raises(ConfigError, match="zero-terminal"):
-        fusion.generate(pipe, "a dog", scheduler="heun", steps=2)
+        draw(pipe, scheduler="heun")
 
 
 def test_a_picture_carries_the_recipe_that_draws_it_again(tmp_path):
     pipe = tiny.pipeline("sd1")
     adapter = trained_adapter(pipe, "<rex>")
-    options = {"adapters": [adapter], "strengths": [0.7], "steps": 2, "batch": 2, "seed": 5}
-    picture = fusion.generate(pipe, "a <rex>", **options)[1]
+    picture = draw(pipe, "a <rex>", [adapter], strengths=[0.7], num_images=2, seed=5)[1]
     recipe = fusion.recipe_of(picture.save(tmp_path / "new" / "rex.png"))
     assert recipe == picture.recipe
     assert recipe.adapters[0].digest == adapter.digest() and recipe.adapters[0].strength == 0.7
-    again = fusion.generate(
-        pipe,
-        recipe.prompt,
-        adapters=[adapter],
-        strengths=[recipe.adapters[0].strength],
-        seed=recipe.seed,
-        batch=recipe.batch,
-        steps=recipe.steps,
-        guidance_scale=recipe.guidance_scale,
-    )[recipe.index]
+    again = fusion.generate(pipe, recipe.config, [adapter], strengths=[recipe.adapters[0].strength])[recipe.index]
     assert np.array_equal(again.image, np.asarray(Image.open(tmp_path / "new" / "rex.png")))
 
 
@@ -94,9 +91,9 @@ def test_foreign_and_damaged_recipes_are_refused(tmp_path):
 def test_img2img_starts_from_the_picture(family):
     pipe = tiny.pipeline(family)
     start = Image.new("RGB", (16, 16), "red")
-    weak = fusion.generate(pipe, "a dog", image=start, image_strength=0.3, steps=4)[0]
-    strong = fusion.generate(pipe, "a dog", image=start, image_strength=1.0, steps=4)[0]
-    assert weak.recipe.image and weak.recipe.image_strength == 0.3
+    weak = draw(pipe, image=start, image_strength=0.3, num_inference_steps=4)[0]
+    strong = draw(pipe, image=start, image_strength=1.0, num_inference_steps=4)[0]
+    assert weak.recipe.image and weak.recipe.config.image_strength == 0.3
     assert not np.array_equal(weak.image, strong.image)
 
 
@@ -110,6 +107,6 @@ def test_previews_are_told_each_step_and_cancelling_leaves_no_trace():
             raise fusion.Cancelled("enough")
 
     with pytest.raises(fusion.Cancelled):
-        fusion.generate(pipe, "a <rex>", adapters=[adapter], steps=4, on_step=watch)
+        draw(pipe, "a <rex>", [adapter], num_inference_steps=4, on_step=watch)
     assert seen == [(1, 4, (16, 16)), (2, 4, (16, 16))]
     assert pipe.tokenizer is tokenizer

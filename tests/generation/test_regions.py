@@ -8,8 +8,9 @@ from PIL import Image
 
 import tiny
 from fusion.errors import ConfigError, GatingError
-from fusion.generation.config import Region
-from fusion.generation.drawing import generate, recipe_of
+from fusion.generation.config import GenerationConfig, Region
+from fusion.generation.drawing import generate
+from fusion.generation.recipe import recipe_of
 from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.layer_names import sees_tokens
 from fusion.models.attachment import attach
@@ -172,27 +173,27 @@ def test_a_picture_of_regions_is_repeated_by_its_recipe(pipe, tmp_path):
     mask.paste(255, (8, 0, 16, 16))
     regions = [Region("a <rex>", LEFT), Region("a bird", mask=mask)]
     adapter = trained_adapter(pipe)
-    options = {"adapters": [adapter], "steps": 2, "batch": 2, "negative_prompt": "a cat"}
-    first = generate(pipe, "a dog", regions=regions, **options)[1]
+    plain = GenerationConfig(prompt="a dog", num_inference_steps=2, num_images=2, negative_prompt="a cat")
+    first = generate(pipe, plain.updated({"regions": regions}), [adapter])[1]
     recipe = recipe_of(first.save(tmp_path / "a.png"))
-    again = generate(pipe, "a dog", regions=recipe.regions, **options)[1]
+    again = generate(pipe, recipe.config, [adapter])[1]
     assert again.image.tobytes() == first.image.tobytes()
-    assert generate(pipe, "a dog", **options)[1].image.tobytes() != first.image.tobytes()
+    assert generate(pipe, plain, [adapter])[1].image.tobytes() != first.image.tobytes()
 
 
 @pytest.mark.slow
 def test_a_region_of_a_token_alone_follows_the_picture_with_others_by_their_nouns(pipe):
     adapters = [trained_adapter(pipe, "<a>"), trained_adapter(pipe, "<b>", k=1)]
-    options = {"adapters": adapters, "steps": 1}
+    config = GenerationConfig(prompt="a <a> and <b> in the snow", num_inference_steps=1)
     regions = [Region("<a>", LEFT), Region("a cat", (0.5, 0, 1, 0.5)), Region("<b> <a>", (0.5, 0.5, 1, 1))]
-    short = generate(pipe, "a <a> and <b> in the snow", regions=regions, **options)[0]
+    short = generate(pipe, config.updated({"regions": regions}), adapters)[0]
     prompts = ["a <a> and dog in the snow", "a cat", "a <a> and <b> in the snow"]
-    assert [region.prompt for region in short.recipe.regions] == prompts
+    assert [region.prompt for region in short.recipe.config.regions] == prompts
     long = [replace(region, prompt=prompt) for region, prompt in zip(regions, prompts, strict=True)]
-    again = generate(pipe, "a <a> and <b> in the snow", regions=long, **options)[0]
+    again = generate(pipe, config.updated({"regions": long}), adapters)[0]
     assert again.image.tobytes() == short.image.tobytes()
-    (alone,) = generate(pipe, "a bird", regions=[Region("<a>", LEFT)], **options)
-    assert alone.recipe.regions[0].prompt == "<a>"
+    (alone,) = generate(pipe, config.updated({"prompt": "a bird", "regions": [Region("<a>", LEFT)]}), adapters)
+    assert alone.recipe.config.regions[0].prompt == "<a>"
 
 
 def test_without_regions_nothing_is_different_afterwards(pipe):

@@ -166,7 +166,7 @@ def test_previews_are_drawn_by_the_code_that_draws_all_pictures(pictures):
     settings = config(pictures, validation_prompt="a {token}", num_validation_images=2, validation_steps=2)
     steps, _ = run(pipe, settings)
     assert [len(step.images) for step in steps] == [0, 2, 2]
-    again = fusion.generate(pipe, "a <dog>", adapters=[steps[-1].adapter], seed=0, batch=2)
+    again = fusion.generate(pipe, fusion.GenerationConfig(prompt="a <dog>", num_images=2), [steps[-1].adapter])
     assert all(np.array_equal(p.image, q) for p, q in zip(again, steps[-1].images, strict=True))
 
 

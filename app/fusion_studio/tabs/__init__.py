@@ -1,5 +1,7 @@
 """One file per tab: what it shows, and its handlers as plain functions of the session and values."""
 
+from __future__ import annotations  # names of `fusion` must not load torch before the page is up
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +9,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+import fusion
 from fusion_studio.session import Session
 
 # Events that only move things on the page: no spinner, no place in the published API.
@@ -21,21 +24,34 @@ Picks = Mapping[str, Any]  # the value of widgets/concepts.js
 
 
 class Controls(NamedTuple):
-    """What a picture was drawn with: the values of the Draw tab's controls, in their order on the page."""
+    """The Draw tab's controls, or their values, in order; those that are settings by the names of GenerationConfig."""
 
-    picked: Mapping[str, float]
+    picks: Picks
     prompt: str
-    negative: str = ""
+    negative_prompt: str = ""
     seed: float = 0
-    new_seed: bool = False
-    steps: float | None = None
-    guidance: float | None = None
-    count: float = 1
+    new_seed: bool = True
+    num_inference_steps: float | None = None
+    guidance_scale: float | None = None
+    num_images: float = 1
     scheduler: str | None = ""
-    regions: Mapping[str, Any] | None = None
-    found: bool = True
-    start: str = ""
-    leave: float = 0.6
+    regions: Mapping[str, Any] | None = None  # the value of widgets/regions.js
+    auto_regions: bool = True
+    image: str = ""  # an upload's name
+    image_strength: float = 0.6
+
+    def config(self, regions: Any) -> fusion.GenerationConfig:
+        """The settings of the drawing. What is left empty, the base decides."""
+        values, settings = self._asdict() | {"regions": regions}, dict[str, Any]()
+        if not self.image:
+            del values["image_strength"]
+        for setting in fusion.settings_of(fusion.GenerationConfig):
+            value = values.get(setting.name)
+            if setting.kinds == {int} and isinstance(value, float) and value.is_integer():
+                value = int(value)  # pages know one kind of number
+            if value not in (None, ""):
+                settings[setting.name] = value
+        return fusion.GenerationConfig(**settings)
 
 
 def widget(name: str, value: Any, **about: Any) -> gr.HTML:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
+import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will ap
 REGIONS = (
     "Give parts of the picture prompts of their own, or just a concept's word. The prompt above is for all the rest."
 )
-FOUND = "Where none are drawn, let the base find a place for each of several concepts (takes a third longer)"
+AUTO_REGIONS = "Where none are drawn, let the base find a place for each of several concepts (takes a third longer)"
 
 
 def build(session: Session) -> SimpleNamespace:
@@ -50,7 +51,7 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Accordion("Regions", open=False, elem_id="regions-part"):
                 gr.HTML(markup.hint(REGIONS))
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
-                found = gr.Checkbox(True, label=FOUND, container=False, elem_id="found")
+                auto_regions = gr.Checkbox(True, label=AUTO_REGIONS, container=False, elem_id="found")
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
                 upload = gr.UploadButton("Choose a picture", file_types=[*SUFFIXES], size="sm", elem_id="start-upload")
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
@@ -72,7 +73,12 @@ def build(session: Session) -> SimpleNamespace:
             caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
             after = gr.Column(elem_id="after")
     history, at = gr.State([]), gr.State(0)
-    controls = [picks, prompt, negative, seed, anew, steps, guidance, count, scheduler, regions, found, start, leave]
+    components: dict[str, Any] = {
+        "picks": picks, "prompt": prompt, "negative_prompt": negative, "seed": seed, "new_seed": anew,
+        "num_inference_steps": steps, "guidance_scale": guidance, "num_images": count, "scheduler": scheduler,
+        "regions": regions, "auto_regions": auto_regions, "image": start, "image_strength": leave,
+    }  # fmt: skip
+    controls = list(Controls(**components))
     outputs = [stage, caption, history, at, cli]
     picks.input(bind(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
     picks.select(inserted, prompt, prompt, **PRIVATE)
@@ -86,7 +92,7 @@ def build(session: Session) -> SimpleNamespace:
         """Let an event draw with the controls as they are."""
         begun = trigger(lambda: working(True), None, [draw, stop], **PRIVATE)
         about = STREAM | ({"api_visibility": "private"} if drawings else {"api_name": "draw"})
-        drawing = begun.then(bind(draw_pictures, session), [*controls, history], outputs, **about)
+        drawing = begun.then(bind(of_controls(draw_pictures), session), [history, *controls], outputs, **about)
         drawing.then(lambda: working(False), None, [draw, stop], **PRIVATE)  # gradio 6.31: not after a failure
         drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **PRIVATE)
         drawings.append(drawing)
@@ -98,8 +104,8 @@ def build(session: Session) -> SimpleNamespace:
     draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
     return SimpleNamespace(
         picks=picks, verdict=verdict, prompt=prompt, example=example, regions=regions, no_concepts=no_concepts,
-        teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after, draws=draws,
-        stops=stops, start=start, beginning=beginning, base_controls=[steps, guidance, scheduler],
+        teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after,
+        draws=draws, stops=stops, start=start, beginning=beginning, base_controls=[steps, guidance, scheduler],
     )  # fmt: skip
 
 
@@ -108,10 +114,14 @@ def first_picture(session: Session) -> tuple[Any, ...]:
     if session.base or session.first_picture is None:
         return (gr.skip(),) * 5
     path, recipe = session.first_picture
-    controls = Controls({}, recipe.prompt, seed=recipe.seed, steps=recipe.steps, guidance=recipe.guidance_scale)
+    config = recipe.config
+    controls = Controls(
+        {"picked": {}}, config.prompt, seed=config.seed, num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )  # fmt: skip
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
-    flags = {"prompt": recipe.prompt, "seed": recipe.seed}
-    return path, markup.hint(entry["words"]), [entry], 0, command_line(commands.generate(session, {}, flags))
+    line = commands.generate(session, {}, fusion.GenerationConfig(prompt=config.prompt, seed=config.seed))
+    return path, markup.hint(entry["words"]), [entry], 0, command_line(line)
 
 
 def picked(session: Session, picks: Mapping[str, Any], prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
@@ -142,48 +152,52 @@ def started_from(session: Session, file: str) -> tuple[Any, ...]:
     return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
 
+def of_controls(handler: Callable[[Session, Any, Controls], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A handler of session, history and controls as one of their values, whose names the published API takes."""
+
+    def handle(session: Session, history: Sequence[Mapping[str, Any]], *values: Any) -> Iterator[Any]:
+        yield from handler(session, history, Controls(*values))
+
+    first = list(inspect.signature(handler).parameters.values())[:2]
+    names: Any = handle
+    names.__name__, names.__doc__ = handler.__name__, handler.__doc__
+    names.__signature__ = inspect.Signature([*first, *inspect.signature(Controls).parameters.values()])
+    return handle
+
+
 def draw_pictures(
-    session: Session, picks: Mapping[str, Any], prompt: str, negative: str = "", seed: float = 0, new_seed: bool = True,
-    steps: float | None = None, guidance: float | None = None, count: float = 1, scheduler: str | None = None,
-    regions: Mapping[str, Any] | None = None, found: bool = True, start: str = "", leave: float = 0.6,
-    history: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+    session: Session, history: Sequence[Mapping[str, Any]], controls: Controls
+) -> Iterator[tuple[Any, ...]]:
     """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
-    if not prompt.strip():
+    if not controls.prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
-    picked, parts = picked_of(picks), regions_of(regions)
+    picked, parts = picked_of(controls.picks), regions_of(controls.regions)
     opening = "" if session.is_open else "The base is being opened …"
     yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
     adapters = session.adapters(list(picked))
-    said = " ".join([prompt, *(part["prompt"] for part in parts)])
-    gated = [token for adapter in adapters if adapter.gated for token in tokens_of(adapter.info)]
-    if unused := [token for token in gated if token not in said]:
+    prompts = " ".join([controls.prompt, *(part["prompt"] for part in parts)])
+    if unused := [token for one in adapters if one.gated for token in tokens_of(one.info) if token not in prompts]:
         warn(f"The prompt does not mention {' or '.join(unused)}, so nothing of that is drawn.")
-    flags: dict[str, Any] = {
-        "prompt": prompt, "negative_prompt": negative, "seed": random.randrange(2**31) if new_seed else int(seed),
-        "steps": int(steps) if steps else None, "guidance_scale": guidance, "scheduler": scheduler or None,
-    }  # fmt: skip
-    picture = fusion.load_picture(session.upload_path(start)) if start else None
-    asked = sum(token in prompt for adapter in adapters for token in tokens_of(adapter.info))
-    places_found = found and not parts and asked > 1
-    areas: dict[str, Any] = {"regions": "auto" if places_found else as_regions(parts)}
+    concepts = sum(token in controls.prompt for adapter in adapters for token in tokens_of(adapter.info))
+    seed = random.randrange(2**31) if controls.new_seed else controls.seed
+    controls = controls._replace(picks={"picked": picked}, seed=seed, new_seed=False)
+    auto = controls.auto_regions and not parts and concepts > 1
+    config = controls.config("auto" if auto else tuple(as_regions(parts)))
+    start = fusion.load_picture(session.upload_path(controls.image)) if controls.image else None
 
     def work(screen: ProgressStream) -> list[tuple[str, str]]:
         strengths = list(picked.values())
-        made = fusion.generate(
-            session.pipe, adapters=adapters, strengths=strengths, batch=int(count), on_step=screen.on_step,
-            image=picture, image_strength=leave, **flags, **areas,
-        )  # fmt: skip
-        return [(session.store_picture(picture), in_words(picture.recipe)) for picture in made]
+        pictures = fusion.generate(
+            session.pipe, config, adapters, strengths=strengths, image=start, on_step=screen.on_step
+        )
+        return [(session.store_picture(picture), in_words(picture.recipe)) for picture in pictures]
 
     for frame in stream_results(session, "A picture is being drawn", work):
         if isinstance(frame, Result):
-            seen = {"image": "PICTURE.png", "image_strength": leave} if start else {}
-            line = commands.generate(session, picked, {**flags, "num_images": int(count), **seen}, parts, places_found)
-            used = Controls(picked, prompt, negative, flags["seed"], False, steps, guidance, count, scheduler, regions)
-            again = used._replace(found=found, start=start, leave=leave)
-            kept = [{"path": path, "words": words, "controls": again} for path, words in frame.value]
-            yield kept[0]["path"], markup.hint(kept[0]["words"]), [*kept, *history][:HISTORY], 0, command_line(line)
+            line = commands.generate(session, picked, config, parts, from_picture=start is not None)
+            entries = [{"path": path, "words": words, "controls": controls} for path, words in frame.value]
+            hint, entries = markup.hint(entries[0]["words"]), [*entries, *history][:HISTORY]
+            yield entries[0]["path"], hint, entries, 0, command_line(line)
         elif isinstance(frame, StepProgress):
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
@@ -200,12 +214,13 @@ def example_prompt(tokens: Sequence[str]) -> str:
 
 def in_words(recipe: fusion.Recipe) -> str:
     """What a person needs to draw the picture again."""
-    avoided = [f"without {recipe.negative_prompt}"] if recipe.negative_prompt else []
-    settings = [f"seed {recipe.seed + recipe.index}", f"{recipe.steps} steps", f"guidance {recipe.guidance_scale:g}"]
+    config = recipe.config
+    avoided = [f"without {config.negative_prompt}"] if config.negative_prompt else []
+    steps, guidance = f"{config.num_inference_steps} steps", f"guidance {config.guidance_scale:g}"
     used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
-    parts = [region.prompt for region in getattr(recipe, "regions", ())]
+    parts = [] if config.regions == "auto" else [region.prompt for region in config.regions]
     areas = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
-    return " · ".join([recipe.prompt, *areas, *avoided, *settings, *used])
+    return " · ".join([config.prompt, *areas, *avoided, f"seed {recipe.picture_seed}", steps, guidance, *used])
 
 
 def working(busy: bool) -> tuple[Any, Any]:

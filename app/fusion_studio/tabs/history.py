@@ -14,7 +14,7 @@ from fusion_studio import markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import PRIVATE, STREAM, Controls, Picks
+from fusion_studio.tabs import PRIVATE, STREAM, Controls, Picks, picked_of
 
 SIDES = ("without the concepts", "the picture before", "the picture it started from")
 
@@ -56,7 +56,7 @@ def seen(history: Sequence[Mapping[str, Any]], event: gr.SelectData) -> tuple[st
 def repeated(history: Sequence[Mapping[str, Any]], at: int, picks: Picks) -> tuple[Any, ...]:
     """The controls as they were for a picture of the history."""
     controls: Controls = history[at]["controls"]
-    return controls._replace(picked={**picks, "picked": controls.picked})
+    return controls._replace(picks={**picks, "picked": picked_of(controls.picks)})
 
 
 def varied(history: Sequence[Mapping[str, Any]], at: int, picks: Picks) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ def before_and_after(
     if not history:
         raise fusion.FusionError("Draw a picture first.")
     this, earlier = history[at], list(history[at + 1 : at + 2])
-    start = this["controls"].start
+    start = this["controls"].image
     if against == SIDES[1] and not earlier:
         raise fusion.FusionError("There is no picture before this one yet; draw another.")
     if against == SIDES[2] and not start:
@@ -102,9 +102,7 @@ def _plain(session: Session, recipe: fusion.Recipe, screen: ProgressStream) -> s
     """The same prompt in the base's own words: every token becomes its noun."""
     concepts = (concept for entry in session.entries().values() for concept in entry.info.concepts)
     nouns = {concept.token: concept.noun or concept.token.strip("<>") for concept in concepts}
-    prompt = re.sub(r"<[a-z0-9_-]+>", lambda found: nouns.get(found[0], found[0].strip("<>")), recipe.prompt)
-    pictures = fusion.generate(
-        session.pipe, prompt, negative_prompt=recipe.negative_prompt, seed=recipe.seed, batch=recipe.batch,
-        steps=recipe.steps, guidance_scale=recipe.guidance_scale, scheduler=recipe.scheduler, on_step=screen.on_step,
-    )  # fmt: skip
+    prompt = re.sub(r"<[a-z0-9_-]+>", lambda token: nouns.get(token[0], token[0].strip("<>")), recipe.config.prompt)
+    config = recipe.config.updated({"prompt": prompt, "regions": ()})
+    pictures = fusion.generate(session.pipe, config, on_step=screen.on_step)
     return session.store_picture(pictures[recipe.index])

@@ -1,0 +1,87 @@
+"""One call of a diffusers pipeline for a batch of pictures, with the user's scheduler and progress bar untouched."""
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from fusion.generation.config import GenerationConfig
+from fusion.generation.regions import Cover, drawing_regions, encode_regions
+from fusion.generation.schedulers import own_scheduler
+from fusion.models.pipeline import Pipeline
+
+OnStep = Callable[[int, int, Callable[[], Image.Image]], None]
+
+
+def call_pipeline(
+    pipe: Pipeline,
+    config: GenerationConfig,
+    image: Image.Image | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Image.Image]:
+    """Draw a batch. `config` has a size and regions with prompts of their own; `options` go to the pipeline."""
+    with own_scheduler(pipe, config.scheduler), _without_progress_bar(pipe):
+        call: Any = pipe if image is None else diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+        if image is not None:
+            call.set_progress_bar_config(disable=True)
+        options = {**(options or {}), **_options(call, config, image)}
+        if not config.regions:
+            negative = [config.negative_prompt] * config.num_images if config.negative_prompt else None
+            return call(prompt=[config.prompt] * config.num_images, negative_prompt=negative, **options).images
+        assert config.regions != "auto" and config.width and config.height
+        scale = pipe.vae_scale_factor
+        cover = Cover(config.regions, config.height // scale, config.width // scale)
+        prompts = encode_regions(pipe, config.prompt, config.negative_prompt, config.regions, config.num_images)
+        with drawing_regions(pipe, cover):
+            return call(**prompts, **options).images
+
+
+def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        # Drawn on the CPU, so that a seed means the same on every device.
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in config.seeds()],
+    }
+    assert config.width and config.height
+    if image is None:
+        options |= {"width": config.width, "height": config.height}
+    else:
+        resized = image.convert("RGB").resize((config.width, config.height), Image.Resampling.LANCZOS)
+        options |= {"image": [resized] * config.num_images, "strength": config.image_strength}
+    if config.guidance_rescale and "guidance_rescale" in inspect.signature(call.__call__).parameters:
+        options["guidance_rescale"] = config.guidance_rescale
+    return options
+
+
+def reporting(on_step: OnStep) -> dict[str, Any]:
+    """Options of the pipeline that call `on_step` after every step."""
+
+    def report(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, pipe.num_timesteps, lambda: preview(pipe, tensors["latents"]))
+        return tensors
+
+    return {"callback_on_step_end": report}
+
+
+def preview(pipe: Pipeline, latents: torch.Tensor) -> Image.Image:
+    """The first picture as it is now; noisy latents (B, C, H, W) of any scheduler are brought to unit scale at most."""
+    with torch.no_grad():
+        first = latents[:1] / latents[:1].std().clamp(min=1)
+        decoded = pipe.vae.decode(first.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(decoded.float())[0]
+
+
+@contextmanager
+def _without_progress_bar(pipe: Pipeline) -> Generator[None]:
+    """No progress bar of the pipeline's own: `on_step` reports."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

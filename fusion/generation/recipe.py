@@ -1,0 +1,101 @@
+"""Pictures with their recipes: everything that made a picture, in a text chunk of its PNG."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from PIL import Image, PngImagePlugin
+from pydantic import Field, model_validator
+
+from fusion.config import StrictModel
+from fusion.errors import ConfigError, FormatError
+from fusion.generation.config import GenerationConfig
+
+RECIPE_KEY = "fusion"  # PNG text chunk
+
+
+class UsedAdapter(StrictModel):
+    """An adapter as a recipe names it; `digest` is of its contents, `file` only a hint where it was."""
+
+    name: str
+    digest: str
+    strength: float
+    tokens: tuple[str, ...]
+    file: str | None = None
+
+
+class Recipe(StrictModel):
+    """Everything that made one picture: the same code with the same recipe makes it again, exact on one machine."""
+
+    config: GenerationConfig  # of the whole batch, with what the base and the pipeline have added
+    base: str
+    adapters: tuple[UsedAdapter, ...] = ()
+    index: int = Field(default=0, ge=0)  # of this picture in its batch
+    image: str | None = None  # SHA-256 of the picture that img2img started from
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.index >= self.config.num_images:
+            raise ConfigError(f"index {self.index} is beyond the {self.config.num_images} pictures of the batch.")
+        return self
+
+    @property
+    def picture_seed(self) -> int:
+        """The seed of this picture alone."""
+        return self.config.seeds()[self.index]
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat table: the settings of the drawing, and beside them the recipe's own entries."""
+        return self.config.model_dump(mode="json") | self.model_dump(mode="json", exclude={"config"})
+
+    @classmethod
+    def from_json(cls, table: object) -> Self:
+        """Raises ConfigError for what no version of to_json has written."""
+        if not isinstance(table, Mapping):
+            raise ConfigError("it is no table of settings.")
+        values = {name: value for name, value in table.items() if value is not None}
+        entries = {name: values.pop(name) for name in ("base", "adapters", "index", "image") if name in values}
+        return cls.model_validate({**entries, "config": GenerationConfig.model_validate(values)})
+
+    def parameters(self) -> str:
+        """The one-text form other Stable Diffusion tools show."""
+        config = self.config
+        negative = f"\nNegative prompt: {config.negative_prompt}" if config.negative_prompt else ""
+        return (
+            f"{config.prompt}{negative}\nSteps: {config.num_inference_steps}, "
+            f"Sampler: {config.scheduler or 'default'}, CFG scale: {config.guidance_scale}, "
+            f"Seed: {self.picture_seed}, Size: {config.width}x{config.height}, Model: {self.base}"
+        )
+
+
+@dataclass(frozen=True)
+class Picture:
+    image: Image.Image
+    recipe: Recipe
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries its recipe."""
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(RECIPE_KEY, json.dumps(self.recipe.to_json()))
+        chunks.add_text("parameters", self.recipe.parameters())
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.image.save(path, format="PNG", pnginfo=chunks)
+        return path
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe in a PNG. Raises FormatError when there is none, or it is not ours."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(RECIPE_KEY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error
+    if text is None:
+        raise FormatError(f"'{path}' carries no recipe; only PNGs drawn by `fusion generate` do.")
+    try:
+        return Recipe.from_json(json.loads(text))
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise FormatError(f"The recipe in '{path}' is damaged: {error}") from error
