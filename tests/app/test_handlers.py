@@ -41,7 +41,7 @@ def drawn(session, *args, history=(), **named):
 def test_the_page_builds_without_torch():
     code = (
         "import sys; from fusion_studio.interface import build; from fusion_studio.theme import launch_options;"
-        "from fusion_studio.session import FIRST_PROMPT, Session; build(Session()); launch_options();"
+        "from fusion_studio.session import Session; build(Session()); launch_options();"
         "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
