@@ -116,7 +116,7 @@ def first_picture(session: Session) -> tuple[Any, ...]:
     path, recipe = session.first_picture
     config = recipe.config
     controls = Controls(
-        {"picked": {}}, config.prompt, seed=config.seed, num_inference_steps=config.num_inference_steps,
+        {"picked": {}}, config.prompt, seed=config.seed, new_seed=False, num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
     )  # fmt: skip
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
