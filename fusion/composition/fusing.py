@@ -131,8 +131,8 @@ def _moments(
     if moments is None:
         if pipe is None:
             raise ConfigError(
-                f"Method '{method}' needs the inputs of each adapter's layers, so a base: pass pipe=, or moments= "
-                "recorded before; on the command line, --base."
+                f"Method '{method}' works on the inputs of each adapter's layers, so it needs a base: pass pipe=, or "
+                "moments= recorded before; on the command line, --base."
             )
         return record_moments(pipe, parts)
     if len(moments) != len(parts):

@@ -1,23 +1,13 @@
 """Fusion methods: many changes of one weight become one. A new method is one file and one line here."""
 
-from fusion.methods import (
-    average,
-    dare,
-    direct_sum,
-    energy_balanced,
-    gradient,
-    knots,
-    magnitude_prune,
-    regression,
-    ties,
-)
+from fusion.methods import dense, gradient, knots, regression, sums
 from fusion.methods.method import LayerMerge, Method, WeightedSum
 from fusion.methods.method import MethodOptions as MethodOptions
 
 METHODS: dict[str, Method] = {
-    "direct_sum": WeightedSum(direct_sum.weights, "the sum; exact on disjoint slices", linear=True),
-    "average": WeightedSum(average.weights, "the mean (FedAvg)", linear=True, idle_counts=True),
-    "energy_balanced": WeightedSum(energy_balanced.weights, "the sum, as large as the strongest part"),
+    "direct_sum": WeightedSum(sums.direct_sum, "the sum; exact on disjoint slices", linear=True),
+    "average": WeightedSum(sums.average, "the mean (FedAvg)", linear=True, idle_counts=True),
+    "energy_balanced": WeightedSum(sums.energy_balanced, "the sum, as large as the strongest part"),
     "regression": LayerMerge(
         regression.merge,
         "least squares on what each adapter does on its own prompts",
@@ -26,8 +16,8 @@ METHODS: dict[str, Method] = {
         idle_counts=True,
     ),
     "gradient": LayerMerge(gradient.merge, "the same by LBFGS (Mix-of-Show); slow", moments=True, idle_counts=True),
-    "ties": LayerMerge(ties.merge, "trim, elect signs, average what agrees (TIES)"),
-    "dare": LayerMerge(dare.merge, "drop at random, rescale, add (DARE)"),
-    "magnitude_prune": LayerMerge(magnitude_prune.merge, "trim, add"),
+    "ties": LayerMerge(dense.ties, "trim, elect signs, average what agrees (TIES)"),
+    "dare": LayerMerge(dense.dare, "drop at random, rescale, add (DARE)"),
+    "magnitude_prune": LayerMerge(dense.magnitude_prune, "trim, add"),
     "knots": LayerMerge(knots.merge, "TIES in the directions the changes share (KnOTS)"),
 }

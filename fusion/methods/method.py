@@ -1,9 +1,9 @@
 """The contract of all fusion methods: the changes several adapters make to one weight become one change.
 
-The table and the files of the methods load no torch until a method is used, so that help can show them at once.
-
 Shapes: N adapters, O out_features, I in_features.
 """
+
+from __future__ import annotations  # the table of methods loads no torch
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class MergeContext:
     """What a merge may use beside the changes and their strengths."""
 
     layer: str
-    moments: "Sequence[Moment | None]" = ()  # one for each adapter, for methods that need them; None: no inputs here
+    moments: Sequence[Moment | None] = ()  # one for each adapter, for methods that need them; None: no inputs here
     options: MethodOptions = MethodOptions()
 
 
@@ -71,50 +71,37 @@ class Method:
     def __call__(
         self,
         layer: str,
-        deltas: "Sequence[Delta]",
+        deltas: Sequence[Delta],
         strengths: Sequence[float],
         *,
-        moments: "Sequence[Moment | None]" = (),
+        moments: Sequence[Moment | None] = (),
         options: MethodOptions = MethodOptions(),
-    ) -> "Delta":
+    ) -> Delta:
         """The changes of one layer, and their strengths in the same order, as one change."""
+        return self.merge(deltas, strengths, MergeContext(layer, moments, options))
+
+    def merge(self, deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
         raise NotImplementedError
 
 
 class LayerMerge(Method):
-    """Any method that works layer by layer: `merge(deltas, strengths, context) -> Delta`."""
+    """Any method that works layer by layer: `function(deltas, strengths, context) -> Delta`."""
 
-    def __call__(
-        self,
-        layer: str,
-        deltas: "Sequence[Delta]",
-        strengths: Sequence[float],
-        *,
-        moments: "Sequence[Moment | None]" = (),
-        options: MethodOptions = MethodOptions(),
-    ) -> "Delta":
-        return self.function(deltas, strengths, MergeContext(layer, moments, options))
+    def merge(self, deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
+        return self.function(deltas, strengths, context)
 
 
 class WeightedSum(Method):
-    """ΔW = Σ weightᵢ ΔWᵢ with the same weights in all layers: `weights(strengths, gram) -> weights`.
+    """ΔW = Σ weightᵢ ΔWᵢ with the same weights in all layers: `function(strengths, gram) -> weights`.
 
     It can be carried out on whole adapters, branch by branch: types, bases and gates survive, exactly.
     """
 
-    def weights(self, strengths: Sequence[float], gram: "Callable[[], Tensor]") -> Sequence[float]:
+    def weights(self, strengths: Sequence[float], gram: Callable[[], Tensor]) -> Sequence[float]:
         """`gram()`: inner products of the changes (N, N), summed over all layers, computed when a method needs them."""
         return self.function(strengths, gram)
 
-    def __call__(
-        self,
-        layer: str,
-        deltas: "Sequence[Delta]",
-        strengths: Sequence[float],
-        *,
-        moments: "Sequence[Moment | None]" = (),
-        options: MethodOptions = MethodOptions(),
-    ) -> "Delta":
+    def merge(self, deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
         from fusion.spectral.interference import gram
 
         weights = self.weights(strengths, lambda: gram(deltas))
