@@ -1,27 +1,29 @@
 """`python -m benchmarks`: run the measurements and write benchmarks/RESULTS.md."""
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-
-import torch
-
-from benchmarks import balance, fusing, gating, regression, training
-from benchmarks.bases import Base
-from benchmarks.report import Section, machine, write
+from typing import Any
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-MEASUREMENTS: dict[str, Callable[[Base, Callable[[str], None]], Section]] = {
-    "training": training.measure,
-    "gating": gating.measure,
-    "fusing": fusing.measure,
-    "files": fusing.measure_files,
-    "spectra": fusing.measure_spectra,
-    "balance": balance.measure,
-    "regression": regression.measure,
+MEASUREMENTS = {  # imported when they run, so that help is immediate
+    "training": "training.measure",
+    "gating": "gating.measure",
+    "fusing": "fusing.measure",
+    "files": "fusing.measure_files",
+    "spectra": "fusing.measure_spectra",
+    "balance": "balance.measure",
+    "regression": "regression.measure",
 }
+
+
+def measurement(name: str) -> Any:
+    """The function of a measurement: (base, log) -> Section."""
+    module, _, function = MEASUREMENTS[name].partition(".")
+    return getattr(import_module(f"benchmarks.{module}"), function)
 
 
 def main() -> None:
@@ -31,12 +33,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="Markdown file; its other sections are kept")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import; diffusers' pipelines cause advice
+
+    import torch
+
+    from benchmarks.bases import Base
+    from benchmarks.report import machine, write
+
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     base = Base(toy=options.quick)
     for name in options.only or MEASUREMENTS:
         start = time.monotonic()
-        section = MEASUREMENTS[name](base, lambda line, name=name: print(f"  {name}: {line}", file=sys.stderr))
+        section = measurement(name)(base, lambda line, name=name: print(f"  {name}: {line}", file=sys.stderr))
         section.text += f"\n\n{machine()}"
         if not options.quick:
             write(options.output, [section])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.__main__ import MEASUREMENTS
+from benchmarks.__main__ import measurement
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
 from benchmarks.memory import held_bytes, peak_bytes
@@ -24,7 +24,7 @@ def silent(_line):
 
 @pytest.mark.parametrize("name", ["fusing", "files", "spectra", "regression"])
 def test_a_measurement_gives_a_section(base, name):
-    section = MEASUREMENTS[name](base, silent)
+    section = measurement(name)(base, silent)
     assert section.title and section.text
     assert all(block.startswith("| ") for block in section.tables)
 
@@ -32,7 +32,7 @@ def test_a_measurement_gives_a_section(base, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["training", "gating", "balance"])
 def test_a_long_measurement_gives_a_section(base, name):
-    assert MEASUREMENTS[name](base, silent).tables
+    assert measurement(name)(base, silent).tables
 
 
 @pytest.mark.parametrize("name", VARIANTS)

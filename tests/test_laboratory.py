@@ -7,7 +7,7 @@ import pytest
 import fusion
 import tiny
 from benchmarks.laboratory import __main__ as run
-from benchmarks.laboratory import plan, prediction, report
+from benchmarks.laboratory import plan, prediction, report, schedule
 from benchmarks.laboratory.arms import arms
 from benchmarks.laboratory.concepts import ALONE, NAMES, concepts
 from benchmarks.laboratory.scoring import Laboratory, Prompts
@@ -43,12 +43,12 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     assert set(wanted) <= arms().keys()
     rows = [*(plan.Row(arm, names) for arm in wanted), plan.Row("spectral", names[:1], pairs=False)]
     small = replace(plan.QUICK, size=laboratory.school.size, rows=rows)
-    run.work(run.tasks(laboratory, small, None))
+    schedule.work(schedule.tasks(laboratory, small, None))
     made = {path: path.stat().st_mtime_ns for path in laboratory.store.folder.rglob("*.*")}
     text = report.write(laboratory, small, tmp_path / "bench.md")
     assert "| lora, halved | " in text and text == (tmp_path / "bench.md").read_text()
     assert (tmp_path / "fusion-bench-matrices.png").stat().st_size > 1000
-    run.work(run.tasks(laboratory, small, None))  # and nothing is made twice
+    schedule.work(schedule.tasks(laboratory, small, None))  # and nothing is made twice
     assert {p: p.stat().st_mtime_ns for p in laboratory.store.folder.rglob("*.*") if p in made} == made
 
     laboratory.store.make = False

@@ -4,14 +4,17 @@ recipe   how the adapters were trained
 prepare  (pipe, adapters) -> Prepared: what is drawn with, and how
 """
 
+from __future__ import annotations  # the names of the arms must not load torch
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from PIL import Image
 
 import fusion
-from benchmarks.laboratory import rivals
 
 Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
@@ -53,11 +56,12 @@ def fused(
     return prepare
 
 
-def in_turns(draw: Callable[..., list[Image.Image]]) -> Callable[..., Any]:
-    """Fuse nothing."""
+def in_turns(name: str) -> Callable[..., Any]:
+    """Fuse nothing; draw by a function of rivals.py."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
-        return Prepared(lambda prompt, seed, batch: draw(pipe, adapters, prompt, seed, batch), None)
+        draw = getattr(import_module("benchmarks.laboratory.rivals"), name)
+        return Prepared(partial(draw, pipe, adapters), None)
 
     return prepare
 
@@ -118,6 +122,6 @@ def arms() -> dict[str, Arm]:
         if name not in SLOW:
             rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))
     rows["spectral-open, regression"] = Arm("spectral-open", "own slices, ungated, regression", fused("regression"))
-    rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", in_turns(rivals.switch))
-    rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", in_turns(rivals.composite))
+    rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", in_turns("switch"))
+    rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", in_turns("composite"))
     return rows

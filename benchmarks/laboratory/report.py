@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.laboratory import figures, prediction, rates
 from benchmarks.laboratory.arms import CONTROLS, arms
-from benchmarks.laboratory.concepts import NAMES, ROOT, concepts
+from benchmarks.laboratory.concepts import NAMES, concepts
 from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
@@ -18,7 +18,6 @@ from benchmarks.laboratory.teaching import RATE
 from fusion.evaluation import plots
 from fusion.evaluation.identity import RESAMPLES
 
-OUTPUT = ROOT / "docs" / "fusion-bench.md"
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
 SHOWN = (
     *("spectral", "spectral, places found", "spectral-gated-quiet", "spectral-gated-quiet, places found", "lora-gated"),

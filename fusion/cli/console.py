@@ -63,9 +63,9 @@ def listening(*, verbose: bool) -> Generator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     with warnings.catch_warnings():
+        for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # both are read at import
+            os.environ.setdefault(name, "warning" if verbose else "error")
         if not verbose:
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # both are read at import
-            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
             warnings.simplefilter("ignore")
         try:
             yield
@@ -134,15 +134,9 @@ def add_strengths(parser: ArgumentParser) -> None:
 def open_base(
     name: str | None, args: Namespace, dtype: str | None, *, revision: str | None = None, variant: str | None = None
 ) -> Any:
-    """A pipeline, without the bars of loading; those of a download stay."""
-    import diffusers
-    import transformers
-
+    """The pipeline of the command's base, device and dtype."""
     from fusion.models.pipelines import open_pipeline
 
-    if not args.verbose:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
     return open_pipeline(name, device=args.device, dtype=dtype, revision=revision, variant=variant)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.errors import BaseMismatch
-from fusion.models.pipelines import best_device, embedded
+from fusion.models.pipelines import best_device, embedded, silent_loading
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
@@ -60,12 +60,12 @@ def open_judge(where: str | Path | None = None, *, device: str | torch.device | 
 
     Raises BaseMismatch when it cannot be opened.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
     source = str(where) if where is not None else str(embedded("pocket-clip", "config.json"))
     try:
-        with warnings.catch_warnings():
+        with silent_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            from transformers import CLIPModel, CLIPProcessor
+
             model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
             processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:

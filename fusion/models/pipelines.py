@@ -1,6 +1,9 @@
 """Pipelines of base models: opened safely, the embedded one, their families and the defaults they come with."""
 
 import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,22 +47,23 @@ def open_pipeline(
     Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU;
     dtype: float16 on a GPU, else float32, one for all components. Raises BaseMismatch when it cannot be opened.
     """
-    import diffusers
-
     where = Path(base) if base is not None else pocket()
     source: str | Path = where if where.exists() else str(base)
     if isinstance(source, Path):
         check_folder(source)
     device = torch.device(device or best_device())
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source,
-            dtype=as_dtype(dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            revision=revision,
-            variant=variant,
-        )
+        with silent_loading():
+            import diffusers
+
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                source,
+                dtype=as_dtype(dtype, device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                revision=revision,
+                variant=variant,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseMismatch(
             f"'{source}' could not be opened as a Stable Diffusion base: {_first_line(error)}"
@@ -69,6 +73,33 @@ def open_pipeline(
             f"'{source}' is a {type(pipe).__name__}; spectral-fusion works on {' or '.join(_PIPELINES)}."
         )
     return pipe.to(device)
+
+
+@contextmanager
+def silent_loading() -> Generator[None]:
+    """Without the advice and the loading bars of diffusers and transformers, unless DIFFUSERS_VERBOSITY asks for them.
+
+    Errors and the bars of downloads are shown all the same.
+    """
+    import diffusers.utils.logging as diffusers_log
+    import huggingface_hub.utils as hub
+    import transformers.utils.logging as transformers_log
+
+    logs = (diffusers_log, transformers_log) if os.environ.get("DIFFUSERS_VERBOSITY", "error") == "error" else ()
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    downloads = not hub.are_progress_bars_disabled()
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    if logs and downloads:
+        hub.enable_progress_bars()  # transformers has disabled those of the hub with its own
+    try:
+        yield
+    finally:
+        for log, (verbosity, bars) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:
