@@ -1,4 +1,4 @@
-"""Does a concept learn as fast on slice 7 as on slice 0, and does `balance_slices` help?
+"""Whether a concept is learned as fast on slice 7 as on slice 0, and whether `balance_slices` helps.
 
 On the embedded pocket base, with one of the example concepts. Noise, timesteps and order depend on the seed alone, so
 the losses of two slices are paired step by step.

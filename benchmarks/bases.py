@@ -1,4 +1,4 @@
-"""What is measured on: Stable Diffusion 1.5's exact shape with random weights, or the same at toy size."""
+"""The base of the measurements: Stable Diffusion 1.5's exact shape with random weights, or the same at toy size."""
 
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ TOY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
 
 
 class Base:
-    """A pipeline, and adapters for it; everything is made on first use and kept."""
+    """A pipeline, and adapters for it; all computed on first use."""
 
     def __init__(self, *, toy: bool) -> None:
         self.toy = toy
@@ -51,9 +51,9 @@ class Base:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """Canonical layer name -> base weight (O, I) of the paper's targets: 176 layers at full size."""
-        found = sites(self.pipe)
+        places = sites(self.pipe)
         patterns = [t for t in UNGATED_TARGETS if t != "text_encoder_2"]
-        return {name: matrix(found[name]) for name in resolve(patterns, found)}
+        return {name: matrix(places[name]) for name in resolve(patterns, places)}
 
     @cached_property
     def spectra(self) -> dict[str, Spectrum]:
@@ -95,9 +95,9 @@ def build_pipeline(unet: dict[str, Any], text: dict[str, Any]) -> StableDiffusio
         text_model = CLIPTextModel(CLIPTextConfig(**text, **vocabulary, max_position_embeddings=77))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
-        text_encoder=_filled(text_model),
+        text_encoder=_with_weights(text_model),
         tokenizer=tokenizer,
-        unet=_filled(unet_model),
+        unet=_with_weights(unet_model),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -107,8 +107,8 @@ def build_pipeline(unet: dict[str, Any], text: dict[str, Any]) -> StableDiffusio
     return pipe
 
 
-def _filled(model: Any) -> Any:
-    """Random weights of variance 1/fan-in, norms at one: seconds, where the classes' own start takes a minute."""
+def _with_weights(model: Any) -> Any:
+    """Random weights of variance 1/fan-in, norms at one: takes seconds, the classes' own initialisation a minute."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         value = torch.empty(parameter.shape)

@@ -1,4 +1,4 @@
-"""Fair timing on a machine one may have to share: alternatives take turns, in another order every round."""
+"""Fair timing on a shared machine: the alternatives run in turns, in another order every round."""
 
 import gc
 import os
@@ -20,21 +20,21 @@ class Timing:
 
     @property
     def least(self) -> float:
-        """The run that was disturbed least."""
+        """The fastest run, which was disturbed least."""
         return min(self.seconds)
 
 
 def interleaved(work: Mapping[str, Callable[[], float]], rounds: int, log: Callable[[str], None]) -> dict[str, Timing]:
     """Run every task once a round, and once before to warm up; a task returns the seconds it took."""
     names, seconds = list(work), {name: [] for name in work}
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         gc.collect()
-        shift = turn % len(names)
+        shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            took = work[name]()
-            if turn:
-                seconds[name].append(took)
-        log(f"round {turn} of {rounds}, load {os.getloadavg()[0]:.1f}")
+            duration = work[name]()
+            if number:
+                seconds[name].append(duration)
+        log(f"round {number} of {rounds}, load {os.getloadavg()[0]:.1f}")
     return {name: Timing(tuple(runs)) for name, runs in seconds.items()}
 
 
@@ -57,5 +57,5 @@ def repeated(call: Callable[[], object], rounds: int) -> Timing:
 
 
 def paired(one: Timing, other: Timing) -> float:
-    """Median over rounds of one / other: runs of the same round share what the machine was doing."""
+    """Median over rounds of one / other: runs of the same round share the load of the machine."""
     return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))

@@ -1,4 +1,4 @@
-"""What happens between training and pictures: fusing, attaching, files, spectra. Milliseconds, but for the SVD."""
+"""The steps between training and pictures: fusing, attaching, files, spectra."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,31 +16,31 @@ ROUNDS = 5
 Log = Callable[[str], None]
 
 
-def attached_and_removed(base: Base, adapters: Sequence[Adapter]) -> tuple[Timing, Timing]:
+def time_attachment(base: Base, adapters: Sequence[Adapter]) -> tuple[Timing, Timing]:
     """Seconds of attaching some adapters, and of detaching them again."""
     handles: list[Attachment] = []
-    on: list[float] = []
-    off: list[float] = []
+    attaching: list[float] = []
+    detaching: list[float] = []
     for _ in range(ROUNDS + 1):
-        on.append(timed(lambda: handles.extend(fusion.attach(base.pipe, adapter) for adapter in adapters)))
-        off.append(timed(lambda: [handle.detach() for handle in handles]))
+        attaching.append(timed(lambda: handles.extend(fusion.attach(base.pipe, adapter) for adapter in adapters)))
+        detaching.append(timed(lambda: [handle.detach() for handle in handles]))
         handles.clear()
-    return Timing(tuple(on[1:])), Timing(tuple(off[1:]))
+    return Timing(tuple(attaching[1:])), Timing(tuple(detaching[1:]))
 
 
 def measure(base: Base, log: Log) -> Section:
     ten = [base.adapter("additive", k) for k in range(10)]
     log("ten adapters made")
-    on, off = attached_and_removed(base, ten[:1])
-    on_ten, off_ten = attached_and_removed(base, [fusion.fuse(ten)])
+    attach, detach = time_attachment(base, ten[:1])
+    attach_ten, detach_ten = time_attachment(base, [fusion.fuse(ten)])
     rows = [
         _row("fuse three", repeated(lambda: fusion.fuse(ten[:3]), ROUNDS)),
         _row("fuse ten", repeated(lambda: fusion.fuse(ten), ROUNDS), 3),
         _row("the same, merged and compressed to rank 32", Timing((timed(lambda: fusion.fuse(ten, rank=32)),))),
-        _row("attach one", on),
-        _row("remove one", off),
-        _row("attach ten fused", on_ten),
-        _row("remove ten fused", off_ten),
+        _row("attach one", attach),
+        _row("remove one", detach),
+        _row("attach ten fused", attach_ten),
+        _row("remove ten fused", detach_ten),
     ]
     text = (
         f"Additive adapters of rank {base.rank} on {len(base.weights)} layers, each on its own slice, ungated. "
@@ -101,5 +101,5 @@ def measure_spectra(base: Base, log: Log) -> Section:
 
 
 def _row(name: str, timing: Timing, limit: float | None = None) -> list[str]:
-    judged = "" if limit is None else bar(timing.median, limit, " s")
-    return [name, f"{timing.median:.3f} s", f"{timing.least:.3f} s", judged]
+    result = "" if limit is None else bar(timing.median, limit, " s")
+    return [name, f"{timing.median:.3f} s", f"{timing.least:.3f} s", result]

@@ -1,4 +1,4 @@
-"""What ten attached adapters cost a prompt that does not name them: nothing but looking."""
+"""The cost of ten attached adapters on a prompt without their tokens: only the check whether a gate opens."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,12 +21,12 @@ def measure(base: Base, log: Callable[[str], None]) -> Section:
     noisy = torch.randn(1, 4, base.latents, base.latents, generator=torch.Generator().manual_seed(1))
 
     def forward(adapters: Sequence[Adapter], prompt: str) -> float:
-        """Seconds of a UNet forward; encoding the prompt is not among them."""
+        """Seconds of a UNet forward, without encoding the prompt."""
         with ExitStack() as attached, torch.inference_mode():
             for adapter in adapters:
                 attached.enter_context(attach(base.pipe, adapter))
-            words = base.pipe.tokenizer(prompt, padding="max_length", return_tensors="pt")
-            text = base.pipe.text_encoder(words.input_ids)[0]  # (1, T, D)
+            tokens = base.pipe.tokenizer(prompt, padding="max_length", return_tensors="pt")
+            text = base.pipe.text_encoder(tokens.input_ids)[0]  # (1, T, D)
             return timed(lambda: base.pipe.unet(noisy, torch.tensor(500), encoder_hidden_states=text))
 
     work = {

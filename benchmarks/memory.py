@@ -1,8 +1,8 @@
-"""Peak memory of a piece of work, from the record of torch's own allocator.
+"""Peak memory of a piece of work, as recorded by torch's profiler.
 
-The resident size of the process would be dominated by the 3.8 GB base and by what malloc keeps, and its noise is
-larger than the differences measured here. The profiler sees every allocation and release of every tensor, those
-inside operators and in the backward pass too, and gives the same number on every run.
+The resident size of the process mostly consists of the 3.8 GB base and of memory that malloc does not return, and it
+varies more than the differences measured here. The profiler records every allocation and release of every tensor,
+also inside operators and in the backward pass, and gives the same number on every run.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that lived at once during `work`, beyond those that lived before it."""
+    """The most bytes of tensors that existed at once during `work`, beyond those that existed before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +27,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return max(accumulate((size for _, _, size in steps), initial=0))
 
 
-def held_bytes(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind some tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Regression against what it replaces: gradient fusion by 500 iterations of LBFGS, on the same second moments."""
+"""Regression and the method it replaces: gradient fusion by 500 iterations of LBFGS, on the same second moments."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -24,7 +24,7 @@ from fusion.spectral.spectrum import decompose
 
 CONCEPTS = 3
 ROUNDS = 3
-ITERATIONS = {True: 500, False: 50}  # Mix-of-Show's, for layers that see tokens and for the others
+ITERATIONS = {True: 500, False: 50}  # Mix-of-Show's, for layers whose inputs are tokens and for the others
 PROMPTS, CONCEPT_FREE = ("a photo of a {token}",), ("a tree and a car on a green background", "a photo")
 
 
@@ -43,29 +43,29 @@ def measure(base: Base, log: Callable[[str], None]) -> Section:
     worst = 0.0
     for shape, layer in sorted(layers.items()):
         steps = 20 if base.toy else ITERATIONS[sees_tokens(layer)]
-        solving = MethodOptions(iterations=steps)
+        fusing = MethodOptions(iterations=steps)
         deltas = [adapter.deltas()[layer] for adapter in adapters]
-        met = [each.layers[layer] for each in moments]
-        found: dict[str, Delta] = {}
+        inputs = [each.layers[layer] for each in moments]
+        results: dict[str, Delta] = {}
 
-        def fuse(name: str, layer=layer, deltas=deltas, met=met, found=found, solving=solving) -> None:
-            found[name] = METHODS[name](layer, deltas, strengths, moments=met, options=solving)
+        def fuse(name: str, layer=layer, deltas=deltas, inputs=inputs, results=results, options=fusing) -> None:
+            results[name] = METHODS[name](layer, deltas, strengths, moments=inputs, options=options)
 
-        took = {
+        times = {
             "regression": repeated(lambda fuse=fuse: fuse("regression"), ROUNDS).median,
             "gradient": timed(lambda fuse=fuse: fuse("gradient")),
         }
-        seconds = {name: total + took[name] * counts[shape] for name, total in seconds.items()}
-        errors = {name: _error(found[name], deltas, met) for name in took}
+        seconds = {name: total + times[name] * counts[shape] for name, total in seconds.items()}
+        errors = {name: _error(results[name], deltas, inputs) for name in times}
         worst = max(worst, errors["regression"] / errors["gradient"])
         rows.append(
             [
                 f"{shape[0]} × {shape[1]}",
                 str(counts[shape]),
                 str(steps),
-                f"{took['regression']:.4f} s",
-                f"{took['gradient']:.1f} s",
-                f"{took['gradient'] / took['regression']:,.0f}×",
+                f"{times['regression']:.4f} s",
+                f"{times['gradient']:.1f} s",
+                f"{times['gradient'] / times['regression']:,.0f}×",
                 f"{errors['regression']:.5f}",
                 f"{errors['gradient']:.5f}",
             ]
@@ -98,7 +98,7 @@ def measure(base: Base, log: Callable[[str], None]) -> Section:
 
 @contextmanager
 def _small_latents(unet: Any) -> Generator[None]:
-    """Record at 16×16 latents at most: what counts here is the width of the inputs, not how many there are."""
+    """Record at 16×16 latents at most: the width of the inputs matters here, not their number."""
     side = unet.config.sample_size
     unet.register_to_config(sample_size=min(side, 16))
     yield
@@ -108,7 +108,7 @@ def _small_latents(unet: Any) -> Generator[None]:
 def _adapters(base: Base, layers: Sequence[str]) -> list[Adapter]:
     """Random adapters, each on its own slice of these layers."""
     spectra = {name: decompose(base.weights[name]) for name in layers}
-    made: list[Adapter] = []
+    adapters: list[Adapter] = []
     for k in range(CONCEPTS):
         concept, directions = Concept(f"<concept-{k}>", "dog"), SpectralSlice.contiguous(k, base.rank)
         kind, generator = ADAPTERS["additive"], torch.Generator().manual_seed(k)
@@ -118,10 +118,10 @@ def _adapters(base: Base, layers: Sequence[str]) -> list[Adapter]:
                 parameter.data.normal_(0, 1e-2, generator=generator)
         branch = Branch(f"concept-{k}", "additive", parts, (directions,))
         info = AdapterInfo(f"concept-{k}", base_info(base.pipe), (concept,))
-        made.append(Adapter(info, (branch,), {concept.token: initial_rows(base.pipe, concept)}))
-    return made
+        adapters.append(Adapter(info, (branch,), {concept.token: initial_rows(base.pipe, concept)}))
+    return adapters
 
 
 def _error(fused: Delta, deltas: Sequence[Delta], moments: Sequence[Moment]) -> float:
-    off = sum(float(response(fused + d * -1.0, m.own) ** 2) for d, m in zip(deltas, moments, strict=True))
-    return (off / sum(float(response(d, m.own) ** 2) for d, m in zip(deltas, moments, strict=True))) ** 0.5
+    difference = sum(float(response(fused + d * -1.0, m.own) ** 2) for d, m in zip(deltas, moments, strict=True))
+    return (difference / sum(float(response(d, m.own) ** 2) for d, m in zip(deltas, moments, strict=True))) ** 0.5

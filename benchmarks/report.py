@@ -1,4 +1,4 @@
-"""Markdown: tables by section, one section replaceable without the others, the machine named."""
+"""Markdown: sections with tables, each replaceable without the others, and the name of the machine."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ TITLE = "# Benchmarks"
 
 @dataclass
 class Section:
-    """What one measurement has to say."""
+    """The results of one measurement."""
 
     title: str
     text: str
@@ -29,7 +29,7 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def bar(value: float, limit: float, unit: str = "×") -> str:
-    """A value held against its bar: `0.960× (bar 1.03×: met)`."""
+    """A value and its bar: `0.960× (bar 1.03×: met)`."""
     return f"{value:.3f}{unit} (bar {limit:g}{unit}: {'met' if value <= limit else '**missed**'})"
 
 
@@ -50,9 +50,9 @@ def _processor() -> str:
 
 
 def write(path: Path, sections: Iterable[Section]) -> None:
-    """Write sections into `path`; those it holds under other titles stay, in their places."""
+    """Write sections into `path`; those under other titles stay, in their order."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = {part.partition("\n")[0]: f"## {part.strip()}" for part in ("\n" + old).split("\n## ")[1:]}
+    parts = {part.partition("\n")[0]: f"## {part.strip()}" for part in ("\n" + old).split("\n## ")[1:]}
     for section in sections:
-        kept[section.title] = section.markdown()
-    path.write_text("\n\n".join([TITLE, *kept.values()]) + "\n", encoding="utf-8")
+        parts[section.title] = section.markdown()
+    path.write_text("\n\n".join([TITLE, *parts.values()]) + "\n", encoding="utf-8")

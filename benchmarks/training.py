@@ -1,4 +1,4 @@
-"""A training step and its peak memory: our adapters beside PEFT's LoRA and the dense formulation."""
+"""A training step and its peak memory: our adapters, PEFT's LoRA and the dense formulation."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
-from benchmarks.memory import held_bytes, peak_bytes
+from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table
 from benchmarks.variants import VARIANTS, Variant
 
@@ -16,7 +16,7 @@ ROUNDS = 9
 
 
 class Steps:
-    """The training steps of one variant, on the same batch as everybody's."""
+    """The training steps of one variant, on the same batch as all others."""
 
     def __init__(self, base: Base, variant: Variant) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -28,8 +28,8 @@ class Steps:
         self.optimizer = torch.optim.AdamW(variant.parameters) if variant.parameters else None
 
     def encode(self, prompt: str) -> Tensor:
-        words = self.pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return self.pipe.text_encoder(words.input_ids)[0]  # (1, T, D)
+        tokens = self.pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+        return self.pipe.text_encoder(tokens.input_ids)[0]  # (1, T, D)
 
     def step(self) -> None:
         """Forward, backward and update."""
@@ -37,8 +37,8 @@ class Steps:
             text = self.encode(self.variant.prompt)
         else:
             text = self.cached.detach().requires_grad_(self.optimizer is None)
-        predicted = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
-        torch.nn.functional.mse_loss(predicted, self.noise).backward()
+        prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
+        torch.nn.functional.mse_loss(prediction, self.noise).backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -50,32 +50,32 @@ class Steps:
             return time.perf_counter() - start
 
     def peak(self) -> int:
-        """Bytes beyond the base: what the variant keeps, its optimizer's state, and the most a step holds at once."""
+        """Bytes beyond the base: the variant's tensors, its optimizer's state, and a step's activations at their peak."""
         with self.variant.installed():
-            return held_bytes(self.variant.kept) + peak_bytes(lambda: (self.step(), self.step()))
+            return storage_bytes(self.variant.tensors) + peak_bytes(lambda: (self.step(), self.step()))
 
 
 def measure(base: Base, log: Callable[[str], None]) -> Section:
-    variants = {name: make(base) for name, make in VARIANTS.items()}
-    # Memory first: an optimizer that has stepped before has its state already.
+    variants = {name: build(base) for name, build in VARIANTS.items()}
+    # Memory first: an optimizer that has stepped before already has its state.
     memory = {}
     for name, variant in variants.items():
         memory[name] = Steps(base, variant).peak()
         log(f"memory of {name}: {memory[name] / 1e6:.0f} MB")
     steps = {name: Steps(base, variant) for name, variant in variants.items()}
     timing = interleaved({name: s.seconds for name, s in steps.items()}, 2 if base.toy else ROUNDS, log)
-    trained = {name: sum(p.numel() for p in variant.parameters) for name, variant in variants.items()}
-    return _section(base, timing, memory, trained)
+    counts = {name: sum(p.numel() for p in variant.parameters) for name, variant in variants.items()}
+    return _section(base, timing, memory, counts)
 
 
-def _section(base: Base, timing: dict[str, Timing], memory: dict[str, int], trained: dict[str, int]) -> Section:
+def _section(base: Base, timing: dict[str, Timing], memory: dict[str, int], counts: dict[str, int]) -> Section:
     weights = [*base.pipe.unet.parameters(), *base.pipe.text_encoder.parameters()]
-    total = {name: held_bytes(weights) + beyond for name, beyond in memory.items()}
+    total = {name: storage_bytes(weights) + extra for name, extra in memory.items()}
     lora, paper = "PEFT LoRA", "dense, the paper's code"
     rows = [
         [
             name,
-            f"{trained[name] / 1e6:.2f} M",
+            f"{counts[name] / 1e6:.2f} M",
             f"{timing[name].median:.2f} s",
             f"{timing[name].least:.2f} s",
             f"{paired(timing[name], timing[lora]):.3f}×",

@@ -1,4 +1,4 @@
-"""The alternatives of a training step, on one pipeline: each can be put in and taken out again.
+"""The alternatives of a training step, on one pipeline: each can be installed and removed again.
 
 Shapes: O out_features, I in_features, K all directions of a weight, R slice length.
 """
@@ -21,16 +21,16 @@ from fusion.spectral.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to train: what is optimised, what it keeps beside the base, and how to put it into the pipeline."""
+    """Something to train: its parameters, all tensors it adds, and how it is installed in the pipeline."""
 
     parameters: list[nn.Parameter]
-    kept: list[Tensor]  # every tensor it adds to the base's, parameters among them
+    tensors: list[Tensor]  # all that it adds to the base's, parameters among them
     installed: Callable[[], AbstractContextManager[object]]
     prompt: str | None = None  # encoded in the step; None: text is cached
 
 
 def frozen(_base: Base) -> Variant:
-    """Nothing to train in the model; the gradient still travels down to the prompt's embedding."""
+    """Nothing to train in the model; the gradient still reaches the prompt's embedding."""
     return Variant([], [], contextlib.nullcontext)
 
 
@@ -39,32 +39,32 @@ def ours(base: Base, kind: str, *, gated: bool = False) -> Variant:
     parameters = list(adapter.parameters())
     if gated:
         rows = {
-            token: {component: nn.Parameter(row) for component, row in of.items()}
-            for token, of in adapter.tokens.items()
+            token: {component: nn.Parameter(row) for component, row in components.items()}
+            for token, components in adapter.tokens.items()
         }
         adapter = type(adapter)(adapter.info, adapter.branches, rows)
-        parameters += [row for of in rows.values() for row in of.values()]
-    kept = [t for layer in adapter.layers.values() for t in layer.state_dict(keep_vars=True).values()]
+        parameters += [row for components in rows.values() for row in components.values()]
+    tensors = [t for layer in adapter.layers.values() for t in layer.state_dict(keep_vars=True).values()]
     prompt = f"a photo of a {adapter.info.concepts[0].token}" if gated else None
-    return Variant(parameters, kept + parameters, lambda: attach(base.pipe, adapter, live=True), prompt)
+    return Variant(parameters, tensors + parameters, lambda: attach(base.pipe, adapter, live=True), prompt)
 
 
 def peft_lora(base: Base) -> Variant:
     names = base.layers(gated=False, unet_only=True)
     config = LoraConfig(r=base.rank, lora_alpha=base.rank, target_modules=[n.removeprefix("unet.") for n in names])
-    originals = {name: site for name, site in sites(base.pipe).items() if name in names}
+    places = {name: site for name, site in sites(base.pipe).items() if name in names}
+    layers = {name: site.module for name, site in places.items()}
     inject_adapter_in_model(config, base.pipe.unet)
-    wrapped = {name: getattr(site.parent, site.attribute) for name, site in originals.items()}
-    for site in originals.values():
-        setattr(site.parent, site.attribute, site.module)
+    wrappers = {name: site.module for name, site in places.items()}
+    _put(places, layers)
     del base.pipe.unet.peft_config
-    # The wrappers hold the base layers too: only what is trainable is LoRA's own.
-    parameters = [p for module in wrapped.values() for p in module.parameters() if p.requires_grad]
-    return Variant(parameters, list(parameters), lambda: _swapped(originals, wrapped))
+    # The wrappers contain the base layers too: only what is trainable is LoRA's own.
+    parameters = [p for module in wrappers.values() for p in module.parameters() if p.requires_grad]
+    return Variant(parameters, list(parameters), lambda: _swapped(places, wrappers))
 
 
 class DenseSpectralLinear(nn.Module):
-    """The dense formulation at its best: W' = (U + dU)(S + dS)(V + dV)ᵀ from whole factors at every call."""
+    """The dense formulation, computed well: W' = (U + dU)(S + dS)(V + dV)ᵀ from whole factors at every call."""
 
     def __init__(self, spectrum: Spectrum, rank: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class DenseSpectralLinear(nn.Module):
 
 
 class PaperSpectralLinear(DenseSpectralLinear):
-    """The dense formulation as the paper's own code has it, with a product with the (K, K) matrix diag(S)."""
+    """The dense formulation as in the paper's own code, with a product with the (K, K) matrix diag(S)."""
 
     @staticmethod
     def product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -100,20 +100,24 @@ class PaperSpectralLinear(DenseSpectralLinear):
 
 def dense(base: Base, kind: type[DenseSpectralLinear]) -> Variant:
     names = base.layers(gated=False, unet_only=True)
-    originals = {name: site for name, site in sites(base.pipe).items() if name in names}
-    layers = {name: kind(base.spectra[name], base.rank, site.module.bias) for name, site in originals.items()}
+    places = {name: site for name, site in sites(base.pipe).items() if name in names}
+    layers = {name: kind(base.spectra[name], base.rank, site.module.bias) for name, site in places.items()}
     parameters = [p for layer in layers.values() for p in (layer.dU, layer.dS, layer.dV)]
-    whole = [t for name in names for t in base.spectra[name]]
-    return Variant(parameters, parameters + whole, lambda: _swapped(originals, layers))
+    factors = [t for name in names for t in base.spectra[name]]
+    return Variant(parameters, parameters + factors, lambda: _swapped(places, layers))
 
 
 @contextlib.contextmanager
-def _swapped(originals: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> Generator[None]:
-    for name, site in originals.items():
-        setattr(site.parent, site.attribute, modules[name])
+def _swapped(places: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> Generator[None]:
+    originals = {name: site.module for name, site in places.items()}
+    _put(places, modules)
     yield
-    for site in originals.values():
-        setattr(site.parent, site.attribute, site.module)
+    _put(places, originals)
+
+
+def _put(places: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> None:
+    for name, site in places.items():
+        setattr(site.parent, site.attribute, modules[name])
 
 
 VARIANTS: dict[str, Callable[[Base], Variant]] = {

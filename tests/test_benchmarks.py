@@ -6,7 +6,7 @@ import torch
 from benchmarks.__main__ import measurement
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
-from benchmarks.memory import held_bytes, peak_bytes
+from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table, write
 from benchmarks.training import Steps
 from benchmarks.variants import VARIANTS
@@ -47,7 +47,7 @@ def test_a_variant_trains_what_it_names_and_leaves_the_pipeline_as_found(base, n
     assert {where: site.module for where, site in sites(base.pipe).items()} == before
 
 
-def test_peak_memory_counts_what_lives_at_once():
+def test_peak_memory_counts_what_exists_at_once():
     def work():
         torch.empty(1000)  # released at once
         kept = torch.empty(3000)
@@ -55,7 +55,7 @@ def test_peak_memory_counts_what_lives_at_once():
 
     assert peak_bytes(work) == 4 * 6000
     whole = torch.zeros(10)
-    assert held_bytes([whole, whole[:5]]) == 40
+    assert storage_bytes([whole, whole[:5]]) == 40
 
 
 def test_turns_are_taken_and_the_first_round_is_not_counted():

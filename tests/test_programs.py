@@ -1,4 +1,4 @@
-"""Every program answers --help at once and in its own words; nothing of the libraries underneath is shown on the way."""
+"""Every program answers --help at once and in its own words; the libraries underneath show nothing of theirs."""
 
 import subprocess
 import sys
