@@ -50,7 +50,7 @@ class Steps:
             return time.perf_counter() - start
 
     def peak(self) -> int:
-        """Bytes beyond the base: the variant's tensors, its optimizer's state, and a step's activations at their peak."""
+        """Bytes beyond the base: the variant's tensors, its optimizer's state, and a step's peak activations."""
         with self.variant.installed():
             return storage_bytes(self.variant.tensors) + peak_bytes(lambda: (self.step(), self.step()))
 
