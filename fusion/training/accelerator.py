@@ -1,4 +1,4 @@
-"""What a training changes about its surroundings, all of it put back afterwards: flags of the base, the Accelerator."""
+"""The Accelerator and the frozen base of a training; afterwards everything is as it was before."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator
 
 @contextmanager
 def frozen(pipe: Pipeline, config: TrainingConfig) -> Generator[None]:
-    """Freeze the base for the training, and give back every flag as it was."""
+    """Freeze the base for the training, and restore every flag afterwards."""
     models: list[Any] = [*components(pipe).values(), pipe.vae]
     flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
     modes = [(module, module.training) for model in models for module in model.modules()]

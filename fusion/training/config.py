@@ -25,7 +25,7 @@ MAY_CHANGE = {
 }
 
 
-def worded(text: str, token: str) -> str:
+def with_token(text: str, token: str) -> str:
     """A prompt with every placeholder replaced by the token."""
     for placeholder in PLACEHOLDERS:
         text = text.replace(placeholder, token)
@@ -197,13 +197,13 @@ class TrainingConfig(StrictModel):
         prior, slots = self.with_prior_preservation, self.slots
         if not TOKEN.fullmatch(self.token):
             yield f"token '{self.token}' needs angle brackets around a-z, 0-9, - and _ only, like <dog>."
-        if self.gating == "tokens" and self.token not in self.worded(self.instance_prompt):
+        if self.gating == "tokens" and self.token not in self.with_token(self.instance_prompt):
             yield f"instance_prompt '{self.instance_prompt}' lacks {{token}}; write it where the concept stands."
         if prior and not self.class_prompt:
             yield "with_prior_preservation needs a class_prompt, such as 'a dog'."
         if not prior and (self.class_prompt or self.class_data_dir):
             yield "class_prompt and class_data_dir do nothing without with_prior_preservation = true."
-        if self.token in self.worded(self.class_prompt or ""):
+        if self.token in self.with_token(self.class_prompt or ""):
             yield f"class_prompt must not name {self.token}: class pictures show what is not the concept."
         if self.lr_warmup_steps > self.max_train_steps:
             yield f"lr_warmup_steps {self.lr_warmup_steps} is beyond max_train_steps {self.max_train_steps}."
@@ -233,14 +233,14 @@ class TrainingConfig(StrictModel):
         """Of the adapter and its file."""
         return self.output_name or self.token.strip("<>")
 
-    def worded(self, text: str) -> str:
+    def with_token(self, text: str) -> str:
         """A prompt with every placeholder replaced by the token."""
-        return worded(text, self.token)
+        return with_token(text, self.token)
 
     def validation_prompts(self) -> tuple[str, ...]:
         """The prompts of previews, with the token in place."""
         prompts = self.validation_prompt or []
-        return tuple(self.worded(text) for text in ([prompts] if isinstance(prompts, str) else prompts))
+        return tuple(self.with_token(text) for text in ([prompts] if isinstance(prompts, str) else prompts))
 
     def class_folder(self) -> Path:
         """Where class pictures are: a folder for each class prompt, shared by concepts of one noun."""
@@ -248,7 +248,7 @@ class TrainingConfig(StrictModel):
         return self.class_data_dir or self.output_dir / "class_images" / words
 
     def caches_latents(self) -> bool:
-        """Whether every picture enters training the same way each time, and may be encoded once."""
+        """Whether every picture is the same each time it is used, and may be encoded once."""
         return self.cache_latents and self.center_crop and not self.random_flip
 
     def lasting_settings(self) -> dict[str, object]:

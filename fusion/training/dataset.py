@@ -4,47 +4,43 @@
     metadata.jsonl                      captions instead: {"file_name": "dog.png", "text": "a {token} asleep"}
     10_sks dog/                         pictures to repeat 10 times; "sks dog" and "sks" mean the token (kohya)
 
-A picture without a caption takes the instance prompt. A caption that does not name the token is an error under
-token gating, where it could teach nothing; without gates it is allowed, and said. Nothing is left out silently.
+A picture without a caption has the instance prompt. A caption that does not name the token is an error under token
+gating, where nothing can be learned from it, and a warning without gates. Nothing is left out silently.
 """
 
 import logging
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 
 from fusion.config import listing
 from fusion.errors import DatasetError
+from fusion.training import dataset_files as files
 from fusion.training.config import TrainingConfig
-from fusion.training.dataset_files import (
-    MASKS,
-    METADATA,
-    caption_for,
-    read_metadata,
-    read_text,
-    some,
-    sort_files,
-    visible,
-)
+from fusion.training.dataset_files import MASKS, METADATA, some, visible
 from fusion.training.pictures import SUFFIXES, Cut, cut, decoded, is_transparent, load_mask, load_picture
 
 logger = logging.getLogger(__name__)
 
-Args = ParamSpec("Args")
-Made = TypeVar("Made")
-
 _REPEATED = re.compile(r"([1-9]\d*)_(.+)")  # kohya's folder names
+_WARNINGS = {  # by kind; {} is the instance prompt
+    "captionless": "Without a caption, so '{}' is used",
+    "tokenless": "Captions that do not name the token",
+    "maskless": "Without a mask, so learned whole",
+    "transparent": "With transparent parts, which are filled with white",
+    "unused": "Not used",
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with what is said about it."""
+    """One picture with its caption and mask."""
 
     image_path: Path
     caption: str
@@ -55,10 +51,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Checked examples, and `notes`: what the user may not expect about them."""
+    """Checked examples, and `warnings`: what the user may not expect about them."""
 
     examples: tuple[Example, ...]
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -99,14 +95,16 @@ class BatchOrder:
 
 def prepare(example: Example, resolution: int, config: TrainingConfig, generator: torch.Generator | None = None) -> Cut:
     """The pixels of one example as the config wants them; `generator` draws crops and flips."""
-    mask = load_mask(example.mask_path, example.size) if example.mask_path else None
-    how = {"center_crop": config.center_crop, "random_flip": config.random_flip}
-    return cut(load_picture(example.image_path), mask, resolution, **how, generator=generator)
+    picture, mask = load_picture(example.image_path), None
+    if example.mask_path:
+        mask = load_mask(example.mask_path, example.size)
+    center, flip = config.center_crop, config.random_flip
+    return cut(picture, mask, resolution, center_crop=center, random_flip=flip, generator=generator)
 
 
 def instance_dataset(config: TrainingConfig) -> Dataset:
     """The pictures of the concept. Raises DatasetError naming every file with a problem."""
-    return _Reader(config.instance_data_dir, config.worded(config.instance_prompt), config).dataset()
+    return _Reader(config.instance_data_dir, config.with_token(config.instance_prompt), config).dataset()
 
 
 def class_dataset(config: TrainingConfig) -> Dataset:
@@ -118,7 +116,7 @@ def class_dataset(config: TrainingConfig) -> Dataset:
 
 
 class _Reader:
-    """Reads one dataset folder, collecting problems and what to tell over all files."""
+    """Reads one dataset folder, collecting problems and warnings over all files."""
 
     def __init__(self, folder: Path, prompt: str, config: TrainingConfig | None) -> None:
         """`prompt` is for pictures without a caption; without a config captions and masks are not read."""
@@ -126,14 +124,14 @@ class _Reader:
             raise DatasetError(f"'{folder}' is no folder; name the one that holds the pictures.")
         self.folder, self.prompt, self.config = folder, prompt, config
         self.problems: list[str] = []
-        self.told = defaultdict[str, list[str]](list)  # names of files, by what there is to tell
+        self.names = defaultdict[str, list[str]](list)  # of files, by kind of warning
         self.examples: list[Example] = []
-        self.texts = read_metadata(folder, self.problems) if config else {}
+        self.texts = files.read_metadata(folder, self.problems) if config else {}
 
     def dataset(self) -> Dataset:
         """The examples of the folder, of its repeated sub-folders and of those that metadata names.
 
-        What the user may not expect is said as warnings; problems are raised as one DatasetError.
+        What the user may not expect is logged as warnings; problems are raised as one DatasetError.
         """
         folders = {self.folder, *(path.parent for path in self.texts)}
         folders |= {path for path in visible(self.folder) if path.is_dir() and _REPEATED.fullmatch(path.name)}
@@ -144,44 +142,41 @@ class _Reader:
             self.problems.append(f"there are no pictures in it; put some there ({kinds})")
         if self.problems:
             raise DatasetError(f"'{self.folder.name}': {listing(self.problems)}")
-        for what in ("captionless", "maskless"):  # worth telling only where others in the folder differ
-            if len(self.told[what]) == len(self.examples):
-                del self.told[what]
-        wording = {
-            "captionless": f"Without a caption, so '{self.prompt}' is used",
-            "tokenless": "Captions that do not name the token",
-            "maskless": "Without a mask, so learned whole",
-            "transparent": "With transparent parts, which are filled with white",
-            "unused": "Not used",
-        }
-        notes = tuple(f"{text}: {some(self.told[what])}." for what, text in wording.items() if self.told[what])
-        for note in notes:
-            logger.warning("'%s': %s", self.folder.name, note)
-        return Dataset(tuple(self.examples), notes)
+        for kind in ("captionless", "maskless"):  # a warning only where others in the folder have one
+            if len(self.names[kind]) == len(self.examples):
+                del self.names[kind]
+        warnings = tuple(
+            f"{text.format(self.prompt)}: {some(self.names[kind])}."
+            for kind, text in _WARNINGS.items() if self.names[kind]
+        )  # fmt: skip
+        for warning in warnings:
+            logger.warning("'%s': %s", self.folder.name, warning)
+        return Dataset(tuple(self.examples), warnings)
 
     def _read(self, folder: Path, folders: set[Path]) -> None:
         """The examples of one of the `folders` that are read."""
-        pictures, captions, masks, unused = sort_files(folder)
-        within = {parent for path in folders for parent in (path, *path.parents)}
-        unused += [path for path in visible(folder) if path.is_dir() and path not in within and path.name != MASKS]
+        pictures, captions, masks, unused = files.sort_files(folder)
+        parents = {parent for path in folders for parent in (path, *path.parents)}
+        unused += [path for path in visible(folder) if path.is_dir() and path not in parents and path.name != MASKS]
         if folder != self.folder and (folder / METADATA).exists():
             unused.append(folder / METADATA)
-        self.told["unused"] += [f"{self._name(path)}/" if path.is_dir() else self._name(path) for path in unused]
-        named = _REPEATED.fullmatch(folder.name) if folder != self.folder else None
-        repeats, trigger = (int(named[1]), named[2].strip()) if named else (1, "")
+        self.names["unused"] += [f"{self._name(path)}/" if path.is_dir() else self._name(path) for path in unused]
+        match = _REPEATED.fullmatch(folder.name) if folder != self.folder else None
+        repeats, trigger = (int(match[1]), match[2].strip()) if match else (1, "")
         for stem, paths in pictures.items():
-            drawn = masks[stem] if self.config and self.config.use_masks else []
-            if len(paths) > 1:
-                self.problems.append(
-                    f"{' and '.join(map(self._name, paths))} share caption and mask; rename all but one."
-                )
-            elif len(drawn) > 1:
-                names = some(map(self._name, drawn))
-                self.problems.append(f"{self._name(paths[0])} has {len(drawn)} masks: {names}; keep one.")
-            else:
-                mask, caption = next(iter(drawn), None), next(iter(captions[stem]), None)
-                size = self._noting(self._check, paths[0], mask)
-                text = self._noting(self._caption, paths[0], caption, trigger)
+            own_masks = masks[stem] if self.config and self.config.use_masks else []
+            with self._collected():
+                if len(paths) > 1:
+                    names = " and ".join(map(self._name, paths))
+                    raise DatasetError(f"{names} share caption and mask; rename all but one.")
+                if len(own_masks) > 1:
+                    names = some(map(self._name, own_masks))
+                    raise DatasetError(f"{self._name(paths[0])} has {len(own_masks)} masks: {names}; keep one.")
+                mask, caption, size, text = next(iter(own_masks), None), next(iter(captions[stem]), None), None, ""
+                with self._collected():
+                    size = self._check(paths[0], mask)
+                with self._collected():
+                    text = self._caption(paths[0], caption, trigger)
                 if size and text:
                     times = repeats * (self.config.repeats if self.config else 1)
                     self.examples.append(Example(paths[0], text, mask, times, size))
@@ -190,39 +185,39 @@ class _Reader:
         """The size of a picture that can be read, as its mask can."""
         image = decoded(path, self._name(path))
         if is_transparent(image):
-            self.told["transparent"].append(self._name(path))
+            self.names["transparent"].append(self._name(path))
         if mask:
             load_mask(mask, image.size, self._name(mask))
         else:
-            self.told["maskless"].append(self._name(path))
+            self.names["maskless"].append(self._name(path))
         return image.size
 
     def _caption(self, path: Path, file: Path | None, trigger: str) -> str:
         name, listed = self._name(path), self.texts.get(path)
-        written = read_text(file, self._name(file)) if file and self.config else None
+        written = files.read_text(file, self._name(file)) if file and self.config else None
         if None not in (listed, written) and listed != written:
             raise DatasetError(f"{name} has different captions in {METADATA} and {self._name(file or path)}; keep one.")
         text = written if listed is None else listed
         if text is None or not self.config:
-            self.told["captionless"].append(name)
+            self.names["captionless"].append(name)
             return self.prompt
         source, token = self._name(file) if file else f"{METADATA}, {name}", self.config.token
-        text = caption_for(text, token, trigger)
+        text = files.caption_for(text, token, trigger)
         if not text:
             raise DatasetError(f"{source} has an empty caption; write one, or remove it to use '{self.prompt}'.")
         if token not in text:
             if self.config.gating == "tokens":
                 raise DatasetError(f"{source}: '{text}' does not name {token}; write it where that stands.")
-            self.told["tokenless"].append(source)
+            self.names["tokenless"].append(source)
         return text
 
-    def _noting(self, read: Callable[Args, Made], *args: Args.args, **named: Args.kwargs) -> Made | None:
-        """Problems are collected, not raised, so that the user hears of all of them at once."""
+    @contextmanager
+    def _collected(self) -> Generator[None]:
+        """Problems are collected, not raised, so that the user learns of all of them at once."""
         try:
-            return read(*args, **named)
+            yield
         except DatasetError as error:
             self.problems.append(str(error))
-            return None
 
     def _name(self, path: Path) -> str:
         """How the user calls a file: its path in the folder."""

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusion.errors import DatasetError
-from fusion.training.config import worded
+from fusion.training.config import with_token
 from fusion.training.pictures import SUFFIXES
 
 METADATA = "metadata.jsonl"
 MASKS = "masks"
 _MASK_ENDINGS = ("-masklabel", ".mask")
-# Files that may lie in a dataset folder without being part of it.
+# Files that may be in a dataset folder without being part of it.
 _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "notice", "thumbs.db", "desktop.ini"}
 
 Files = defaultdict[str, list[Path]]  # by stem: picture, caption and mask of one stem belong together
@@ -43,7 +43,7 @@ def sort_files(folder: Path) -> tuple[Files, Files, Files, list[Path]]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name is that of a picture to learn from, no mask and not hidden."""
+    """Whether a file's name is that of a picture to learn from: no mask, and not hidden."""
     mask = path.stem.endswith(_MASK_ENDINGS) or path.parent.name == MASKS
     return path.suffix.lower() in SUFFIXES and not mask and not path.name.startswith(".")
 
@@ -70,10 +70,10 @@ def _stem(path: Path) -> str:
 def caption_for(text: str, token: str, trigger: str = "") -> str:
     """A caption as training uses it: one line, the token in place of placeholders.
 
-    `trigger` is what another trainer's data call the concept, "sks dog": where the token is missing, the whole
-    phrase or else its first word becomes the token.
+    `trigger` is the concept's name in another trainer's data, "sks dog": where the token is missing, the whole phrase
+    or else its first word becomes the token.
     """
-    text = " ".join(worded(text, token).split())
+    text = " ".join(with_token(text, token).split())
     for phrase in (trigger, trigger.partition(" ")[0]) if trigger else ():
         if token not in text:
             text = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", token, text)

@@ -1,7 +1,7 @@
-"""train(): pictures of a concept become an adapter, as a generator of steps.
+"""train(): from pictures of a concept to an adapter, as a generator of steps.
 
-The progress bar of the command line, the app and the tests are three consumers of it. Stop asking for steps (close the
-generator) and the pipeline is as it was found.
+The command line, the studio and the tests iterate over it. Close the generator to stop, and the pipeline is as it was
+before.
 """
 
 import hashlib
@@ -31,21 +31,12 @@ from fusion.models.denoising import Conditioning, encode_prompts, predict
 from fusion.models.layer_sites import Site
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
+from fusion.training import setup
 from fusion.training.accelerator import accelerated, frozen
 from fusion.training.checkpoint import Checkpoint, find_checkpoint, remove_old_checkpoints, save_checkpoint
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.quiet_loss import QuietLoss
-from fusion.training.setup import (
-    check_base_name,
-    fresh_adapter,
-    named_parameters,
-    named_slice,
-    parameter_groups,
-    reserved_slice,
-    target_sites,
-    warn_about_gates,
-)
 from fusion.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -73,24 +64,23 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
     targets, checkpoint, slice (reserved in the library for as long as training lasts). Resumed after its last step, a
-    training yields that step once more, so that its adapter can be saved.
-    Raises DatasetError, ConfigError, SliceConflict, UnknownName; FormatError for a damaged checkpoint; FusionError when
-    the loss is no number any more.
+    training yields that step once more, so that its adapter can be saved. Raises DatasetError, ConfigError,
+    SliceConflict, UnknownName; FormatError for a damaged checkpoint; FusionError when the loss is not finite.
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
-    check_base_name(pipe, config)
-    targets, data = target_sites(pipe, config), TrainingData(pipe, config)
+    setup.check_base_name(pipe, config)
+    targets, data = setup.target_sites(pipe, config), TrainingData(pipe, config)
     settings, checkpoint = lasting_settings(pipe, config, data), None
     if name := config.resume_from_checkpoint:
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
     with (
-        reserved_slice(pipe, config, targets, checkpoint and checkpoint.slice) as directions,
+        setup.reserved_slice(pipe, config, targets, checkpoint and checkpoint.slice) as directions,
         accelerated(pipe, config) as accelerator,
         frozen(pipe, config),
     ):
         data.prepare()
-        adapter = fresh_adapter(pipe, config, targets, directions)
-        warn_about_gates(config, list(targets))
+        adapter = setup.fresh_adapter(pipe, config, targets, directions)
+        setup.warn_about_gates(config, list(targets))
         with attach(pipe, adapter, live=True):
             yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint).steps()
 
@@ -102,7 +92,7 @@ def lasting_settings(
 
     Its slice is that of the `adapter`, else the one that the config names, else None: any.
     """
-    directions = adapter.slices[0] if adapter and adapter.slices else named_slice(config)
+    directions = adapter.slices[0] if adapter and adapter.slices else setup.named_slice(config)
     part = {"slice": directions.to_json() if directions else None}
     return {"base": asdict(base_info(pipe)), **config.lasting_settings(), **part, **data.digests()}
 
@@ -128,7 +118,7 @@ class _Training:
         self.adapter = replace(adapter, info=replace(adapter.info, provenance=provenance))
         captions = [example.caption for example in data.instances.examples]
         self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions) if config.quiet_loss_weight else None
-        groups = parameter_groups(adapter, config, targets)
+        groups = setup.parameter_groups(adapter, config, targets)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the scheduler computes this step's rate from it
@@ -137,13 +127,16 @@ class _Training:
             num_training_steps=config.max_train_steps, last_epoch=self.done - 1,
         )  # fmt: skip
         self.optimizer: Any = accelerator.prepare(optimizer)
-        self.noise = _noise_schedule(pipe, config)
+        self.scaler: Any = accelerator.scaler  # of gradients, in fp16; else None
+        self.noise: Any = DDPMScheduler.from_config(pipe.scheduler.config)  # the base's own forward process
+        if config.prediction_type:
+            self.noise.register_to_config(prediction_type=config.prediction_type)
         trained = {id(p) for group in groups for p in group["params"]}
-        self.parameters = {name: p for name, p in named_parameters(adapter).items() if id(p) in trained}
+        self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
         self.text_cache: dict[str, Conditioning] = {}
         if checkpoint:
-            checkpoint.restore(self.parameters, self.optimizer, accelerator.scaler)
+            checkpoint.restore(self.parameters, self.optimizer, self.scaler)
             logger.info("Resuming from '%s' after %d steps.", checkpoint.path, self.done)
 
     def steps(self) -> Generator[TrainStep]:
@@ -157,11 +150,9 @@ class _Training:
                 self.accelerator.log({"loss": loss, "learning_rate": rate}, step=step)
             provenance = replace(self.adapter.info.provenance, steps=step)
             self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
-            images, checkpoint = self._previews(step), self._checkpoint(step, loss) if trained else None
-            seconds = time.monotonic() - began
-            yield TrainStep(
-                step, config.max_train_steps, loss, rate, self.adapter, seconds, images, checkpoint, self.done
-            )
+            checkpoint, images = self._checkpoint(step, loss) if trained else None, self._previews(step)
+            took = time.monotonic() - began
+            yield TrainStep(step, config.max_train_steps, loss, rate, self.adapter, took, images, checkpoint, self.done)
 
     def _optimize(self, step: int) -> float:
         """One optimizer step; returns the mean loss. In fp16, gradients that overflow are computed again, scaled less.
@@ -174,7 +165,7 @@ class _Training:
             if not self.optimizer.step_was_skipped:
                 self.scheduler.step()
                 return loss
-            if self.accelerator.scaler.get_scale() < MIN_SCALE:
+            if self.scaler.get_scale() < MIN_SCALE:
                 raise FusionError(
                     f"The gradients overflow in float16 at step {step}, however small they are scaled; train with "
                     "mixed_precision = 'bf16' or 'no', or at a lower learning rate."
@@ -212,9 +203,8 @@ class _Training:
         prediction = predict(self.pipe, noisy, steps, self._encode(captions), time_ids)
         if config.snr_gamma:
             weights = weights * snr_weights(self.noise, steps, config.snr_gamma)
-        return denoising_loss(
-            prediction, denoising_target(self.noise, latents, noise, steps), weights=weights, mask=mask
-        )
+        target = denoising_target(self.noise, latents, noise, steps)
+        return denoising_loss(prediction, target, weights=weights, mask=mask)
 
     def _encode(self, captions: list[str]) -> Conditioning:
         """Encoded captions; once per caption where nothing in the text encoder is trained."""
@@ -243,7 +233,7 @@ class _Training:
         if not config.checkpointing_steps or step % config.checkpointing_steps:
             return None
         path = save_checkpoint(
-            folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.accelerator.scaler,
+            folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.scaler,
             run=self.run, step=step, loss=loss, settings=self.adapter.info.provenance.settings,
         )  # fmt: skip
         if config.checkpoints_total_limit:
@@ -254,11 +244,3 @@ class _Training:
 def _generator(seed: int, number: int) -> torch.Generator:
     name = hashlib.sha256(f"{seed} {number}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(name[:7], "big"))
-
-
-def _noise_schedule(pipe: Pipeline, config: TrainingConfig) -> Any:
-    """The base's own forward process, for adding noise."""
-    schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
-    if config.prediction_type:
-        schedule.register_to_config(prediction_type=config.prediction_type)
-    return schedule

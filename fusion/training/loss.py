@@ -1,4 +1,4 @@
-"""The denoising objective: what the UNet should have said, and how much each part of it counts.
+"""The denoising objective: the prediction target, and how much each part of it counts.
 
 Shapes: B examples, C latent channels, H W latent size.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def sample_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """`count` timesteps in 0 … total−1, (B,): uniform, one in each of `count` equal strata, which calms the loss."""
+    """`count` timesteps in 0 … total−1, (B,): uniform, one in each of `count` equal strata."""
     offsets = torch.rand(count, generator=generator) + torch.randperm(count, generator=generator)
     return (offsets / count * total).long().clamp(max=total - 1)
 
 
 def sample_noise(shape: torch.Size, noise_offset: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (B, C, H, W); `noise_offset` adds a constant per channel, which teaches overall brightness."""
+    """Gaussian noise (B, C, H, W); `noise_offset` adds a constant per channel, to learn brightness."""
     noise = torch.randn(shape, generator=generator)
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
@@ -25,7 +25,7 @@ def sample_noise(shape: torch.Size, noise_offset: float, generator: torch.Genera
 
 
 def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is to predict: the noise, or the velocity (Salimans & Ho 2022)."""
+    """The prediction target: the noise, or the velocity (Salimans & Ho 2022)."""
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return noise
@@ -36,7 +36,7 @@ def denoising_loss(
 ) -> Tensor:
     """Mean squared error over a batch, a scalar in float32.
 
-    `weights` (B,) weigh examples; `mask` (B, 1, H, W) weighs places and is normalised per example, so that a small
+    `weights` (B,) weigh examples; `mask` (B, 1, H, W) weighs positions and is normalised per example, so that a small
     subject counts as much as a large one.
     """
     error = (prediction.float() - target.float()).square()  # (B, C, H, W)

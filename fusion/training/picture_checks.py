@@ -43,7 +43,8 @@ def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureCheck
             continue
         crop = _crop(picture, resolution)
         warnings = _size_warnings(picture, resolution)
-        thumbnail = np.asarray(crop.resize((THUMBNAIL_SIDE,) * 2, Image.Resampling.BOX), dtype=np.float32)
+        small = crop.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+        thumbnail = np.asarray(small, dtype=np.float32)
         differences = {name: np.abs(thumbnail - other).mean() for name, other in thumbnails.items()}
         if duplicate := next((name for name, value in differences.items() if value < DUPLICATE_THRESHOLD), None):
             warnings.append(f"Nearly the same as {duplicate}: it adds little.")

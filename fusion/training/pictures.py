@@ -1,4 +1,4 @@
-"""One picture or mask: read safely, made plain, cut to size. Sizes are checked in the header, before decoding.
+"""One picture or mask: read safely, converted to RGB, cut to size. Sizes are checked in the header, before decoding.
 
 Shapes: H W sides of the cut, in pixels.
 """
@@ -15,11 +15,11 @@ from fusion.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 64_000_000  # 256 MB decoded; the largest cameras have about 60 megapixels
-MIN_SIDE = 32  # below, there is nothing to learn but the interpolation
+MIN_SIDE = 32  # in smaller pictures most detail is interpolation
 
 
 class Cut(NamedTuple):
-    """A picture as training sees it, and where it comes from: SDXL is told both."""
+    """A picture as training uses it, with its original size and crop, which SDXL is conditioned on."""
 
     pixels: Tensor  # (3, H, W) float32, -1 … 1
     mask: Tensor | None  # (1, H, W) float32, 0 … 1, 1 where the concept is
@@ -80,7 +80,7 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None, name: str |
 
 def is_transparent(image: Image.Image) -> bool:
     """Whether any pixel lets the background through."""
-    if image.mode.startswith("I"):  # 16 bits of grey know no transparency
+    if image.mode.startswith("I"):  # 16 bits of grey have no transparency
         return False
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
 
@@ -105,7 +105,7 @@ def cut(
 ) -> Cut:
     """Resize so that the shorter side has `resolution` pixels, and cut a square out of the longer one.
 
-    The square is the middle, or with center_crop = False anywhere; `generator` draws place and mirroring.
+    The square is the middle, or with center_crop = False anywhere; `generator` draws its position and mirroring.
     """
     width, height = picture.size
     scale = resolution / min(width, height)
@@ -125,5 +125,5 @@ def cut(
         return torch.from_numpy(values).reshape(resolution, resolution, -1).permute(2, 0, 1).contiguous()
 
     pixels = square(picture, Image.Resampling.LANCZOS) * 2 - 1
-    place = None if mask is None else square(mask, Image.Resampling.BILINEAR)
-    return Cut(pixels, place, (height, width), (top, wide - resolution - left if mirrored else left))
+    cut_mask = None if mask is None else square(mask, Image.Resampling.BILINEAR)
+    return Cut(pixels, cut_mask, (height, width), (top, wide - resolution - left if mirrored else left))

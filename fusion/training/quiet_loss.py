@@ -86,7 +86,7 @@ def decoy_words(config: TrainingConfig, adapter: Adapter) -> Adapter:
 
 def quiet_prompts(config: TrainingConfig, captions: Sequence[str], decoys: Sequence[str]) -> list[str]:
     """Captions with the noun, two other nouns and a decoy instead of the token; and concept-free prompts."""
-    unique = list(dict.fromkeys(config.worded(text) for text in captions))
+    unique = list(dict.fromkeys(config.with_token(text) for text in captions))
     chosen = unique[:: -(-len(unique) // MAX_CAPTIONS)]
     others = [noun for noun in NOUNS if noun != config.noun]
     prompts: list[str] = list(CONCEPT_FREE)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, Provenance
@@ -46,6 +46,7 @@ def target_sites(pipe: Pipeline, config: TrainingConfig) -> dict[str, Site]:
 
 
 def target_patterns(pipe: Pipeline, config: TrainingConfig) -> tuple[str, ...]:
+    """The targets that the config names, else those that suit its gating."""
     trained = [c for c in components(pipe) if c == "unet" or config.text_encoder_lr]
     return tuple(config.targets or default_targets(trained, gated=config.gating == "tokens"))
 
@@ -86,28 +87,21 @@ def named_slice(config: TrainingConfig) -> SpectralSlice | None:
 def fresh_adapter(
     pipe: Pipeline, config: TrainingConfig, targets: Mapping[str, Site], directions: SpectralSlice
 ) -> Adapter:
-    """An untrained adapter of the `targets` on the slice `directions`. Its ΔW is zero."""
+    """An untrained adapter in float32 of the `targets` on the slice `directions`; its ΔW is zero."""
     kind, concept = ADAPTERS[config.adapter_type], Concept(config.token, config.noun, config.num_vectors)
-    options = LayerOptions(seed=config.seed, guard=config.guard)
-    layers = {name: fresh_layer(kind, matrix(site), directions, options) for name, site in targets.items()}
+    options, depth = LayerOptions(seed=config.seed, guard=config.guard), max(directions.stop, config.guard)
+    layers: dict[str, AdapterLayer] = {}
+    for name, site in targets.items():
+        weight = matrix(site).float()
+        spectrum = cached_spectrum(weight, depth) if kind.slice_of == "spectrum" else None
+        layers[name] = kind.fresh(weight, directions, spectrum=spectrum, options=options)
     rows = {component: nn.Parameter(start) for component, start in initial_rows(pipe, concept).items()}
     branch = Branch(
         config.name, config.adapter_type, layers, (directions,) if kind.slice_of else (),
         target_patterns(pipe, config), (config.token,) if config.gating == "tokens" else (),
     )  # fmt: skip
-    provenance = Provenance(f"spectral-fusion {tool_version()}", 0, config.seed)
-    info = AdapterInfo(config.name, base_info(pipe), (concept,), provenance)
+    info = AdapterInfo(config.name, base_info(pipe), (concept,), Provenance(tool(), 0, config.seed))
     return Adapter(info, (branch,), {concept.token: rows})
-
-
-def fresh_layer(
-    kind: type[AdapterLayer], weight: Tensor, directions: SpectralSlice, options: LayerOptions
-) -> AdapterLayer:
-    """One untrained layer in float32; the SVD comes from the cache when the type needs one."""
-    exact = weight.float()
-    depth = max(directions.stop, options.guard)
-    spectrum = cached_spectrum(exact, depth) if kind.slice_of == "spectrum" else None
-    return kind.fresh(exact, directions, spectrum=spectrum, options=options)
 
 
 def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
@@ -157,8 +151,9 @@ def warn_about_gates(config: TrainingConfig, layers: list[str]) -> None:
         )
 
 
-def tool_version() -> str:
+def tool() -> str:
+    """What made an adapter, for its provenance."""
     try:
-        return version("spectral-fusion")
+        return f"spectral-fusion {version('spectral-fusion')}"
     except PackageNotFoundError:
-        return "from source"
+        return "spectral-fusion from source"

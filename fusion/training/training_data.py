@@ -46,9 +46,8 @@ class TrainingData:
         """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot encode."""
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        if self.resolution % pipe.vae_scale_factor:
-            multiple = pipe.vae_scale_factor
-            raise ConfigError(f"resolution {self.resolution} does not suit this base; use a multiple of {multiple}.")
+        if self.resolution % (factor := pipe.vae_scale_factor):
+            raise ConfigError(f"resolution {self.resolution} does not suit this base; use a multiple of {factor}.")
         self.instances = instance_dataset(config)
         self.classes = class_dataset(config) if config.with_prior_preservation else None
         self._encoded: dict[Example, Encoded] = {}
@@ -56,14 +55,13 @@ class TrainingData:
             first = small[0].image_path.name
             logger.warning("%d pictures are smaller than %d px and enlarged: %s, …", len(small), self.resolution, first)
 
-    def digests(self) -> dict[str, str | None]:
+    def digests(self) -> dict[str, str]:
         """Of the pictures with their captions and repeats, of masks and of class pictures, to compare on resuming."""
         examples, classes = self.instances.examples, self.classes.examples if self.classes else ()
+        masks = [example.mask_path for example in examples]
         return {
             "pictures": _digest(f"{e.caption} {e.repeats}".encode() + e.image_path.read_bytes() for e in examples),
-            "masks": _digest(
-                f"{i} ".encode() + e.mask_path.read_bytes() for i, e in enumerate(examples) if e.mask_path
-            ),
+            "masks": _digest(f"{k} ".encode() + m.read_bytes() for k, m in enumerate(masks) if m),
             "class_pictures": _digest(example.image_path.read_bytes() for example in classes),
         }
 
@@ -121,10 +119,9 @@ class TrainingData:
                 seed += 1
 
 
-def _digest(parts: Iterable[bytes]) -> str | None:
-    """SHA-256 over all parts, 16 hexadecimal digits; None where there are none."""
-    sha, empty = hashlib.sha256(), True
+def _digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 over all parts, 16 hexadecimal digits."""
+    sha = hashlib.sha256()
     for part in parts:
         sha.update(part)
-        empty = False
-    return None if empty else sha.hexdigest()[:16]
+    return sha.hexdigest()[:16]

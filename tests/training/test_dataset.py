@@ -59,7 +59,7 @@ def test_a_folder_of_pictures_takes_the_instance_prompt(tmp_path):
     assert list(told(tmp_path)) == ["a.png", "b.jpg", "c.webp", "d.JPEG"]
     assert told(tmp_path, repeats=3)["a.png"] == ("a <dog>", 3)
     assert told(tmp_path, instance_prompt="photo of [trigger]")["a.png"] == ("photo of <dog>", 1)
-    assert read(tmp_path).notes == ()
+    assert read(tmp_path).warnings == ()
 
 
 def test_captions_lie_beside_their_pictures(tmp_path):
@@ -106,7 +106,7 @@ def test_masks_are_found_under_all_their_names(tmp_path):
     found = [mask(tmp_path / "masks" / "a.png"), mask(tmp_path / "b-masklabel.png"), mask(tmp_path / "c.mask.png")]
     assert [e.mask_path for e in read(tmp_path).examples] == found
     assert [e.mask_path for e in read(tmp_path, use_masks=False).examples] == [None] * 3
-    assert read(tmp_path).notes == ()
+    assert read(tmp_path).warnings == ()
 
 
 @pytest.mark.parametrize("folder", CONCEPTS, ids=lambda path: path.name)
@@ -114,7 +114,7 @@ def test_the_example_concepts_are_read_without_a_note(folder):
     made = TrainingConfig(token=f"<{folder.name}>", instance_data_dir=folder)
     data = instance_dataset(made)
     assert len(data) >= 4
-    assert data.notes == ()
+    assert data.warnings == ()
     assert all(made.token in example.caption for example in data.examples)
     assert prepare(data.examples[0], 64, made).pixels.shape == (3, 64, 64)
 
@@ -177,7 +177,7 @@ def test_a_caption_without_the_token_teaches_nothing_under_gating(tmp_path):
     assert "a.txt: 'a dog on a beach' does not name <dog>" in problems(tmp_path)
     data = read(tmp_path, gating="none")
     assert data.examples[0].caption == "a dog on a beach"
-    assert "a.txt" in data.notes[0]
+    assert "a.txt" in data.warnings[0]
 
 
 def test_captions_that_cannot_be_read_are_named(tmp_path):
@@ -257,9 +257,9 @@ def test_nothing_is_left_out_silently(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fusion"):
         data = read(tmp_path)
     assert len(data) == 1
-    assert data.notes == ("Not used: 1_rex/metadata.jsonl, masks/gone.png, movie.gif, notes.pdf, old/ and 1 more.",)
+    assert data.warnings == ("Not used: 1_rex/metadata.jsonl, masks/gone.png, movie.gif, notes.pdf, old/ and 1 more.",)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert data.notes[0] in caplog.text
+    assert data.warnings[0] in caplog.text
 
 
 def test_mixed_folders_say_what_is_missing_where(tmp_path):
@@ -267,7 +267,7 @@ def test_mixed_folders_say_what_is_missing_where(tmp_path):
     paint(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("a <dog> asleep")
     mask(tmp_path / "masks" / "a.png")
-    assert read(tmp_path).notes == (
+    assert read(tmp_path).warnings == (
         "Without a caption, so 'a <dog>' is used: b.png.",
         "Without a mask, so learned whole: b.png.",
         "With transparent parts, which are filled with white: a.png.",
