@@ -208,9 +208,9 @@ def test_latest_is_the_run_with_these_settings(pictures):
     assert again[-1].checkpoint.parent == steps[-1].checkpoint.parent
     with pytest.raises(ConfigError, match="seed = "):
         next(fusion.train(tiny.pipeline("sd1"), resume(settings, seed=2)))
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="There is no checkpoint 'latest'"):
         next(fusion.train(tiny.pipeline("sd1"), resume(settings, output_name="rex")))
-    with pytest.raises(ConfigError, match="'checkpoint-8' is no checkpoint"):
+    with pytest.raises(ConfigError, match="There is no checkpoint 'checkpoint-8'"):
         next(fusion.train(tiny.pipeline("sd1"), resume(settings, "checkpoint-8")))
 
 
