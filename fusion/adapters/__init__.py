@@ -1,13 +1,12 @@
-"""Adapter types: trainable changes to one weight, one file each. A new type is one file and one line here."""
+"""Adapter types: trainable changes to one weight. A new type is one file and one line here."""
 
 from fusion.adapters.additive import AdditiveLayer
-from fusion.adapters.core import CoreLayer
+from fusion.adapters.core import CoreLayer, SingularValuesLayer
 from fusion.adapters.guarded import GuardedAdditiveLayer
 from fusion.adapters.layer import AdapterLayer
 from fusion.adapters.lora import LoraLayer
 from fusion.adapters.orthogonal import OrthogonalLayer
 from fusion.adapters.rotational import RotationalLayer
-from fusion.adapters.singular_values import SingularValuesLayer
 
 ADAPTERS: dict[str, type[AdapterLayer]] = {
     "additive": AdditiveLayer,  # Spectral Adapter^A    arXiv 2405.13952

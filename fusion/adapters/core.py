@@ -1,4 +1,7 @@
-"""A free core between frozen singular vectors: LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604) on one slice."""
+"""A trained matrix, full or diagonal, between the frozen singular vectors of one slice.
+
+On disjoint slices two of these have inner product 0.
+"""
 
 from fusion.adapters.layer import SpectralLayer, zeros
 from fusion.spectral.delta import Delta
@@ -6,7 +9,7 @@ from fusion.spectral.spectrum import Spectrum
 
 
 class CoreLayer(SpectralLayer):
-    """ΔW = U M Vᵀ with M (R, R) free and 0 at the start. Disjoint slices have inner product 0."""
+    """LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604) on a slice: ΔW = U M Vᵀ with M (R, R), zero at the start."""
 
     def __init__(self, basis: Spectrum) -> None:
         super().__init__(basis)
@@ -15,3 +18,14 @@ class CoreLayer(SpectralLayer):
 
     def delta(self) -> Delta:
         return Delta(self.basis.U, self.M @ self.basis.V.T)
+
+
+class SingularValuesLayer(SpectralLayer):
+    """SVDiff (Han et al. 2023, arXiv 2303.11305) on a slice: ΔW = U diag(dS) Vᵀ."""
+
+    def __init__(self, basis: Spectrum) -> None:
+        super().__init__(basis)
+        self.dS = zeros(*basis.S.shape, like=basis.S)  # (R,)
+
+    def delta(self) -> Delta:
+        return Delta(self.basis.U * self.dS, self.basis.V.T)

@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, BaseInfo, Branch, Concept
-from fusion.adapters.singular_values import SingularValuesLayer
+from fusion.adapters.core import SingularValuesLayer
 from fusion.errors import FormatError, SliceConflict, UnknownName
-from fusion.formats import adapter_file
+from fusion.formats import adapter_file, safetensors_file
 from fusion.library.library_folder import Library
 from fusion.library.training_folders import all_training_folders
 from fusion.spectral.slices import SpectralSlice
@@ -103,6 +104,18 @@ def test_other_files_are_left_out_with_a_warning(filled, caplog):
         assert len(Library(filled).adapters()) == 2
     assert "Not part of the library" in caplog.text and "notes.safetensors" in caplog.text
     assert Library(filled / "nowhere").adapters() == [] and Library(filled / "nowhere").slice_map(BASE) == []
+
+
+def test_a_file_is_opened_once_to_be_loaded(filled, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        safetensors_file, "safe_open", lambda path, **options: opened.append(path.name) or safe_open(path, **options)
+    )
+    adapter_file.load(filled / "dog.safetensors")
+    Library(filled).add(filled / "dog.safetensors", "copy")
+    Library(filled).rename("copy", "pet", {"<rex>": "<max>"})
+    assert opened == ["dog.safetensors", "dog.safetensors", "copy.safetensors"]
+    assert [entry.path.stem for entry in Library(filled).adapters()] == ["cat", "dog", "pet"]
 
 
 def processes():
