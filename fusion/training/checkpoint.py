@@ -116,12 +116,15 @@ def find_checkpoint(name: str, folder: Path, settings: Mapping[str, Any]) -> Che
     different, damaged = list[FusionError](), list[FusionError]()
     for path in paths:
         try:
-            return read_checkpoint(path, settings)
+            checkpoint = read_checkpoint(path, settings)
         except ConfigError as error:
             different.append(error)
         except FormatError as error:
             damaged.append(error)
-            logger.warning("%s", error)  # and an older one is used, if there is any
+        else:
+            for error in damaged:
+                logger.warning("%s The training is resumed from '%s'.", error, path)
+            return checkpoint
     for error in different + damaged:
         raise error
     raise ConfigError(f"There is no checkpoint '{name}' in '{folder}'; train without --resume_from_checkpoint.")
