@@ -23,6 +23,7 @@ from fusion.errors import ConfigError, closest
 
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
 MAX_SEED = 2**63 - 1  # of torch's generators
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
 _BASE_TABLES = ("training", "generation")
 
@@ -60,6 +61,8 @@ class StrictModel(BaseModel):
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if Path in kinds and isinstance(value, str | Path) and str(value):
             return _expanded(value).absolute()
+        if any(isinstance(text, str) and SURROGATE.search(text) for text in _items(value)):
+            raise ConfigError(f"{info.field_name} has half of a surrogate pair, which is no valid text.")
         if isinstance(value, list | tuple):
             return tuple(value) if tuple in kinds else list(value)
         return value
@@ -230,6 +233,10 @@ def _expanded(value: str | Path) -> Path:
         return Path(value).expanduser()
     except RuntimeError:  # "~name" of nobody on this machine
         raise ConfigError(f"'{value}' starts in the home folder of a user who does not exist here.") from None
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _kinds(annotation: Any) -> frozenset[Any]:

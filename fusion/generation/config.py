@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
-from fusion.config import MAX_SEED, StrictModel
+from fusion.config import MAX_SEED, SURROGATE, StrictModel
 from fusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Region:
     @classmethod
     def from_json(cls, entry: object) -> "Region":
         """Raises ConfigError for what to_json did not write."""
+        if isinstance(entry, dict) and SURROGATE.search(str(entry.get("prompt"))):
+            raise ConfigError("The prompt of a region has half of a surrogate pair, which is no valid text.")
         match entry:
             case {"prompt": str(prompt), "box": [left, top, right, bottom], **rest} if not rest:
                 shares = [left, top, right, bottom]
