@@ -12,7 +12,7 @@ from benchmarks.laboratory.arms import arms
 from benchmarks.laboratory.concepts import ALONE, NAMES, concepts
 from benchmarks.laboratory.scoring import Laboratory, Prompts
 from benchmarks.laboratory.store import Busy, Missing, Store
-from benchmarks.laboratory.teaching import School, Size
+from benchmarks.laboratory.trainer import Size, Trainer
 from fusion.methods.method import LayerMerge
 
 
@@ -28,21 +28,21 @@ def laboratory(tmp_path):
     (tmp_path / "base" / "fusion.toml").write_text("[generation]\nsteps = 2\n[training]\nresolution = 16\n")
     tiny.save_judge(tmp_path / "judge")
     store = Store(tmp_path / "store", wait=False)
-    school = School(store, Size(2, 2, 2), tmp_path / "base", "cpu")
-    asked = Prompts(
+    trainer = Trainer(store, Size(2, 2, 2), tmp_path / "base", "cpu")
+    prompts = Prompts(
         "a {first}", "{first} and {second}", ("dog",), ("a dog", "a cat", "a bird")
     )  # short as the toys are
-    return Laboratory(store, school, tmp_path / "judge", range(2), asked)
+    return Laboratory(store, trainer, tmp_path / "judge", range(2), prompts)
 
 
 @pytest.mark.slow
 def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
     names = plan.UNLIKE[:2]
-    wanted = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
-    assert set(wanted) <= arms().keys()
-    rows = [*(plan.Row(arm, names) for arm in wanted), plan.Row("spectral", names[:1], pairs=False)]
-    small = replace(plan.QUICK, size=laboratory.school.size, rows=rows)
+    names_of_arms = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
+    assert set(names_of_arms) <= arms().keys()
+    rows = [*(plan.Row(arm, names) for arm in names_of_arms), plan.Row("spectral", names[:1], pairs=False)]
+    small = replace(plan.QUICK, size=laboratory.trainer.size, rows=rows)
     schedule.work(schedule.tasks(laboratory, small, None))
     made = {path: path.stat().st_mtime_ns for path in laboratory.store.folder.rglob("*.*")}
     text = report.write(laboratory, small, tmp_path / "bench.md")
@@ -57,7 +57,7 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
 
     score = laboratory.score("spectral", concepts(names))
     assert score["drift"] == pytest.approx(0, abs=1e-6) and score["error"] == [0, 0]  # gates are exact
-    assert [kept["mean"] for kept in score["identity"]["retention"]] == pytest.approx(
+    assert [share["mean"] for share in score["identity"]["retention"]] == pytest.approx(
         [1, 1], abs=1e-2
     )  # of a gap that is tiny here
 

@@ -1,15 +1,16 @@
-"""The fusion laboratory: every way to use several concepts together, on equal footing, judged in pictures.
+"""The fusion laboratory: every way to use several concepts together, under equal conditions, judged in pictures.
 
-    store.py      results by the hash of what they were made from: a rerun makes only what changed
-    concepts.py   sixteen concepts, eight nouns by two hands each
+    store.py      results by the hash of their inputs: a rerun computes only what changed
+    concepts.py   sixteen concepts, eight nouns by two artists each
     recipes.py    ways to train one concept
-    teaching.py   a concept by a recipe becomes an adapter
-    arms.py       ways to use N adapters together, of which each gets a row
-    rivals.py     those that work while a picture is drawn: switch and composite
-    drawing.py    prompts and seeds become pictures
-    scoring.py    pictures become numbers
-    prediction.py what could be known before anything was drawn
-    figures.py, report.py   numbers become docs/fusion-bench.md
+    trainer.py    trains a concept by a recipe
+    arms.py       ways to use N adapters together, one row of the tables each
+    multi_lora.py ways without fusion: switch and composite
+    drawing.py    pictures of prompts and seeds
+    scoring.py    scores of pictures
+    prediction.py predictions of what pictures lose
+    plan.py, schedule.py    which arms on which concepts, and in which order
+    figures.py, report.py   docs/fusion-bench.md
 
 `make bench-fusion` runs it all, for hours, on the embedded base; `--quick` in minutes, `--arms` some rows of it.
 Several processes may run at once and share the work.

@@ -1,7 +1,7 @@
 """`python -m benchmarks.laboratory`: teach, draw, judge and write docs/fusion-bench.md.
 
-Stopped, or run twice at once, it goes on from what is there and shares the work. On two cores two processes with
-OMP_NUM_THREADS=1 and OMP_WAIT_POLICY=PASSIVE are faster than one with two threads.
+A run that was stopped continues from the stored results, and several processes share the work. On two
+cores two processes with OMP_NUM_THREADS=1 and OMP_WAIT_POLICY=PASSIVE are faster than one with two threads.
 """
 
 import argparse
@@ -23,15 +23,15 @@ def main() -> None:
         nargs="+",
         metavar="ARM",
         choices=arms(),
-        help="these rows alone, printed, not written; names as there",
+        help="these rows alone, printed, not written; names as in the tables",
     )
     parser.add_argument("--concepts", type=int, default=8, help="with --arms: how many (default: %(default)s)")
     parser.add_argument("--base", help="folder or hub id (default: the embedded pocket)")
     parser.add_argument("--judge", type=Path, help="folder of a CLIP model (default: the embedded pocket-clip)")
     parser.add_argument("--device", help="default: the best there is")
-    parser.add_argument("--store", type=Path, default=HOME, help="where results are kept (default: %(default)s)")
+    parser.add_argument("--store", type=Path, default=HOME, help="folder of results (default: %(default)s)")
     parser.add_argument(
-        "--only", choices=("teach", "draw", "write"), help="this part; write: what is there, naming the rest"
+        "--only", choices=("teach", "draw", "write"), help="this part; write: what is there, and the names of the rest"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     options = parser.parse_args()

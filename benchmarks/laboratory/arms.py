@@ -1,7 +1,7 @@
-"""Ways to use N adapters together; each is a row of the tables. A new fusion method gets its row by itself.
+"""Ways to use N adapters together, one row of the tables each. A new fusion method gets its row by itself.
 
 recipe   how the adapters were trained
-prepare  (pipe, adapters) -> Prepared: what is drawn with, and how
+prepare  (pipe, adapters) -> Prepared: the fused adapter, and a function that draws
 """
 
 from __future__ import annotations  # the names of the arms must not load torch
@@ -18,13 +18,13 @@ import fusion
 
 Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-SLOW = {"gradient"}  # 500 iterations of LBFGS a layer; benchmarks/regression.py holds it against regression
+SLOW = {"gradient"}  # 500 iterations of LBFGS a layer; benchmarks/regression.py compares it with regression
 
 
 @dataclass(frozen=True)
 class Prepared:
     draw: Draw
-    adapter: fusion.Adapter | None  # what was fused; None where nothing is
+    adapter: fusion.Adapter | None  # the fused one; None without fusion
 
 
 @dataclass(frozen=True)
@@ -32,54 +32,56 @@ class Arm:
     recipe: str
     about: str
     prepare: Callable[[Any, Sequence[fusion.Adapter]], Prepared]
-    otherwise: str = ""  # the arm that draws what has not several concepts in it, where that is all the same
+    single: str = ""  # the arm with the same pictures of prompts with one concept or none, which draws them
 
 
 def fused(
     method: str,
-    regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, whole: (),
+    regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, adapter: (),
     parts: Callable[[Sequence[fusion.Adapter]], Sequence[fusion.Adapter]] = lambda adapters: adapters,
     gating: str | None = None,
 ) -> Callable[..., Any]:
-    """Fuse by a method and draw with the result; `parts` makes what is fused of the adapters, `gating` as in fuse."""
+    """Fuse by a method and draw with the result; `parts` gives the adapters to fuse, `gating` as in fuse."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
         base = pipe if fusion.METHODS[method].moments else None
-        whole = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method, gating=gating)
+        adapter = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method, gating=gating)
 
         def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
-            config = fusion.GenerationConfig(prompt=prompt, seed=seed, num_images=batch, regions=regions(prompt, whole))
-            return [picture.image for picture in fusion.generate(pipe, config, [whole])]
+            config = fusion.GenerationConfig(
+                prompt=prompt, seed=seed, num_images=batch, regions=regions(prompt, adapter)
+            )
+            return [picture.image for picture in fusion.generate(pipe, config, [adapter])]
 
-        return Prepared(draw, whole)
+        return Prepared(draw, adapter)
 
     return prepare
 
 
-def in_turns(name: str) -> Callable[..., Any]:
-    """Fuse nothing; draw by a function of rivals.py."""
+def unfused(name: str) -> Callable[..., Any]:
+    """Draw by a function of multi_lora.py, without fusion."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
-        draw = getattr(import_module("benchmarks.laboratory.rivals"), name)
+        draw = getattr(import_module("benchmarks.laboratory.multi_lora"), name)
         return Prepared(partial(draw, pipe, adapters), None)
 
     return prepare
 
 
-def halves(prompt: str, whole: fusion.Adapter) -> list[fusion.Region]:
-    """The first concept that a prompt names to the left, the second to the right."""
-    tokens = sorted((c.token for c in whole.info.concepts if c.token in prompt), key=prompt.index)
+def halves(prompt: str, adapter: fusion.Adapter) -> list[fusion.Region]:
+    """The first concept of the prompt on the left, the second on the right."""
+    tokens = sorted((c.token for c in adapter.info.concepts if c.token in prompt), key=prompt.index)
     return [fusion.Region(token, box) for token, box in zip(tokens, HALVES, strict=True)] if len(tokens) == 2 else []
 
 
 def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
-    """Each adapter, and itself under another name, at half strength: their sum is the adapter."""
-    halved = [replace(a, branches=tuple(replace(b, strength=b.strength / 2) for b in a.branches)) for a in adapters]
-    again = [a.renamed({c.token: f"{c.token[:-1]}-again>" for c in a.info.concepts}) for a in halved]
-    return [*halved, *(replace(a, info=replace(a.info, name=f"{a.info.name}-again")) for a in again)]
+    """Each adapter twice at half strength, once under another name: their sum is the adapter."""
+    halves = [replace(a, branches=tuple(replace(b, strength=b.strength / 2) for b in a.branches)) for a in adapters]
+    copies = [a.renamed({c.token: f"{c.token[:-1]}-again>" for c in a.info.concepts}) for a in halves]
+    return [*halves, *(replace(a, info=replace(a.info, name=f"{a.info.name}-again")) for a in copies)]
 
 
-CONTROLS = ("spectral-shuffled", "lora, twice")  # they need fewer concepts to be understood
+CONTROLS = ("spectral-shuffled", "lora, twice")  # four concepts are enough for them
 
 
 def arms() -> dict[str, Arm]:
@@ -122,6 +124,6 @@ def arms() -> dict[str, Arm]:
         if name not in SLOW:
             rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))
     rows["spectral-open, regression"] = Arm("spectral-open", "own slices, ungated, regression", fused("regression"))
-    rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", in_turns("switch"))
-    rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", in_turns("composite"))
+    rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", unfused("switch"))
+    rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", unfused("composite"))
     return rows

@@ -1,4 +1,4 @@
-"""The concepts of the benchmark: eight nouns that the base was never shown, each by two hands.
+"""The concepts of the benchmark: eight nouns that the base has never seen, each by two artists.
 
 The first eight are unlike each other; with the second eight every concept has a look-alike, of the same noun.
 """
@@ -18,7 +18,7 @@ NAMES = (
     *("octopus-noto", "robot-tweet", "owl-blob", "unicorn-glossy"),
     *("pumpkin-noto", "snowman-outline", "dragon-flat", "volcano-fox"),
 )
-ALONE = 4  # of a folder's pictures show the concept alone; they are what the judge compares with
+ALONE = 4  # pictures of a folder show the concept alone; they are the judge's references
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class Concept:
 
 def concepts(names: tuple[str, ...] = NAMES) -> list[Concept]:
     """Those of `assets/concepts` and of `benchmarks/concepts`."""
-    homes = (ROOT / "assets" / "concepts", ROOT / "benchmarks" / "concepts")
-    return [Concept(next(home / name for home in homes if (home / name).is_dir())) for name in names]
+    parents = (ROOT / "assets" / "concepts", ROOT / "benchmarks" / "concepts")
+    return [Concept(next(parent / name for parent in parents if (parent / name).is_dir())) for name in names]

@@ -1,4 +1,4 @@
-"""Prompts and seeds become pictures, in cells: one for a prompt and all its seeds, drawn as one batch."""
+"""Pictures of prompts and seeds, stored in cells: one for a prompt and all its seeds, drawn as one batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ import fusion
 from benchmarks.laboratory.arms import Draw
 from benchmarks.laboratory.store import Store
 
-VERSION = 1  # of what is drawn; a larger number draws everything anew
+VERSION = 1  # of the pictures; a larger number draws all of them again
 
 
 @dataclass
 class Drawer:
-    """`drawer(prompt, seed)`: a picture, drawn when no cell holds it yet.
+    """`drawer(prompt, seed)`: a picture, from its cell or drawn now.
 
-    `inputs` say what draws, for the cells' hashes; `open_draw` is asked for it when something must be drawn.
+    `inputs` identify what draws, for the cells' hashes; `open_draw` returns it when something must be drawn.
     """
 
     store: Store
@@ -38,13 +38,13 @@ class Drawer:
             for seed, image in zip(self.seeds, images, strict=True):
                 image.save(folder / f"{seed}.png")
 
-        asked = {**self.inputs, "prompt": prompt, "seeds": list(self.seeds), "version": VERSION}
-        folder = self.store.cell("pictures", asked, make)
+        inputs = {**self.inputs, "prompt": prompt, "seeds": list(self.seeds), "version": VERSION}
+        folder = self.store.cell("pictures", inputs, make)
         return [Image.open(folder / f"{seed}.png").convert("RGB") for seed in self.seeds]
 
 
 def with_adapters(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Draw:
-    """Drawing as the adapters' files say, without fusing."""
+    """Draw with the gates of the adapters' files, without fusing."""
 
     def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
         config = fusion.GenerationConfig(prompt=prompt, seed=seed, num_images=batch)

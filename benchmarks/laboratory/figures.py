@@ -1,4 +1,4 @@
-"""The figures of the report. Lines and cells carry their names and numbers: nothing rests on colour alone."""
+"""The figures of the report. Lines and cells show their names and numbers: nothing is expressed by colour alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +11,19 @@ from PIL import Image
 
 from fusion.evaluation.plots import GREY, STYLE
 
-INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#7f7f7f")  # Okabe, Ito
-MARKS = "osD^vP*X<"
+# Okabe and Ito
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#8c564b",
+    "#7f7f7f",
+)  # Okabe, Ito
+MARKERS = "osD^vP*X<"
 
 
 def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
@@ -26,15 +37,15 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
         ):
             axes = (left, right)[k]
             for row, (arm, points) in enumerate(lines.items()):
-                turn, look = divmod(row, len(INK))
+                style, index = divmod(row, len(COLOURS))
                 counts = sorted(points)
                 axes.plot(
                     counts,
                     [points[n][k] for n in counts],
-                    color=INK[look],
-                    marker=MARKS[look],
-                    linestyle=("-", "--", ":")[turn],
-                    markersize=4.5 + 0.4 * row,  # larger further down, so that of lines that coincide all are seen
+                    color=COLOURS[index],
+                    marker=MARKERS[index],
+                    linestyle=("-", "--", ":")[style],
+                    markersize=4.5 + 0.4 * row,  # larger further down, so that lines that coincide are all visible
                     zorder=100 - row,
                     label=arm,
                 )
@@ -45,16 +56,16 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     return figure
 
 
-def matrices(found: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Figure:
+def matrices(arms: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Figure:
     """One identity matrix an arm: rows are crops, columns the concepts they are compared with."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(found) + 0.8, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(found), squeeze=False)[0]
-        for axes, (arm, (names, matrix)) in zip(panels, found.items(), strict=True):
+        figure = Figure(figsize=(3.4 * len(arms) + 0.8, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(arms), squeeze=False)[0]
+        for axes, (arm, (names, matrix)) in zip(panels, arms.items(), strict=True):
             axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
             for (i, j), value in np.ndenumerate(np.asarray(matrix)):
-                ink = "white" if value > 0.6 else "black"
-                axes.text(j, i, f"{value:.1f}".replace("0.", "."), ha="center", va="center", fontsize=7, color=ink)
+                colour = "white" if value > 0.6 else "black"
+                axes.text(j, i, f"{value:.1f}".replace("0.", "."), ha="center", va="center", fontsize=7, color=colour)
             axes.set(title=arm, xticks=range(len(names)), yticks=range(len(names)))
             axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
             axes.set_yticklabels(names if axes is panels[0] else [], fontsize=8)
@@ -65,16 +76,19 @@ def matrices(found: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]
 
 
 def scatter(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Identity lost in pictures against what was said before, a point for every ordered pair; one row a recipe."""
-    said = {"heard": "cross-talk, from weights and inputs", "foreseen": "share lost, foreseen from the first step"}
+    """Identity lost in pictures against its predictions, a point for every ordered pair; one row a recipe."""
+    predictors = {
+        "heard": "cross-talk, from weights and inputs",
+        "foreseen": "share lost, from the first step",
+    }
     with rc_context(STYLE):
         figure = Figure(figsize=(10.8, 3.8 * len(predicted)), layout="constrained")
-        grid = figure.subplots(len(predicted), len(said), squeeze=False)
-        for line, (recipe, rows), ink in zip(grid, predicted.items(), INK[: len(predicted)], strict=True):
+        grid = figure.subplots(len(predicted), len(predictors), squeeze=False)
+        for panels, (recipe, rows), colour in zip(grid, predicted.items(), COLOURS[: len(predicted)], strict=True):
             known = [row for row in rows if row["foreseen"] is not None]
-            for axes, (key, words) in zip(line, said.items(), strict=True):
-                axes.scatter([row[key] for row in known], [row["lost"] for row in known], color=ink, s=18, alpha=0.8)
-                axes.set(title=recipe, xlabel=words, ylabel="share lost in pictures")
+            for axes, (key, label) in zip(panels, predictors.items(), strict=True):
+                axes.scatter([row[key] for row in known], [row["lost"] for row in known], color=colour, s=18, alpha=0.8)
+                axes.set(title=recipe, xlabel=label, ylabel="share lost in pictures")
                 _plain(axes)
     return figure
 

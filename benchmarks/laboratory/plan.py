@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from benchmarks.laboratory import prediction
 from benchmarks.laboratory.arms import CONTROLS, arms
 from benchmarks.laboratory.concepts import NAMES, Concept, concepts
-from benchmarks.laboratory.teaching import Size
+from benchmarks.laboratory.trainer import Size
 
 UNLIKE = NAMES[:8]
-ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two hands
-CURVE = (  # the arms whose course over the number of concepts is shown
+ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two artists
+CURVE = (  # arms whose retention is shown for every number of concepts
     *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
     *("lora, average", "lora, ties", "lora, regression", "lora-gated", "spectral-quiet", "lora-quiet"),
     *("spectral, exported", "spectral-gated-quiet, exported"),
 )
-MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # those taken to all sixteen
+MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # arms with all sixteen concepts
 SEARCHED = ("spectral", "lora", "lora-gated", "spectral-open", "orthogonal")
 
 
@@ -64,6 +64,6 @@ QUICK = Plan(
 
 
 def narrowed(names: Sequence[str], count: int) -> Plan:
-    """Some arms on the first concepts, at the full size and the base's own rate: a look, or a check of another base."""
+    """Some arms on the first concepts, at the full size and the base's own rate: to check arms or another base."""
     rows = [Row(arm, NAMES[:count]) for arm in names]
     return replace(FULL, rows=rows, predicted=NAMES[:count], recipes=(), searched=())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-TARGETS = ["text_encoder", "unet.attn2.to_k", "unet.attn2.to_v"]  # what token gating adapts by default
+TARGETS = ["text_encoder", "unet.attn2.to_k", "unet.attn2.to_v"]  # the default targets of token gating
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores become docs/fusion-bench.md, its figures beside it."""
+"""Writes docs/fusion-bench.md from the scores, and its figures beside it."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,12 +14,12 @@ from benchmarks.laboratory.concepts import NAMES, concepts
 from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
-from benchmarks.laboratory.teaching import RATE
+from benchmarks.laboratory.trainer import RATE
 from fusion.evaluation import plots
 from fusion.evaluation.identity import RESAMPLES
 
-CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by people who have looked
-SHOWN = (
+CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by hand
+SHEET_ARMS = (
     *("spectral", "spectral, places found", "spectral-gated-quiet", "spectral-gated-quiet, places found", "lora-gated"),
     *("spectral-open", "spectral-same", "orthogonal", "spectral-quiet", "lora-quiet"),
     *("spectral, exported", "spectral-gated-quiet, exported"),
@@ -27,38 +27,37 @@ SHOWN = (
 )
 
 LEGEND = """\
-Retention: likeness to the references by the judge, 1 as drawn by its adapter alone, 0 as the base draws the noun, all
-concepts pooled; with the 95 % bootstrap interval over concepts. Leakage: likeness to the *other* concepts, above what
-the adapter alone shows. Beside: retention beside an ordinary thing. Missing: share of crops of pairs in which the
-concept is not there.
+Retention: similarity to the references by the judge, 1 as its adapter draws it alone, 0 as the base draws the noun, all
+concepts pooled; with the 95 % bootstrap interval over concepts. Leakage: similarity to the *other* concepts, above that
+of the adapter alone. Beside: retention beside an ordinary thing. Missing: share of pairs' crops without their concept.
 Drift: 1 − cosine to the base's own picture, on prompts without any concept, and on the concepts' plain nouns.
-UNet error: 0 says the same as the adapter alone, 1 as far off as the concept's own effect is large."""
+UNet error: 0 predicts the same as the adapter alone, 1 differs as much as the concept's own effect."""
 
 
-def kept(now: Sequence[float], alone: Sequence[float]) -> tuple[float, str]:
-    """What is left of what adapters add to their nouns: sum over sum, so that a concept that is hardly drawn decides
-    nothing; and in words, with the 95 % bootstrap interval over concepts."""
+def retention(now: Sequence[float], alone: Sequence[float]) -> tuple[float, str]:
+    """How much of what adapters add to their nouns remains: sum over sum, so that a concept that is hardly drawn counts
+    little; and as text, with the 95 % bootstrap interval over concepts."""
     if not len(now):
         return float("nan"), "–"
     parts = np.stack([np.asarray(now), np.asarray(alone)])
-    picks = torch.randint(len(now), (RESAMPLES, len(now)), generator=torch.Generator().manual_seed(0)).numpy()
-    above, below = parts[:, picks].sum(axis=2)
+    samples = torch.randint(len(now), (RESAMPLES, len(now)), generator=torch.Generator().manual_seed(0)).numpy()
+    above, below = parts[:, samples].sum(axis=2)
     low, high = np.quantile(above / below, [0.025, 0.975])
-    whole = float(parts[0].sum() / parts[1].sum())
-    return whole, f"{whole:.2f} ({low:.2f} to {high:.2f})"
+    share = float(parts[0].sum() / parts[1].sum())
+    return share, f"{share:.2f} ({low:.2f} to {high:.2f})"
 
 
-def kept_alone(seen: dict[str, Any]) -> tuple[float, str]:
+def single_retention(identity: dict[str, Any]) -> tuple[float, str]:
     """Retention in pictures of one concept."""
-    gaps = np.subtract(seen["alone"], seen["floor"])
-    return kept(gaps * [entry["mean"] for entry in seen["retention"]], gaps)
+    gaps = np.subtract(identity["alone"], identity["floor"])
+    return retention(gaps * [entry["mean"] for entry in identity["retention"]], gaps)
 
 
-def kept_in_pairs(seen: dict[str, Any]) -> tuple[float, str]:
-    if not seen["pair_retention"]:
-        return kept((), ())
-    there, lost = (np.diagonal(seen[key]) for key in ("matrix", "leakage"))
-    return kept(there - seen["floor"], there - lost - seen["floor"])
+def pair_retention(identity: dict[str, Any]) -> tuple[float, str]:
+    if not identity["pair_retention"]:
+        return retention((), ())
+    now, change = (np.diagonal(identity[key]) for key in ("matrix", "leakage"))
+    return retention(now - identity["floor"], now - change - identity["floor"])
 
 
 def off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
@@ -72,16 +71,16 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def row_of(score: dict[str, Any]) -> list[str]:
-    seen = score["identity"]
+    identity = score["identity"]
     error = float(np.mean(score["error"])) if "error" in score else None
     return [
         score["arm"],
-        kept_alone(seen)[1],
-        number(off_diagonal(seen["single_leakage"]), 3),
-        kept_in_pairs(seen)[1],
-        number(off_diagonal(seen["leakage"]), 3),
-        f"{seen['omission']:.0%}" if seen["pair_retention"] else "–",
-        number(kept(*([row[key] for row in score["beside"]] for key in ("now", "alone")))[0]),
+        single_retention(identity)[1],
+        number(off_diagonal(identity["single_leakage"]), 3),
+        pair_retention(identity)[1],
+        number(off_diagonal(identity["leakage"]), 3),
+        f"{identity['omission']:.0%}" if identity["pair_retention"] else "–",
+        number(retention(*([row[key] for row in score["beside"]] for key in ("now", "alone")))[0]),
         number(score["drift"], 3),
         number(score["nouns"], 3),
         number(error),
@@ -125,15 +124,15 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
         CONCLUSIONS.read_text(encoding="utf-8").strip() if CONCLUSIONS.exists() and output else "",
         setting(laboratory, plan, main),
         f"## {len(main)} concepts at once\n\n{LEGEND}\n\n{table(HEADINGS, [row_of(score) for score in full])}",
-        described(full),
-        alike(scored),
+        descriptions(full),
+        look_alikes(scored),
         controls(scored),
-        searched(laboratory, plan),
+        learning_rates(laboratory, plan),
         curves(scored, folder),
-        judged(full),
+        judge(full),
         matrices(full, folder),
         sheet(laboratory, main, full, folder),
-        prophecy(predicted, folder),
+        predictions(predicted, folder),
         f"Not measured yet: {'; '.join(missing)}." if missing else "",
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -153,16 +152,16 @@ def setting(laboratory: Laboratory, plan: Plan, names: Sequence[str]) -> str:
             f"token vectors, {size.steps} steps of {size.batch} pictures, {rate}; {plan.seeds} seeds.",
             f"Prompts: `{prompts.single}`, `{prompts.pair}` around the ring of concepts,",
             f"each concept beside an ordinary thing, and {len(prompts.free)} without concepts. Judge: pocket-clip, on",
-            "the half of the picture where a concept was asked for. `make bench-fusion` redoes only what changed.",
+            "the half of the picture that should show a concept. `make bench-fusion` repeats only what changed.",
         ]
     )
 
 
-def described(full: Sequence[dict[str, Any]]) -> str:
+def descriptions(full: Sequence[dict[str, Any]]) -> str:
     return table(("arm", "what it is"), [(score["arm"], arms()[score["arm"]].about) for score in full])
 
 
-def alike(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
+def look_alikes(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     rows = [row_of(score) for (_, names), score in scored.items() if names == ALIKE]
     return f"## Look-alikes: {', '.join(ALIKE)}\n\n{table(HEADINGS, rows)}" if rows else ""
 
@@ -177,17 +176,17 @@ def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     return f"## Controls of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
 
 
-def searched(laboratory: Laboratory, plan: Plan) -> str:
+def learning_rates(laboratory: Laboratory, plan: Plan) -> str:
     if not plan.searched:
         return ""
-    found = {name: rates.search(laboratory, name, plan.tried) for name in plan.searched}
+    searches = {name: rates.search(laboratory, name, plan.tried) for name in plan.searched}
     rows = [
-        [name, *(number(value, 3) for value in row.values()), f"{rates.best(row):g}"] for name, row in found.items()
+        [name, *(number(value, 3) for value in row.values()), f"{rates.best(row):g}"] for name, row in searches.items()
     ]
     return (
-        "## Learning rates\n\nLikeness to their references of two concepts drawn alone, at three rates. The base's own "
-        "rate is kept unless another is better by 0.02.\n\n"
-        + table(("recipe", *(f"{rate:g}" for rate in rates.RATES), "taken"), rows)
+        "## Learning rates\n\nSimilarity to their references of two concepts drawn alone, at three rates. The base's "
+        "own rate is kept unless another is better by 0.02.\n\n"
+        + table(("recipe", *(f"{rate:g}" for rate in rates.RATES), "chosen"), rows)
     )
 
 
@@ -195,8 +194,9 @@ def curves(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], folder: Pa
     lines: dict[str, dict[int, tuple[float, float]]] = {}
     for (arm, names), score in scored.items():
         if arm in CURVE and names == NAMES[: len(names)]:
-            seen = score["identity"]
-            lines.setdefault(arm, {})[len(names)] = kept_alone(seen)[0], off_diagonal(seen["single_leakage"])
+            identity = score["identity"]
+            values = single_retention(identity)[0], off_diagonal(identity["single_leakage"])
+            lines.setdefault(arm, {})[len(names)] = values
     counts = sorted({n for points in lines.values() for n in points})
     if len(counts) < 2:
         return ""
@@ -207,46 +207,46 @@ def curves(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], folder: Pa
     return f"## More and more concepts\n\n![Retention and leakage](fusion-bench-curves.png)\n\n{heading}"
 
 
-def judged(full: Sequence[dict[str, Any]]) -> str:
-    """How far the judge is to be believed: its own errors, and a control."""
-    seen = full[0]["identity"]
-    matrix = np.asarray(seen["matrix"])
-    swapped = np.roll(matrix, 1, axis=1).diagonal().mean()  # every concept held against another's references
+def judge(full: Sequence[dict[str, Any]]) -> str:
+    """How reliable the judge is: its own errors, and a control."""
+    identity = full[0]["identity"]
+    matrix = np.asarray(identity["matrix"])
+    swapped = np.roll(matrix, 1, axis=1).diagonal().mean()  # every concept compared with another's references
     return (
-        f"## The judge\n\nIt tells {seen['reliability']:.0%} of the reference pictures apart. Concepts drawn alone are "
-        f"{np.mean(seen['alone']):.2f} like their references, the base's nouns {np.mean(seen['floor']):.2f}. Control, "
-        f"names swapped around: crops of pairs are {swapped:.2f} like the wrong concept's references, "
-        f"{matrix.diagonal().mean():.2f} like their own."
+        f"## The judge\n\nIt tells {identity['reliability']:.0%} of the reference pictures apart. Similarity to their "
+        f"references: concepts drawn alone {np.mean(identity['alone']):.2f}, the base's nouns "
+        f"{np.mean(identity['floor']):.2f}. Control, with the names swapped: crops of pairs have "
+        f"{swapped:.2f} to the wrong concept's references, "
+        f"{matrix.diagonal().mean():.2f} to their own."
     )
 
 
 def matrices(full: Sequence[dict[str, Any]], folder: Path | None) -> str:
-    wanted = ("spectral", "spectral, places found", "spectral-quiet", "lora, direct_sum", "lora, composite")
-    found = {s["arm"]: (s["concepts"], s["identity"]["matrix"]) for s in full if s["arm"] in wanted}
-    if folder is None or not found:
+    shown = ("spectral", "spectral, places found", "spectral-quiet", "lora, direct_sum", "lora, composite")
+    rows = {s["arm"]: (s["concepts"], s["identity"]["matrix"]) for s in full if s["arm"] in shown}
+    if folder is None or not rows:
         return ""
-    plots.write(figures.matrices(found), folder / "fusion-bench-matrices.png")
+    plots.write(figures.matrices(rows), folder / "fusion-bench-matrices.png")
     return (
-        "## Who is in whose place\n\nLikeness of the crop where a concept was asked for to every concept's references, "
-        "in pictures of two.\n\n![Identity matrices](fusion-bench-matrices.png)"
+        "## Which concept is in which crop\n\nSimilarity of the crop that should show a concept to every concept's "
+        "references, in pictures of two.\n\n![Identity matrices](fusion-bench-matrices.png)"
     )
 
 
 def sheet(laboratory: Laboratory, names: tuple[str, ...], full: Sequence[dict[str, Any]], folder: Path | None) -> str:
     if folder is None:
         return ""
-    chosen, there = concepts(names), {score["arm"] for score in full}
-    tokens = [concept.token for concept in chosen]
-    asked, several = laboratory.prompts, tokens[:4]
-    prompts = [asked.single.format(first=token) for token in several]
-    prompts += [asked.pair.format(first=one, second=two) for one, two in pairwise(several)]
-    prompts += asked.free[:2]
+    subjects, scored = concepts(names), {score["arm"] for score in full}
+    templates, tokens = laboratory.prompts, [concept.token for concept in subjects[:4]]
+    prompts = [templates.single.format(first=token) for token in tokens]
+    prompts += [templates.pair.format(first=one, second=two) for one, two in pairwise(tokens)]
+    prompts += templates.free[:2]
     rows = {}
-    for arm in (name for name in SHOWN if name in there):
-        files = laboratory.files(arms()[arm].recipe, chosen)
-        draw = laboratory.together(arm, chosen, files)
+    for arm in (name for name in SHEET_ARMS if name in scored):
+        files = laboratory.files(arms()[arm].recipe, subjects)
+        draw = laboratory.together(arm, subjects, files)
         rows[arm] = [draw(prompt, laboratory.seeds[0]) for prompt in prompts]
-    titles = [*several, *(f"{one}\n{two}" for one, two in pairwise(several)), "no concept", "no concept"]
+    titles = [*tokens, *(f"{one}\n{two}" for one, two in pairwise(tokens)), "no concept", "no concept"]
     figure = figures.sheet(rows, titles)
     figure.savefig(folder / "fusion-bench-sheet.jpg", dpi=100, pil_kwargs={"quality": 88})
     return (
@@ -255,25 +255,25 @@ def sheet(laboratory: Laboratory, names: tuple[str, ...], full: Sequence[dict[st
     )
 
 
-def prophecy(predicted: dict[str, Any], folder: Path | None) -> str:
+def predictions(predicted: dict[str, Any], folder: Path | None) -> str:
     if not predicted:
         return ""
     rows: list[list[str]] = []
     for recipe, pairs in predicted.items():
         known = [pair for pair in pairs if pair["foreseen"] is not None]
         lost = [pair["lost"] for pair in known]
-        said = ([pair[key] for pair in known] for key in ("heard", "foreseen"))
+        predictors = ([pair[key] for pair in known] for key in ("heard", "foreseen"))
         halves = ([pair["halves"][k] for pair in known] for k in (0, 1))
-        agree = [prediction.rank_correlation(values, lost) for values in said]
-        agree.append(prediction.rank_correlation(*halves))
-        rows.append([recipe, f"{len(known)} of {len(pairs)}", *map(number, agree)])
+        correlations = [prediction.rank_correlation(values, lost) for values in predictors]
+        correlations.append(prediction.rank_correlation(*halves))
+        rows.append([recipe, f"{len(known)} of {len(pairs)}", *map(number, correlations)])
     if folder:
         plots.write(figures.scatter(predicted), folder / "fusion-bench-prediction.png")
-    heading = table(("recipe", "ordered pairs", "heard", "foreseen", "halves of the seeds"), rows)
+    heading = table(("recipe", "ordered pairs", "cross-talk", "first step", "halves of the seeds"), rows)
     return (
-        "## Known before anything was drawn\n\nWhat share of its identity concept j loses in pictures with i's adapter "
-        "added ungated, by rank correlation over ordered pairs: with cross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖, heard in weights "
-        "and inputs (`fusion.cross_talk`); with the share foreseen from the UNet's first step (`fusion.forecast`); and "
-        f"between halves of the seeds, which is as much as anything could reach.\n\n{heading}"
+        "## Predicted before anything is drawn\n\nThe share of its identity that concept j loses in pictures with i's "
+        "adapter added ungated, by its rank correlation over ordered pairs: with cross-talk ‖ΔWᵢ Xⱼ‖ / ‖ΔWⱼ Xⱼ‖, from "
+        "weights and inputs (`fusion.cross_talk`); with the share predicted from the UNet's first step "
+        f"(`fusion.forecast`); and between halves of the seeds, which no prediction could exceed.\n\n{heading}"
         + ("\n\n![Prediction](fusion-bench-prediction.png)" if folder else "")
     )

@@ -1,4 +1,4 @@
-"""What is to be done for a plan, in an order that several processes can share."""
+"""The tasks of a plan, which several processes can share."""
 
 import time
 from argparse import Namespace
@@ -13,7 +13,7 @@ from benchmarks.laboratory.concepts import concepts
 from benchmarks.laboratory.plan import FULL, QUICK, Plan, narrowed
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Busy, Missing, Store
-from benchmarks.laboratory.teaching import School
+from benchmarks.laboratory.trainer import Trainer
 from fusion.models.pipelines import embedded
 
 
@@ -21,8 +21,8 @@ def run(options: Namespace) -> None:
     """All that the command line asks for."""
     plan = narrowed(options.arms, options.concepts) if options.arms else QUICK if options.quick else FULL
     store = Store(options.store, wait=False, make=options.only != "write")
-    school = School(store, plan.size, options.base, options.device)
-    laboratory = Laboratory(store, school, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
+    trainer = Trainer(store, plan.size, options.base, options.device)
+    laboratory = Laboratory(store, trainer, options.judge or embedded("pocket-clip", "config.json"), range(plan.seeds))
     if plan.searched and options.only != "draw":
         work([partial(rates.search, laboratory, recipe, plan.tried) for recipe in plan.searched])
     for recipe in plan.searched:
@@ -36,11 +36,11 @@ def run(options: Namespace) -> None:
 
 
 def tasks(laboratory: Laboratory, plan: Plan, only: str | None) -> list[Callable[[], Any]]:
-    """Everything to be done, in an order in which what is wanted most comes first."""
+    """All tasks, the most important results first."""
     teach: list[Callable[[], Any]] = []
     if only != "draw":
-        wanted = [(arms()[row.arm].recipe, k, c) for row in plan.rows for k, c in enumerate(concepts(row.names))]
-        teach = [partial(laboratory.taught, recipe, c, k) for recipe, k, c in wanted]
+        trainings = [(arms()[row.arm].recipe, k, c) for row in plan.rows for k, c in enumerate(concepts(row.names))]
+        teach = [partial(laboratory.adapter_file, recipe, c, k) for recipe, k, c in trainings]
     draw: list[Callable[[], Any]] = []
     if only != "teach":
         draw = [partial(laboratory.score, row.arm, concepts(row.names), pairs=row.pairs) for row in plan.rows]
@@ -49,7 +49,7 @@ def tasks(laboratory: Laboratory, plan: Plan, only: str | None) -> list[Callable
 
 
 def work(pending: list[Callable[[], Any]]) -> None:
-    """Do all of it; what another process has in hand is asked for again later."""
+    """Run all tasks; one that another process is running is tried again later."""
     while pending:
         busy: list[Callable[[], Any]] = []
         for task in pending:

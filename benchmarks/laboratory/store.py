@@ -1,4 +1,4 @@
-"""Cells: results kept by the hash of what they were made from, so that a rerun makes only what changed."""
+"""Cells: results stored under the hash of their inputs, so that a rerun computes only what changed."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ class Busy(Exception):
 
 
 class Missing(Exception):
-    """Nobody has made this cell yet, and this store only reads."""
+    """This cell does not exist yet, and this store only reads."""
 
 
 class Store:
-    """A folder of finished cells. Half a cell is never seen: each is made aside and moved into place."""
+    """A folder of complete cells: each is made under another name and moved into place."""
 
     def __init__(self, folder: Path = HOME, *, wait: bool = True, make: bool = True) -> None:
         """`wait` for a cell that another process is making, otherwise raise Busy; `make` none: raise Missing."""
@@ -30,27 +30,27 @@ class Store:
     def cell(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The folder of this cell, which `make(folder)` fills if it does not exist yet. `inputs` are JSON values."""
         text = json.dumps({"kind": kind, **inputs}, sort_keys=True)
-        done = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
-        if done.is_dir():
-            return done
+        cell = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if cell.is_dir():
+            return cell
         if not self.make:
-            raise Missing(f"{kind} {done.name}")
-        done.parent.mkdir(parents=True, exist_ok=True)
+            raise Missing(f"{kind} {cell.name}")
+        cell.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(f"{done}.lock", timeout=-1 if self.wait else 0):
-                if not done.is_dir():
-                    new = Path(f"{done}.new")
+            with FileLock(f"{cell}.lock", timeout=-1 if self.wait else 0):
+                if not cell.is_dir():
+                    new = Path(f"{cell}.new")
                     shutil.rmtree(new, ignore_errors=True)
                     new.mkdir()
                     (new / "inputs.json").write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
                     make(new)
-                    new.rename(done)
+                    new.rename(cell)
         except Timeout:
-            raise Busy(f"{kind} {done.name}") from None
-        return done
+            raise Busy(f"{kind} {cell.name}") from None
+        return cell
 
     def numbers(self, kind: str, inputs: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-        """A cell that is JSON: what `measure()` returns, or returned when it was run."""
+        """A cell of JSON: what `measure()` returns now, or returned when the cell was made."""
 
         def make(folder: Path) -> None:
             (folder / "result.json").write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
@@ -60,7 +60,7 @@ class Store:
 
 def digest(*files: Path) -> str:
     """One hash of the contents of files."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for file in sorted(files):
-        found.update(hashlib.sha256(file.read_bytes()).digest())
-    return found.hexdigest()[:16]
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A concept by a recipe becomes an adapter, in a cell."""
+"""Trains a concept by a recipe; the adapter is stored in a cell."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ RATE = 3e-3
 
 @dataclass(frozen=True)
 class Size:
-    """What every training has in common; small ones for a quick look."""
+    """The common settings of all trainings; smaller ones for quick runs."""
 
     rank: int = 4
     steps: int = 150
@@ -23,8 +23,8 @@ class Size:
 
 
 @dataclass
-class School:
-    """Teaches, and remembers what it has taught. The base is opened when first needed."""
+class Trainer:
+    """Trains adapters, each once. The base is opened on first use."""
 
     store: Store
     size: Size = Size()
@@ -37,7 +37,7 @@ class School:
 
     @cached_property
     def base_digest(self) -> str:
-        """Of a local base's weights; the name of one of the hub."""
+        """Hash of a local base's weights, or the name of one on the hub."""
         folder = Path(self.base or fusion.pocket())
         return digest(*folder.rglob("*.safetensors")) if folder.is_dir() else str(self.base)
 
@@ -50,7 +50,7 @@ class School:
             **vars(self.size),
         }
 
-    def taught(self, concept: Concept, recipe: str, k: int, rate: float = RATE) -> Path:
+    def adapter_file(self, concept: Concept, recipe: str, k: int, rate: float = RATE) -> Path:
         """The file of the k-th concept's adapter."""
 
         def make(folder: Path) -> None:
@@ -70,12 +70,13 @@ class School:
                 output_name=concept.name,
                 checkpointing_steps=0,
                 use_masks=False,
-                **{"quiet_loss_weight": 0.0, **row.settings},  # the base's own is for the rows about it alone
+                **{"quiet_loss_weight": 0.0, **row.settings},  # the base's default would change the other rows
             )
             *_, last = fusion.train(self.pipe, config)
             fusion.save(last.adapter, folder / "adapter.safetensors")
             print(
-                f"taught {concept.name} by {recipe} at {rate:g}: loss {last.loss:.3f}, {last.seconds:.0f} s", flush=True
+                f"trained {concept.name} by {recipe} at {rate:g}: loss {last.loss:.3f}, {last.seconds:.0f} s",
+                flush=True,
             )
 
         return self.store.cell("adapter", self.inputs(concept, recipe, k, rate), make) / "adapter.safetensors"
