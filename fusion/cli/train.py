@@ -1,4 +1,4 @@
-"""Teach a concept from a folder of pictures.
+"""Train an adapter for a concept on a folder of pictures.
 
 Settings come from flags, then from the file given with --config, then from the base's own fusion.toml, then from the
 defaults below, which suit Stable Diffusion 1.5. --print_config shows what applies.
@@ -73,7 +73,7 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     from fusion.formats.adapter_file import save
     from fusion.training.loop import train
 
-    print(f"teaching {config.token} from {short(config.instance_data_dir)}", flush=True)
+    print(f"training {config.token} on {short(config.instance_data_dir)}", flush=True)
     step, checkpoint, previews, losses = None, None, [], deque[float](maxlen=25)
     target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
     training: Any = train(pipe, config)

@@ -10,6 +10,8 @@ import fusion
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import FusionError, SliceConflict, UnknownName
+from fusion.models import layer_sites
+from fusion.training import setup
 from fusion.training.loss import denoising_loss
 from fusion.training.setup import named_parameters
 from fusion.training.training_data import TrainingData
@@ -90,6 +92,27 @@ def test_an_error_in_the_middle_leaves_the_pipeline_as_found(pictures):
     with pytest.raises(FusionError, match="loss is"):
         list(fusion.train(pipe, config(pictures, learning_rate=1e30, max_train_steps=30, max_grad_norm=0.0)))
     assert pipe.tokenizer is tokenizer and same(before, bits(pipe))
+
+
+def test_layers_are_walked_once_until_the_first_step(pipe, pictures, monkeypatch):
+    walked, walk = [], layer_sites.walk
+    monkeypatch.setattr(layer_sites, "walk", lambda component, root: walked.append(component) or walk(component, root))
+    settings = config(pictures, quiet_loss_weight=1.0, balance_slices=True, validation_prompt="a {token}")
+    training = fusion.train(pipe, settings)
+    assert next(training).step == 1
+    assert walked == [*layer_sites.components(pipe)]
+    training.close()
+
+
+def test_an_untrained_adapter_is_made_without_a_trace(pictures):
+    pipe, settings = tiny.pipeline("sd1"), config(pictures)
+    targets = setup.target_sites(pipe, settings)
+    one, two = (setup.fresh_adapter(pipe, settings, targets, fusion.SpectralSlice(4, 4)) for _ in range(2))
+    assert one.digest() == two.digest() and one.slices == (fusion.SpectralSlice(4, 4),)
+    assert not settings.output_dir.exists()  # nothing was reserved or written
+    with setup.reserved_slice(pipe, settings, targets) as directions:
+        assert directions == fusion.SpectralSlice(0, 4) and list(settings.output_dir.glob(".*.reserved"))
+    assert not list(settings.output_dir.glob(".*.reserved"))
 
 
 def test_equal_seeds_give_equal_adapters_and_others_do_not(pictures):
