@@ -68,7 +68,7 @@ class _Adapted(nn.Module):
         # Past nn.Module's registry: state-dict keys, .parameters() and .to() stay those of the base layer.
         object.__setattr__(self, "base", base)
         self._rows, self._outputs = rows, outputs
-        self.branches, self._ungated = {}, dict[int, LayerBranch]()
+        self.branches, self._ungated = {}, list[LayerBranch]()
         self._by_gate_token: dict[str, dict[int, LayerBranch]] = {}
         self._sum: tuple[tuple[object, ...], Delta] | None = None
         # A tensor, since torch.compile would take a number for a constant and compile every layer anew.
@@ -83,14 +83,14 @@ class _Adapted(nn.Module):
         """Attach a branch; sums are taken in the order of gates, then keys, so keys grow."""
         self.branches[key] = branch
         if not branch.gate:
-            self._ungated[key] = branch
+            self._ungated = [*self._ungated, branch]  # a new list: another thread may read the other now
         for token in branch.gate:
             self._by_gate_token.setdefault(token, {})[key] = branch
         self._sum = None
 
     def remove(self, key: int) -> None:
         branch = self.branches.pop(key)
-        self._ungated.pop(key, None)
+        self._ungated = [other for other in self._ungated if other is not branch]
         for token in branch.gate:
             del self._by_gate_token[token][key]
             if not self._by_gate_token[token]:
@@ -102,7 +102,7 @@ class _Adapted(nn.Module):
         raise NotImplementedError
 
     def _ungated_branches(self) -> list[LayerBranch]:
-        return [branch for branch in self._ungated.values() if branch.strength.value]
+        return [branch for branch in self._ungated if branch.strength.value]
 
     def _gated_branches(self, rows: Rows | None) -> list[LayerBranch]:
         """Gated branches of the tokens present. In one order whichever was attached first: sums round alike."""
@@ -243,15 +243,17 @@ def _shape(y: Tensor, x: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-@torch.compiler.disable
-def _uncompiled(layer: _Adapted, y: Tensor, x: Tensor) -> Tensor:
-    return layer.with_branches(y, x)
-
-
 def _compiled(layer: _Adapted, y: Tensor, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # gradients of branches, which the operator does not take
-        return _uncompiled(layer, y, x)
+        return outside_graphs(layer.with_branches, y, x)
     return _branches_operator(y, x, layer._number)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+outside_graphs: Any = torch.compiler.disable(_call)  # calls a function as it is from the midst of a compiled model
 
 
 def _concatenated(parts: list[tuple[Delta, float]]) -> Delta:

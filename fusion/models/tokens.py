@@ -36,7 +36,8 @@ def text_encoders(pipe: Pipeline) -> dict[str, nn.Module]:
 
 def embedding_of(text_encoder: Any) -> nn.Embedding:
     """The token embedding, whatever the layout of the class around it."""
-    return uncompiled(text_encoder).get_input_embeddings()
+    encoder: Any = uncompiled(text_encoder)
+    return encoder.get_input_embeddings()
 
 
 def initial_rows(pipe: Pipeline, concept: Concept) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.layer_names import TOKENIZERS
 from fusion.models import base_check, layer_sites
 from fusion.models.adapted_layers import AdaptedLinear
-from fusion.models.attachment import attach, state_of
+from fusion.models.attached_state import state_of
+from fusion.models.attachment import attach
 from fusion.models.baking import bake
 from fusion.models.denoising import Conditioning, predict
 from fusion.models.gates import TokenRows
@@ -159,6 +160,21 @@ def test_two_threads_draw_what_one_draws(family):
             )
         )
     assert [list(map(torch.equal, *pair)) for pair in zip(serial, parallel, strict=True)] == [[True] * 12] * 2
+
+
+def test_threads_may_attach_and_detach():
+    pipe = tiny.pipeline("sd1")
+    one, two = clones(pipe, 2)
+    adapters = {"<a>": trained_adapter(pipe, "<a>"), "<b>": trained_adapter(pipe, "<b>", k=1, targets=everywhere(pipe))}
+
+    def pictures(clone, token):
+        with attached(clone, adapters[token]):
+            return draw(clone, f"a {token}")
+
+    alone = pictures(one, "<a>"), pictures(two, "<b>")
+    many = in_threads(*(lambda a=a: [pictures(*a) for _ in range(8)] for a in ((one, "<a>"), (two, "<b>"))))
+    assert [[torch.equal(p, a) for p in ps] for ps, a in zip(many, alone, strict=True)] == [[True] * 8] * 2
+    assert not any(isinstance(m, AdaptedLinear) for m in pipe.unet.modules())
 
 
 def test_a_thread_with_regions_leaves_the_other_alone():
