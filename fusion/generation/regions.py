@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import Region
-from fusion.models.attached_state import attached_state
+from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 
 

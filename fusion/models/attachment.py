@@ -14,9 +14,9 @@ from fusion.adapters.adapter import Adapter, Branch, float32
 from fusion.errors import ConfigError, GatingError, UnknownName, closest
 from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
-from fusion.models.attached_state import AttachedState, state_of
 from fusion.models.base_check import check_base
 from fusion.models.layer_sites import sites
+from fusion.models.model_state import AttachedState, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta
 

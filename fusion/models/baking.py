@@ -4,10 +4,10 @@ import torch
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError, GatingError
-from fusion.models.attached_state import attached_state, state_of
 from fusion.models.attachment import effective_gates
 from fusion.models.base_check import check_base
 from fusion.models.layer_sites import sites
+from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.models.tokens import make_permanent
 

@@ -17,12 +17,12 @@ from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.layer_names import TOKENIZERS
 from fusion.models import base_check, layer_sites
 from fusion.models.adapted_layers import AdaptedLinear
-from fusion.models.attached_state import state_of
 from fusion.models.attachment import attach
 from fusion.models.baking import bake
 from fusion.models.denoising import Conditioning, predict
 from fusion.models.gates import TokenRows
 from fusion.models.layer_sites import components, sites
+from fusion.models.model_state import state_of
 from trained import attached, draw, everywhere, trained_adapter
 
 
