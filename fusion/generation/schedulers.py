@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+from diffusers.configuration_utils import ConfigMixin
 
 from fusion.errors import ConfigError, UnknownName, closest
 from fusion.models.pipeline import Pipeline
@@ -36,7 +37,7 @@ def own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
         pipe.scheduler = original
 
 
-def make_scheduler(original: Any, name: str | None) -> Any:
+def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
     """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same kind.
 
     Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.

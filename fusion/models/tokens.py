@@ -34,7 +34,7 @@ def text_encoders(pipe: Pipeline) -> dict[str, nn.Module]:
     return {name: uncompiled(module) for name, module in components(pipe).items() if name in TOKENIZERS}
 
 
-def embedding_of(text_encoder: Any) -> nn.Embedding:
+def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
     """The token embedding, whatever the layout of the class around it."""
     encoder: Any = uncompiled(text_encoder)
     return encoder.get_input_embeddings()

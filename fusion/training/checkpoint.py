@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from fusion.adapters.adapter import content
 from fusion.config import StrictModel
@@ -57,7 +59,7 @@ class Checkpoint:
     slice: SpectralSlice | None
     tensors: Mapping[str, Tensor]
 
-    def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any) -> None:
+    def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None) -> None:
         """Put parameters, AdamW's moments and the gradient scaler back. Raises FormatError for shapes that differ."""
         shapes = {f"parameter.{name}": parameter.shape for name, parameter in parameters.items()}
         moments: dict[int, dict[str, Tensor | None]] = {}
@@ -83,7 +85,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any,
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None,
     *, run: str, step: int, loss: float, settings: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Write the checkpoint `path`, whole or not at all. `settings`: those that must not change on resuming."""

@@ -3,9 +3,8 @@
 Shapes: B examples, C latent channels, H W latent size.
 """
 
-from typing import Any
-
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
@@ -24,10 +23,10 @@ def sample_noise(shape: torch.Size, noise_offset: float, generator: torch.Genera
     return noise
 
 
-def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def denoising_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The prediction target: the noise, or the velocity (Salimans & Ho 2022)."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
     return noise
 
 
@@ -46,8 +45,8 @@ def denoising_loss(
     return (per_example if weights is None else per_example * weights).mean()
 
 
-def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Min-SNR-γ weights (Hang et al. 2023, arXiv 2303.09556), (B,): min(SNR, γ) over SNR, or over SNR + 1 for v."""
     snr = compute_snr(scheduler, timesteps)
-    divisor = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr.clamp(min=1e-8)
+    divisor = snr + 1 if scheduler.config["prediction_type"] == "v_prediction" else snr.clamp(min=1e-8)
     return snr.clamp(max=gamma) / divisor
