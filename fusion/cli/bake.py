@@ -15,14 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "example: fusion bake pets.safetensors -o pets-model --gating none"
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="an adapter file, single or fused")
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the new base, a folder that does not exist",
-    )
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the new base, a folder that does not exist")
     add("--gating", choices=("tokens", "none"), help="none: accept that baked weights act on every token")
     add_base_arguments(parser)
 

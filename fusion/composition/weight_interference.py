@@ -3,7 +3,7 @@
 Shapes: N adapters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fusing import split_branches
+from fusion.spectral.delta import Delta
 from fusion.spectral.interference import cosines, energy_ratio, gram, retention, subspace_overlap
 
 
@@ -43,9 +44,10 @@ class Interference:
 
 def interference(adapters: Sequence[Adapter]) -> Interference:
     """Measure adapters against each other, a fused one as its branches."""
-    changes = [part.deltas() for adapter in adapters for part in split_branches(adapter)]
+    parts = [part for adapter in adapters for part in split_branches(adapter)]
+    changes = [part.deltas() for part in parts]
     return replace(
-        cosine_interference(adapters),
+        _cosines(parts, changes),
         column_overlap=_overlaps([{n: delta.up for n, delta in change.items()} for change in changes]),
         row_overlap=_overlaps([{n: delta.down.T for n, delta in change.items()} for change in changes]),
     )
@@ -54,7 +56,10 @@ def interference(adapters: Sequence[Adapter]) -> Interference:
 def cosine_interference(adapters: Sequence[Adapter]) -> Interference:
     """The same without the overlaps of directions, which take an SVD for each layer and pair."""
     parts = [part for adapter in adapters for part in split_branches(adapter)]
-    changes = [part.deltas() for part in parts]
+    return _cosines(parts, [part.deltas() for part in parts])
+
+
+def _cosines(parts: Sequence[Adapter], changes: Sequence[Mapping[str, Delta]]) -> Interference:
     layers = dict.fromkeys(layer for change in changes for layer in change)
     grams = {layer: gram([change.get(layer) for change in changes]) for layer in layers}
     total = sum(grams.values(), torch.zeros(len(parts), len(parts), dtype=torch.float64))
