@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
-from fusion.cli.console import Parser, UsageError, listening
+from fusion.cli.console import Parser, UsageError, showing_logs
 from fusion.errors import FusionError, closest
 
 VERBS = {
-    "check": "look at pictures before teaching them",
-    "train": "teach a concept from a folder of pictures",
+    "check": "check pictures before training on them",
+    "train": "train an adapter for a concept on a folder of pictures",
     "fuse": "make several adapters one",
     "generate": "draw pictures, with adapters or without",
-    "inspect": "say what adapter files hold and how they get along",
-    "library": "list, take in, rename and delete adapters; who owns which slice",
+    "inspect": "show what adapter files hold and whether they can be used together",
+    "library": "list, import, rename and delete adapters; show who owns which slice",
     "export": "write an adapter as a LoRA for other programs",
     "bake": "add an adapter into a copy of the base",
     "evaluate": "measure adapters in weights and in model output",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = arguments(verb, words[1:])
     except SystemExit as leaving:  # argparse has printed help or an error
         return int(leaving.code or 0)
-    with listening(verbose=args.verbose):
+    with showing_logs(verbose=args.verbose):
         try:
             return import_module(f"fusion.cli.{verb}").run(args) or 0
         except FusionError as error:
@@ -57,7 +57,7 @@ def choose(first: list[str]) -> str:
     table = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
     parser = Parser("fusion", DESCRIPTION)
     parser.usage = "fusion <command> [options]"
-    parser.epilog = f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help says more."
+    parser.epilog = f"commands:\n{table}\n\n{EXAMPLE}\nfusion <command> --help lists the options."
     parser.add_argument("--version", action="version", version=f"spectral-fusion {version()}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     verb = parser.parse_args(first).command
@@ -73,7 +73,8 @@ def arguments(verb: str, words: Sequence[str]) -> argparse.Namespace:
     module = import_module(f"fusion.cli.{verb}")
     parser = Parser(f"fusion {verb}", module.__doc__)
     module.add_arguments(parser)
-    parser.add_argument("--verbose", action="store_true", help="also show what the libraries underneath have to say")
+    text = "also show messages of torch, diffusers and transformers"
+    parser.add_argument("--verbose", action="store_true", help=text)
     args = parser.parse_intermixed_args(words)
     args.words = [verb, *words]
     return args

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusion.cli.console import labelled
+from fusion.cli.console import print_labelled
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
     resolution = args.resolution or read_base_defaults(pocket(), "training").get("resolution", 512)
     checks = check_pictures([path for path in visible(args.folder) if is_picture(path)], resolution)
     for check in checks.pictures:
-        labelled(f"{check.path.name}: ", " ".join(check.warnings) or f"{check.size[0]}x{check.size[1]}, fine")
+        print_labelled(f"{check.path.name}: ", " ".join(check.warnings) or f"{check.size[0]}x{check.size[1]}, fine")
     for warning in checks.warnings:
         print(f"warning: {warning}")
     usable = [(check.crop, check.path.name) for check in checks.pictures if check.crop]

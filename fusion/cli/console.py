@@ -1,4 +1,4 @@
-"""What the verbs share at the terminal: the parser, messages, tables and sizes."""
+"""What the verbs share at the terminal: the parser, flags, messages, tables and sizes."""
 
 import contextlib
 import json
@@ -56,8 +56,8 @@ class _Handler(logging.Handler):
 
 
 @contextlib.contextmanager
-def listening(*, verbose: bool) -> Generator[None]:
-    """Show the library's log while a command runs; of the libraries underneath only if asked."""
+def showing_logs(*, verbose: bool) -> Generator[None]:
+    """Show the library's log while a command runs, and with `verbose` the messages of the libraries it uses."""
     logger, handler = logging.getLogger("fusion"), _Handler()
     before = logger.level
     logger.addHandler(handler)
@@ -144,8 +144,8 @@ def terminal_width() -> int:
     return min(shutil.get_terminal_size((110, 24)).columns, 110)
 
 
-def short(path: Path) -> Path:
-    """A path as seen from here."""
+def relative(path: Path) -> Path:
+    """A path relative to the working folder, where it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -174,32 +174,32 @@ def progress() -> Generator[Callable[..., None]]:
         yield advance
 
 
-def notes(lines: Sequence[str]) -> None:
-    """Print remarks, wrapped under their dashes."""
+def print_list(lines: Sequence[str]) -> None:
+    """Print sentences, each wrapped behind a dash."""
     for line in lines:
-        labelled("  - ", line)
+        print_labelled("  - ", line)
 
 
-def labelled(label: str, text: str) -> None:
+def print_labelled(label: str, text: str) -> None:
     """Print a text, wrapped beside its label."""
     indent = " " * len(label)
     print(textwrap.fill(text, terminal_width(), initial_indent=label, subsequent_indent=indent, break_on_hyphens=False))
 
 
-def verdict(word: str, report: Any) -> None:
-    """Print what `compatibility` says."""
+def print_compatibility(word: str, report: Any) -> None:
+    """Print the verdict of `compatibility`, its reasons and its advice."""
     print(f"{word}: {report.sentence}")
-    notes([*report.problems[1:], *report.advice])
+    print_list([*report.problems[1:], *report.advice])
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Print a heading and rows in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(indent + "  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def size(path: Path) -> str:
+def file_size(path: Path) -> str:
     """`142kB`, `8.70MB`."""
     from tqdm import tqdm
 

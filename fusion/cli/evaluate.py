@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, notes, open_base, table, verdict
+from fusion.cli.console import UsageError, add_base_arguments, open_base, print_compatibility, print_list, print_table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -48,13 +48,13 @@ def run(args: Namespace) -> None:
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return
-    verdict(report.compatibility.verdict, report.compatibility)
+    print_compatibility(report.compatibility.verdict, report.compatibility)
     print()
     for rows in (report.rows(), report.picture_rows()):
         if rows:
-            table(rows)
+            print_table(rows)
             print()
-    notes(report.remarks())
+    print_list(report.remarks())
 
 
 def load_references(pairs: list[str]) -> dict[str, list[Any]]:

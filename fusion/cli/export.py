@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusion.cli.console import add_file_arguments, example, notes, size
+from fusion.cli.console import add_file_arguments, example, file_size, print_list
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: Namespace) -> None:
     adapter = load(args.adapter)
     report = export(adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype)
     for path in report.files:
-        print(f"wrote {path} ({size(Path(path))})")
-    notes(report.notes)
+        print(f"wrote {path} ({file_size(Path(path))})")
+    print_list(report.notes)
     if adapter.gated:
         print(f"next: {example('evaluate', args.adapter)}  # measures what the missing gates cost")

@@ -15,9 +15,9 @@ from fusion.cli.console import (
     add_file_arguments,
     add_strengths,
     example,
+    file_size,
     open_base,
-    size,
-    verdict,
+    print_compatibility,
 )
 from fusion.errors import closest
 from fusion.methods import METHODS, MethodOptions
@@ -76,10 +76,10 @@ def run(args: Namespace) -> None:
     )
     report = compatibility([fuse([adapter], gating=args.gating, allow_overlap=True) for adapter in adapters])
     # What was fused in spite of a refusal, the method or --allow_overlap permits.
-    verdict("caution" if report.verdict == "refused" else report.verdict, report)
+    print_compatibility("caution" if report.verdict == "refused" else report.verdict, report)
     save(fused, args.output, dtype=args.dtype)
     tokens = [concept.token for concept in fused.info.concepts]
-    print(f"wrote {args.output} ({size(args.output)}): {' '.join(tokens) or 'no concept tokens'}")
+    print(f"wrote {args.output} ({file_size(args.output)}): {' '.join(tokens) or 'no concept tokens'}")
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
     prompt = " beside ".join(f"a {token}" for token in tokens) or "a photo"

@@ -1,4 +1,8 @@
-"""Draw pictures of a prompt. Every PNG carries its whole recipe, and --from draws it again."""
+"""Draw pictures of a prompt. Every PNG carries its whole recipe, and --from draws it again.
+
+Settings that are not given come from the recipe of --from, then from the base's own fusion.toml, then from the defaults
+below.
+"""
 
 import hashlib
 import logging

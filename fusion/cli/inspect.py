@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import labelled, size, table, verdict
+from fusion.cli.console import file_size, print_compatibility, print_labelled, print_table
 
 WIDTH = 64  # characters of the slice map
 COLUMNS = 9  # how many facts the table of several adapters shows
@@ -19,7 +19,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "fusion inspect PATH ... [options]"
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="adapter files, LoRA files, or folders of them")
-    add("--plot", type=Path, metavar="FILE", help="also draw slice map and interference as .png, .svg or .pdf")
+    text = "also draw slice map and interference as .png, .svg or .pdf"
+    add("-o", "--output", "--plot", dest="plot", type=Path, metavar="FILE", help=text)
     add("--json", action="store_true", help="print everything as JSON")
 
 
@@ -45,15 +46,15 @@ def run(args: Namespace) -> None:
     if len(adapters) == 1:
         for label, text in rows[0].items():
             if text:
-                labelled(f"{label:<10}", text)
+                print_labelled(f"{label:<10}", text)
     else:
-        table([list(rows[0])[:COLUMNS], *([text or "-" for text in row.values()][:COLUMNS] for row in rows)])
+        print_table([list(rows[0])[:COLUMNS], *([text or "-" for text in row.values()][:COLUMNS] for row in rows)])
     if len(slices) > 1:
         print_slices(measured.names, slices, capacity)
         print_matrix(measured)
     if len(adapters) > 1:
         print()
-        verdict(report.verdict, report)
+        print_compatibility(report.verdict, report)
     if args.plot:
         print(f"\nwrote {args.plot}")
 
@@ -94,7 +95,7 @@ def facts(adapter: Any, path: Path) -> dict[str, str]:
         "layers": ", ".join(f"{count} {part}" for part, count in layers.items()),
         "acts": "at its tokens" if all(branch.gate for branch in branches) else "everywhere",
         "base": info.base.name if info.base else "not known",
-        "size": size(path),
+        "size": file_size(path),
         # The table of several adapters ends here.
         "vectors": ", ".join(f"{c.vectors} for {c.token}, from '{c.noun}'" for c in info.concepts),
         "strength": ", ".join(f"{b.name} {b.strength:g}" for b in branches if b.strength != 1),
@@ -128,5 +129,5 @@ def print_matrix(measured: Any) -> None:
         cosines = ("1" if i == j else f"{round(value, 3) + 0.0:+.3f}" for j, value in enumerate(line))
         rows.append((name, *cosines, f"{measured.retention[i]:.2f}"))
     print("\ninterference: cosine of ΔW; kept = the part of each that remains in the sum of all")
-    table(rows, indent="  ")
+    print_table(rows, indent="  ")
     print(f"  the sum is {measured.energy_ratio:.2f} times as large as the largest of them")

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, open_base, size, table
+from fusion.cli.console import UsageError, add_base_arguments, file_size, open_base, print_table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(args: Namespace) -> None:
     entries = library.adapters()
     if not (args.add or args.rename or args.delete):
         rows = [row(entry) for entry in entries]
-        table([("name", "concepts", "nouns", "slice", "base", "size"), *rows])
+        print_table([("name", "concepts", "nouns", "slice", "base", "size"), *rows])
     if args.slices:
         print_slices(open_base(args.base, args, args.dtype), library)
 
@@ -63,7 +63,7 @@ def row(entry: Any) -> tuple[str, ...]:
     slices = ", ".join(map(str, entry.slices)) or "-"
     nouns = ", ".join(c.noun for c in concepts if c.noun) or "-"
     base = entry.info.base.name if entry.info.base else "-"
-    return entry.path.stem, " ".join(c.token for c in concepts) or "-", nouns, slices, base, size(entry.path)
+    return entry.path.stem, " ".join(c.token for c in concepts) or "-", nouns, slices, base, file_size(entry.path)
 
 
 def print_slices(pipe: Any, library: Any) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_settings, example, flags_of, open_base, progress, short, size
+from fusion.cli.console import UsageError, add_settings, example, file_size, flags_of, open_base, progress, relative
 from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError
 from fusion.training.config import TrainingConfig
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     last, target = follow(pipe, config, args.words)
     slices = ", ".join(map(str, last.adapter.slices))
     where = f" on slice {slices}" if slices else ""
-    print(f"wrote {target} ({size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
+    print(f"wrote {target} ({file_size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
     on = ["--base", base] if base else []
     print(f"next: {example('generate', target, *on, '--prompt', f'a {config.token}')}")
 
@@ -73,9 +73,9 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     from fusion.formats.adapter_file import save
     from fusion.training.loop import train
 
-    print(f"training {config.token} on {short(config.instance_data_dir)}", flush=True)
+    print(f"training {config.token} on {relative(config.instance_data_dir)}", flush=True)
     step, checkpoint, previews, losses = None, None, [], deque[float](maxlen=25)
-    target = short(config.library or config.output_dir) / f"{config.name}.safetensors"
+    target = relative(config.library or config.output_dir) / f"{config.name}.safetensors"
     training: Any = train(pipe, config)
     try:
         with closing(training) as steps, progress() as advance:
@@ -99,7 +99,7 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
 
 def save_previews(step: Any, config: TrainingConfig) -> list[Any]:
     """Write a step's previews to the samples folder."""
-    folder = short(config.output_dir) / "samples"
+    folder = relative(config.output_dir) / "samples"
     for number, image in enumerate(step.images):
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{config.name}-{step.step:05d}-{number}.png")

@@ -85,3 +85,26 @@ def test_print_config_shows_what_applies_to_the_rest(job, capsys):
     assert "\nrank = 2\n" in printed and "# rank" not in printed  # the user's
     everything = tomllib.loads(printed.replace("\n# Not set, so this applies:", "").replace("\n# ", "\n"))
     assert everything.keys() <= TrainingConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("train", ["--token", "<dog>", "--instance_data_dir", "."]),
+        ("generate", ["--prompt", "a dog"]),
+        ("fuse", ["a.safetensors", "-o", "b.safetensors"]),
+        ("bake", ["a.safetensors", "-o", "b"]),
+        ("evaluate", ["a.safetensors"]),
+        ("compare", ["a.safetensors", "--prompt", "a dog", "-o", "a.png"]),
+        ("library", ["--slices"]),
+    ],
+)
+def test_every_verb_that_opens_a_base_takes_both_names_of_it(verb, words):
+    parsed = [vars(arguments(verb, [*words, name, "x"])) for name in ("--base", "--pretrained_model_name_or_path")]
+    assert "x" in parsed[0].values()
+    assert parsed[0] | {"words": None} == parsed[1] | {"words": None}
+
+
+def test_a_placeholder_token_is_a_token():
+    config = settings("--placeholder_token", "<dog>", "--instance_data_dir", ".", "--base", "runwayml/sd")
+    assert (config.token, config.pretrained_model_name_or_path) == ("<dog>", "runwayml/sd")

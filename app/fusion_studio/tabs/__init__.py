@@ -4,7 +4,7 @@ from __future__ import annotations  # names of `fusion` must not load torch befo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -40,7 +40,7 @@ class Controls(NamedTuple):
     image: str = ""  # an upload's name
     image_strength: float = 0.6
 
-    def config(self, regions: Any) -> fusion.GenerationConfig:
+    def config(self, regions: tuple[fusion.Region, ...] | Literal["auto"]) -> fusion.GenerationConfig:
         """The settings of the drawing. What is left empty, the base decides."""
         values, settings = self._asdict() | {"regions": regions}, dict[str, Any]()
         if not self.image:
