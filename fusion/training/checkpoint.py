@@ -40,7 +40,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 class _State(StrictModel):
-    """What a checkpoint says beside its tensors."""
+    """What a checkpoint holds beside its tensors."""
 
     run: str = Field("", pattern=r"^([0-9a-f]{8})?$")  # empty in checkpoints of earlier versions
     step: int = Field(ge=1, le=10**9)
@@ -107,7 +107,7 @@ def remove_old_checkpoints(folder: Path, step: int, limit: int) -> None:
 
 
 def find_checkpoint(name: str, folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint that `--resume_from_checkpoint` means, made with the same lasting `settings`.
+    """The checkpoint for `--resume_from_checkpoint`, made with the same lasting `settings`.
 
     `name`: "latest", "checkpoint-4" or "<run>/checkpoint-4" in `folder`, or a path. Of several runs, the one written
     last that has these settings; of its checkpoints the newest that can be read. Raises ConfigError naming the first
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         except (FusionError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"Checkpoint '{path}' cannot be read: {error}") from error
         for key, value in settings.items():
-            before = state.lasting.get(key, value)  # what an earlier version does not say is accepted
+            before = state.lasting.get(key, value)  # what an earlier version did not store is accepted
             if before != value and (key, value) != ("slice", None):  # None: any
                 raise ConfigError(
                     f"Checkpoint '{path}' was made with {key} = {before!r}, not {value!r}; use that again, or train "
@@ -157,7 +157,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
 
 
 def _earlier_state(path: Path) -> _State:
-    """What state.json of an earlier version says, under today's names."""
+    """The state in an earlier version's state.json, under today's names."""
     state = json.loads((path / EARLIER_FILE).read_text(encoding="utf-8"))
     settings = {_EARLIER_NAMES.get(key, key): value for key, value in state["settings"].items()}
     if isinstance(slices := settings.get("slice"), list):

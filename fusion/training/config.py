@@ -72,13 +72,13 @@ class TrainingConfig(StrictModel):
     instance_data_dir: Path
     """Folder of pictures of the concept, with captions in name.txt or metadata.jsonl if there are any."""
     instance_prompt: str = "a {token}"
-    """Caption of the pictures that have none of their own; {token} stands for the token."""
+    """Caption of the pictures that have none; {token} stands for the token."""
     repeats: int = Field(1, ge=1)
-    """How often each picture is seen per epoch, times N in folders called N_name."""
+    """How often each picture is used per epoch, times N in folders called N_name."""
     resolution: int | None = Field(None, ge=1, le=4096)
     """Side of the square training pictures, in pixels. Default: the base's own."""
     center_crop: bool = True
-    """Cut out the middle of each picture. If false, a place drawn anew each time."""
+    """Cut out the middle of each picture. If false, a random part each time."""
     random_flip: bool = False
     """Mirror half of the pictures. Not for faces, letters or logos."""
     use_masks: bool = True
@@ -156,7 +156,7 @@ class TrainingConfig(StrictModel):
     """Class pictures drawn at a time."""
 
     quiet_loss_weight: float = Field(0.0, ge=0)
-    """What the adapter's loudness on prompts without the concept counts: an ungated export stays quiet. Try 10."""
+    """Penalty on the adapter's effect on prompts without the concept, for exports without gates. Try 10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""

@@ -60,7 +60,7 @@ class TrainStep:
 
 
 def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
-    """Teach one concept to an adapter; the pipeline's own weights are never changed.
+    """Train an adapter for one concept; the pipeline's own weights are never changed.
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
     targets, checkpoint, slice (reserved in the library for as long as training lasts). Resumed after its last step, a
@@ -141,7 +141,7 @@ class _Training:
 
     def steps(self) -> Generator[TrainStep]:
         config, began = self.config, time.monotonic()
-        # After the last step nothing is left to train, but its adapter may never have been saved.
+        # Resumed after the last step: nothing is left to train, but the adapter may never have been saved.
         for step in range(self.done + 1, config.max_train_steps + 1) or [self.done]:
             trained = step > self.done
             loss = self._optimize(step) if trained else self.last_loss

@@ -60,7 +60,7 @@ def reserved_slice(
     It is the one that the config names, or that of the checkpoint that is `resumed`, or the next free one.
     Raises SliceConflict for a slice that is taken, or does not fit the narrowest of the `targets`.
     """
-    kind, wanted = ADAPTERS[config.adapter_type], named_slice(config) or resumed
+    kind = ADAPTERS[config.adapter_type]
     capacity, narrowest = min((min(matrix(site).shape), name) for name, site in targets.items())
     if kind.slice_of is None:
         SpectralSlice(0, config.rank).check_fits(capacity, narrowest)
@@ -69,7 +69,7 @@ def reserved_slice(
     library = Library(config.library or config.output_dir)
     with library.reserve(
         base_info(pipe), config.rank, capacity=capacity, layout=config.layout, slots=config.slots,
-        slice_of=kind.slice_of, directions=wanted, replacing=config.token,
+        slice_of=kind.slice_of, directions=named_slice(config) or resumed, replacing=config.token,
     ) as reservation:  # fmt: skip
         reservation.slice.check_fits(capacity, narrowest)
         yield reservation.slice

@@ -31,12 +31,8 @@ class Batch(NamedTuple):
     weights: Tensor  # (B,), how much each example counts: the concept's share, and that of class pictures
 
 
-class Encoded(NamedTuple):
-    """One prepared picture: its latents, mask and sizes."""
-
-    latents: Tensor  # (C, H, W), the mode: the autoencoder's own spread is far below the noise of training
-    mask: Tensor  # (1, H, W), 1 inside, `unmasked_weight` outside
-    time_ids: TimeIds
+# A picture's latents (C, H, W), its mask (1, H, W), 1 inside and `unmasked_weight` outside, and its sizes.
+Encoded = tuple[Tensor, Tensor, TimeIds]
 
 
 class TrainingData:
@@ -89,7 +85,10 @@ class TrainingData:
         return Batch(torch.stack(latents), torch.stack(masks), list(time_ids), captions, latents[0].new_tensor(weights))
 
     def _encode(self, example: Example, generator: torch.Generator | None) -> Encoded:
-        """Pixels to scaled latents, by an autoencoder in float32 where half precision overflows."""
+        """Pixels to scaled latents, by an autoencoder in float32 where half precision overflows.
+
+        The latents are the mode: the autoencoder's variance is far below the noise of training.
+        """
         picture = prepare(example, self.resolution, self.config, generator)
         vae, device = self.pipe.vae, self.pipe.unet.device
         stored = vae.dtype
@@ -104,7 +103,7 @@ class TrainingData:
         if picture.mask is not None:
             inside = F.interpolate(picture.mask[None].to(device), latents.shape[-2:], mode="area")[0]
             mask = outside + (1 - outside) * inside
-        return Encoded(latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2))
+        return latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2)
 
     def _draw_class_pictures(self, missing: int) -> None:
         """Class pictures by the base itself, as no adapter is attached yet."""
