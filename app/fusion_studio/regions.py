@@ -20,30 +20,30 @@ DATA_URL = "data:image/png;base64,"
 
 def regions_of(value: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What widgets/regions.js holds, checked: every region has a prompt, and a box or a mask."""
-    found: list[Any] = list((value or {}).get("regions") or ())
-    if len(found) > MAX_REGIONS:
-        raise fusion.FusionError(f"{len(found)} regions are too many; {MAX_REGIONS} is the limit.")
-    made: list[dict[str, Any]] = []
-    for number, region in enumerate(found, start=1):
+    entries: list[Any] = list((value or {}).get("regions") or ())
+    if len(entries) > MAX_REGIONS:
+        raise fusion.FusionError(f"{len(entries)} regions are too many; {MAX_REGIONS} is the limit.")
+    regions: list[dict[str, Any]] = []
+    for number, region in enumerate(entries, start=1):
         prompt, box, mask = str(region.get("prompt") or "").strip(), region.get("box"), region.get("mask")
         if not prompt:
             raise fusion.FusionError(f"Region {number} has no prompt; say what is there, or remove it.")
         if box:
-            made.append({"prompt": prompt, "box": tuple(min(1.0, max(0.0, float(share))) for share in box)})
+            regions.append({"prompt": prompt, "box": tuple(min(1.0, max(0.0, float(share))) for share in box)})
         elif mask:
-            made.append({"prompt": prompt, "mask": str(mask)})
+            regions.append({"prompt": prompt, "mask": str(mask)})
         else:
             raise fusion.FusionError(f"Nothing is painted in region {number}; paint it, or remove it.")
-    return made
+    return regions
 
 
-def as_regions(found: Sequence[Mapping[str, Any]]) -> list[Any]:
+def as_regions(regions: Sequence[Mapping[str, Any]]) -> list[Any]:
     """`fusion.Region`s, masks decoded."""
     return [
         fusion.Region(part["prompt"], part["box"])
         if "box" in part
         else fusion.Region(part["prompt"], mask=_mask(part["mask"], number))
-        for number, part in enumerate(found, start=1)
+        for number, part in enumerate(regions, start=1)
     ]
 
 

@@ -1,7 +1,7 @@
 """compare(): one prompt and seed, drawn over strengths × methods × adapters, each picture with measured numbers.
 
-    kept    = 1 − output error of a concept on its own prompt: 1 as its file alone draws it, 0 as far off as the base
-    leakage = drift of prompts without any concept: 0 if they do not change
+    retention = 1 − output error of a concept on its own prompt: 1 as its file alone draws it, 0 as far off as the base
+    leakage   = drift of prompts without any concept: 0 if they do not change
 
 Both are measured on the UNet's predictions (output_error.py), so they hold for the setting and not for one picture.
 """
@@ -34,12 +34,12 @@ class Cell:
     strength: float  # the grid's row; times each adapter's own
     column: str  # a fusion method, or "<token> alone"
     picture: Picture
-    kept: dict[str, float]  # token -> share of its effect that remains
+    retention: dict[str, float]  # token -> share of its effect that remains
     leakage: float
 
     def to_text(self) -> str:
         """The caption of the picture."""
-        numbers = [f"{token} kept {share:.0%}" for token, share in self.kept.items()]
+        numbers = [f"{token} kept {share:.0%}" for token, share in self.retention.items()]
         return "\n".join([f"{self.column}, strength {self.strength:g}", *numbers, f"leakage {self.leakage:.3f}"])
 
 
@@ -87,6 +87,6 @@ def compare(
         (picture,) = generate(pipe, config, [fused], on_step=on_step)
         tokens = [concept.token for concept in fused.info.concepts if concept.token in references]
         with attach(pipe, fused):
-            kept = {token: max(0.0, 1.0 - references[token].error(pipe)) for token in tokens}
+            retention = {token: max(0.0, 1.0 - references[token].error(pipe)) for token in tokens}
             leakage = concept_free.error(pipe)
-        yield Cell(number, total, strength, column, picture, kept, leakage)
+        yield Cell(number, total, strength, column, picture, retention, leakage)

@@ -72,13 +72,13 @@ class SpectralSlice:
 
 
 def free_slice(
-    taken: Iterable[SpectralSlice], rank: int, *, capacity: int, layout: str = "contiguous", slots: int = 8
+    owned: Iterable[SpectralSlice], rank: int, *, capacity: int, layout: str = "contiguous", slots: int = 8
 ) -> SpectralSlice:
-    """The first slice of `rank` that overlaps none of `taken`, within `capacity` directions of the narrowest layer.
+    """The first slice of `rank` that overlaps none of `owned`, within `capacity` directions of the narrowest layer.
 
     Raises SliceConflict when the spectrum is full.
     """
-    owned = tuple(taken)
+    owned = tuple(owned)
     if layout == "strided":
         candidates = [SpectralSlice.strided(k, rank, slots) for k in range(slots)]
     else:

@@ -122,6 +122,6 @@ def grid_html(cells: Sequence[Any]) -> str:
 
 
 def _cell(cell: Any) -> str:
-    numbers = "".join(f"<li>{markup.escape(token)} kept <b>{share:.0%}</b></li>" for token, share in cell.kept.items())
+    numbers = "".join(f"<li>{markup.escape(t)} kept <b>{share:.0%}</b></li>" for t, share in cell.retention.items())
     image = f'<img alt="{markup.escape(cell.to_text())}" src="{markup.data_url(cell.picture.image, 384)}">'
     return f"<td>{image}<ul>{numbers}<li>leakage <b>{cell.leakage:.3f}</b></li></ul></td>"

@@ -34,7 +34,7 @@ def build(session: Session, page: SimpleNamespace) -> None:
             told_here = gr.HTML()
     history, at = page.history, page.at
     history.change(on_the_wall, history, [wall, again, before_part], **PRIVATE)
-    wall.select(seen, history, [*page.outputs[:2], at], **PRIVATE)
+    wall.select(show_picture, history, [*page.outputs[:2], at], **PRIVATE)
     page.draws(repeat.click(repeated, [history, at, page.picks], page.controls, **PRIVATE).then)
     page.draws(vary.click(varied, [history, at, page.picks], page.controls, **PRIVATE).then)
     onward.click(bind(started_from_it, session), [history, at], page.beginning, **PRIVATE)
@@ -48,7 +48,7 @@ def on_the_wall(history: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     return wall, gr.Row(visible=bool(history)), gr.Accordion(visible=bool(history))
 
 
-def seen(history: Sequence[Mapping[str, Any]], event: gr.SelectData) -> tuple[str, str, int]:
+def show_picture(history: Sequence[Mapping[str, Any]], event: gr.SelectData) -> tuple[str, str, int]:
     entry = history[event.index]
     return entry["path"], markup.hint(entry["words"]), event.index
 
