@@ -1,6 +1,6 @@
 """Regions of a picture, each with a prompt of its own: region-aware attention (Gu et al. 2023, arXiv 2305.18292).
 
-The regions' prompts are encoded beside the picture's and laid behind it, (B, (1 + R)·T, D). In cross-attention a cell
+The regions' prompts are encoded with the picture's and appended to it, (B, (1 + R)·T, D). In cross-attention a cell
 that regions cover attends to their prompts, to the mean of several, every other cell to the picture's. A concept's
 branch in a layer that sees no tokens acts at the cells whose prompt holds its token. So what a region's concept does
 in these layers, no cell outside the region sees; cells still meet in self-attention and convolutions.

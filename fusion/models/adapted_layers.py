@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from fusion.models.gates import Rows
 from fusion.spectral.delta import Delta
 
-# CUDA graphs replay kernels, but what a branch computes is decided anew at every call.
-UNSAFE_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+# An operator of torch.compile that changes no input. CUDA graphs cannot replay it: it decides at every call.
+OPERATOR: dict[str, Any] = {"mutates_args": ()}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    OPERATOR["tags"] = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, _Adapted]" = weakref.WeakValueDictionary()  # an operator takes no objects
-
-
 Outputs = Callable[[], "weakref.WeakKeyDictionary[nn.Module, Any]"]
 
 
@@ -168,8 +168,8 @@ class AdaptedLinear(_Adapted, nn.Linear):
         weights = [(t.data_ptr(), t._version) for t in (self.weight, self.bias) if t is not None]
         key = x._version, rows, cast, weights, [(branch, branch.strength.value) for branch in acting]
         if (cached := outputs.get(self)) is not None:
-            given, version, made_for, y = cached
-            if given() is x and y._version == version and made_for == key:
+            reference, version, cached_key, y = cached
+            if reference() is x and y._version == version and cached_key == key:
                 return y
         y = self.with_branches(F.linear(x, self.weight, self.bias), x)
         if all(branch.fixed for branch in acting):
@@ -231,7 +231,7 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, _Adapted) else module
 
 
-@torch.library.custom_op("spectral_fusion::with_branches", mutates_args=(), tags=UNSAFE_TAGS)
+@torch.library.custom_op("spectral_fusion::with_branches", **OPERATOR)
 def _branches_operator(y: Tensor, x: Tensor, number: Tensor) -> Tensor:
     out = _layers[int(number)].with_branches(y, x)
     # An operator returns a tensor of its own, in the layout that `_shape` promised.

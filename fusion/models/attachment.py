@@ -100,7 +100,7 @@ def attach(pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live:
 
 
 def effective_gates(adapter: Adapter, gating: str | None) -> dict[str, tuple[str, ...]]:
-    """Branch name -> the tokens of its gate, under a gating asked for at attach."""
+    """Branch name -> the tokens of its gate, for a gating chosen at attach."""
     if gating is not None and gating not in GATINGS:
         raise ConfigError(f"gating is 'tokens' or 'none', got '{gating}'{closest(gating, GATINGS)}")
     if gating is None:

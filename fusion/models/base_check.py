@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base: its layers, their shapes, and the stored basis held against the weights."""
+"""Whether an adapter fits a base: its layers, their shapes, and the stored basis compared with the weights."""
 
 import logging
 import weakref
@@ -28,7 +28,7 @@ class PassedChecks:
         self._residuals: dict[str, tuple[float, str]] = {}  # adapter's digest -> residual and layer
 
     def residual(self, digest: str, weights: Mapping[str, Tensor]) -> tuple[float, str] | None:
-        """What was remembered for this adapter, if each of its weights is the same tensor, and unchanged."""
+        """What is remembered of this adapter; None where one of its weights is another tensor now, or has changed."""
         for name, weight in weights.items():
             if name in self._weights:
                 reference, *properties = self._weights[name]

@@ -6,16 +6,16 @@ Every component points to one AttachedState, past nn.Module's registry; copies a
 import itertools
 import logging
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusion.errors import ConfigError, FusionError
 from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
-from fusion.models.adapted_layers import UNSAFE_TAGS, LayerBranch, adapted, outside_graphs
+from fusion.models.adapted_layers import OPERATOR, LayerBranch, adapted, outside_graphs
 from fusion.models.base_check import PassedChecks
 from fusion.models.gates import PromptTracker
 from fusion.models.hooks import Hooks
@@ -33,7 +33,7 @@ _states: "weakref.WeakValueDictionary[int, AttachedState]" = weakref.WeakValueDi
 class AttachedState:
     """All that is attached to one set of components: adapted layers, concept tokens, the hooks that read prompts.
 
-    Every component points to it. Between attachments it keeps what need not be found out again.
+    Every component points to it. It stays when everything is detached, with what is known of the base by then.
     """
 
     def __init__(self, pipe: Pipeline) -> None:
@@ -84,8 +84,10 @@ class AttachedState:
         elif torch.is_grad_enabled():
             outside_graphs(self.start_unet, embeds)
         else:  # no layer can run before the operator, since all are given its outputs
-            outputs = iter(_prompts_operator(_tensors((args, kwargs)), embeds, self._number))
-            return _with_tensors(args, outputs), _with_tensors(kwargs, outputs)
+            leaves, structure = tree_flatten((args, kwargs))
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            outputs = iter(_prompts_operator(inputs, embeds, self._number))
+            return tree_unflatten([next(outputs) if isinstance(x, Tensor) else x for x in leaves], structure)
         return None
 
     def start_unet(self, embeds: Tensor) -> None:
@@ -166,26 +168,7 @@ def _current_site(first: Site, layer: nn.Module) -> Site | None:
     return next((site for site, child in below if child is layer), None)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested arguments."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
-
-
-def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same nested arguments with other tensors in their place."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)([_with_tensors(item, tensors) for item in value])
-    return value
-
-
-@torch.library.custom_op("spectral_fusion::start_unet", mutates_args=(), tags=UNSAFE_TAGS)
+@torch.library.custom_op("spectral_fusion::start_unet", **OPERATOR)
 def _prompts_operator(inputs: list[Tensor], embeds: Tensor, number: Tensor) -> list[Tensor]:
     """Recognise the prompts of a compiled UNet's call, and copy its inputs."""
     _states[int(number)].start_unet(embeds.detach())

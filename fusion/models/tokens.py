@@ -82,7 +82,7 @@ class ConceptTokens:
         self._rows: dict[str, Mapping[str, Tensor]] = {}  # token -> component -> (vectors, D)
         self._slots: list[str] = []  # every word with an id, in the order of ids
         self._detached: list[str] = []  # those of detached concepts, the oldest first
-        self._listed: list[str] = []  # what the tokenizers know in the place of the slots' words
+        self._listed: list[str] = []  # what the tokenizers know: the slots' words or what stands in for them
         self._words: dict[str, dict[int, tuple[str, int]]] = {}  # component -> id -> (token, which vector)
         self._calls = _Calls()
 
@@ -144,8 +144,7 @@ class ConceptTokens:
     def _rebuild(self) -> None:
         """Let the tokenizers know exactly the attached concepts.
 
-        A word keeps its id for as long as it is attached, and after that until the ids of _RESERVED other words have
-        been given up later.
+        A word has its id while it is attached, and until _RESERVED other words have been detached after it.
         """
         attached = {p: (c.token, i) for cs in self._concepts.values() for c in cs for i, p in enumerate(c.pieces)}
         self._detached = [word for word in self._detached if word not in attached]
@@ -158,7 +157,7 @@ class ConceptTokens:
         self._set_words(attached)
 
     def _set_words(self, attached: Mapping[str, tuple[str, int]]) -> None:
-        # A private-use character keeps the place of a word that is spelled again.
+        # A word of a private-use character keeps the id of a detached one, which is spelled again.
         words = [word if word in attached else f"\ue000{i}" for i, word in enumerate(self._slots)]
         for component, original in self._originals.items():
             tokenizer = self._tokenizers.setdefault(component, object.__new__(type(original)))

@@ -36,11 +36,11 @@ every_call = pytest.mark.parametrize("call", CALLS)
 def called(pipe, call, subject):
     prompt, options = CALLS[call]
 
-    def said(text):
-        return text.format(*[subject] * 3) if isinstance(text, str) else [said(t) for t in text]
+    def filled(text):
+        return text.format(*[subject] * 3) if isinstance(text, str) else [filled(t) for t in text]
 
-    negative = {k: said(v) for k, v in options.items() if k == "negative_prompt"}
-    return draw(pipe, said(prompt), num_inference_steps=1, **options | negative)
+    negative = {k: filled(v) for k, v in options.items() if k == "negative_prompt"}
+    return draw(pipe, filled(prompt), num_inference_steps=1, **options | negative)
 
 
 class Crowd(NamedTuple):
@@ -270,7 +270,7 @@ def test_gates_hold_in_half_precision_and_under_autocast(dtype, crowds):
         assert base.isfinite().all() and alone.isfinite().all() and not torch.equal(alone, base)
 
 
-def test_strength_zero_shuts_a_concept_up_but_keeps_its_word(crowd):
+def test_strength_zero_silences_a_concept_but_keeps_its_word(crowd):
     pipe, adapters = crowd.bare, crowd.adapters
     with attached(pipe, replace(adapters[2], branches=())):
         word_alone = draw(pipe, "a <c2>")

@@ -20,7 +20,7 @@ def ids(pipe, text, component="text_encoder"):
     return tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def test_rows_start_from_the_noun_with_a_whisper_of_noise(pipe):
+def test_rows_start_from_the_noun_with_a_little_noise(pipe):
     for component, row in initial_rows(pipe, Concept("<rex>", "dog")).items():
         weight = embedding_of(getattr(pipe, component)).weight
         noun = weight[getattr(pipe, TOKENIZERS[component]).convert_tokens_to_ids("dog</w>")]
@@ -79,32 +79,32 @@ def test_words_keep_their_ids_while_anything_is_attached():
 
 
 def test_the_text_encoder_sees_no_id_beyond_its_vocabulary(pipe):
-    seen = []
+    calls = []
     for component, encoder in text_encoders(pipe).items():
-        embedding_of(encoder).register_forward_pre_hook(lambda m, args: seen.append((args[0].max(), m.num_embeddings)))
+        embedding_of(encoder).register_forward_pre_hook(lambda m, args: calls.append((args[0].max(), m.num_embeddings)))
         with attached(pipe, trained_adapter(pipe, vectors=3)):
             encoder(ids(pipe, "a <rex> <rex>_1 <rex>_2", component))
-    assert len(seen) == len(text_encoders(pipe)) and all(top < size for top, size in seen)
+    assert len(calls) == len(text_encoders(pipe)) and all(top < size for top, size in calls)
 
 
-def test_laid_over_rows_act_as_embeddings_would(pipe):
+def test_overlaid_rows_act_as_embeddings_would(pipe):
     """Held against a text encoder whose vocabulary really grew, in hidden states and in the pooled output."""
     adapter = fresh_adapter(pipe, vectors=2)
     for component, encoder in text_encoders(pipe).items():
         grown = copy.deepcopy(encoder)
         with attached(pipe, adapter):
             tokens = ids(pipe, "a <rex> <rex>_1 dog", component)
-            found = encoder(tokens, output_hidden_states=True)
+            output = encoder(tokens, output_hidden_states=True)
         size = embedding_of(grown).num_embeddings
         grown.resize_token_embeddings(size + 2, mean_resizing=False)
         embedding_of(grown).weight.data[size:] = adapter.tokens["<rex>"][component]
         end = getattr(pipe, TOKENIZERS[component]).eos_token_id
         grown.config.eos_token_id = getattr(grown, "text_model", grown).eos_token_id = end
         expected = grown(tokens, output_hidden_states=True)
-        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
-        assert all(torch.equal(*pair) for pair in zip(found.hidden_states, expected.hidden_states, strict=True))
-        pooled = "text_embeds" if "text_embeds" in found else "pooler_output"
-        assert torch.equal(found[pooled], expected[pooled])
+        assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+        assert all(torch.equal(*pair) for pair in zip(output.hidden_states, expected.hidden_states, strict=True))
+        pooled = "text_embeds" if "text_embeds" in output else "pooler_output"
+        assert torch.equal(output[pooled], expected[pooled])
 
 
 def test_gradients_reach_the_rows_of_the_prompt_and_no_others():
@@ -141,15 +141,15 @@ def test_a_copied_tokenizer_is_a_tokenizer_of_its_own(tmp_path):
     original.add_tokens(["<old>"])
     expected = copy.deepcopy(original)
     expected.add_tokens(["<a>", "<b>"])
-    found = _with_words(original, ["<a>", "<b>"])
-    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    output = _with_words(original, ["<a>", "<b>"])
+    assert output.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
     for text in ("a <a> photo, <OLD> of dogs", "Ünïcode <b>… 🙂", "", "dog " * 40):
         for options in ({}, {"padding": "max_length", "truncation": True}):
-            assert found(text, **options).input_ids == expected(text, **options).input_ids
-    assert "<a>" not in original.tokenize("a <a>") and len(found) == len(original) + 2
-    found.save_pretrained(tmp_path)
+            assert output(text, **options).input_ids == expected(text, **options).input_ids
+    assert "<a>" not in original.tokenize("a <a>") and len(output) == len(original) + 2
+    output.save_pretrained(tmp_path)
     assert (
-        type(original).from_pretrained(tmp_path, local_files_only=True)("a <b>").input_ids == found("a <b>").input_ids
+        type(original).from_pretrained(tmp_path, local_files_only=True)("a <b>").input_ids == output("a <b>").input_ids
     )
 
 
