@@ -18,7 +18,7 @@ class Waiting(NamedTuple):
 
 
 class PipelineQueue:
-    """A lock that is given in the order of asking. A training asks anew for every step, so others draw in between."""
+    """A lock, first come, first served. A training asks for it at every step, so that others draw in between."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,4 +1,4 @@
-"""Concepts that are taught one after the other, in a thread of their own: pages come and go, the trainings go on.
+"""Concepts that are taught one after the other, in a thread of their own, whether or not a page is open.
 
 A training asks for the pipeline anew at every step, so that others draw in between. It is gated by its own tokens, so
 that their pictures are the same as without it; an ungated training keeps the pipeline to its end.

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUT_SHARE = 0.25  # of the steps, after which the layout is settled
 MIN_STEPS = 4  # so that a quarter of them is one
-MIN_CHANGE = 0.2  # of a concept's largest change; where it changes less, the prompt of the picture rules
+MIN_CHANGE = 0.2  # of a concept's largest change; where it changes less, the prompt of the picture applies
 
 
 class Midway(NamedTuple):
@@ -79,7 +79,7 @@ def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) 
 def with_prompt(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region:
     """A region of bare tokens with the prompt of the picture, in which no other concept is named.
 
-    A concept is drawn worse where the text encoder has read another one's token before its own.
+    A concept is drawn worse when another concept's token stands before its own in the prompt.
     """
     words = region.prompt.split()
     if not all(TOKEN.fullmatch(word) and word in prompt for word in words):

@@ -25,7 +25,7 @@ from fusion.library.training_folders import TrainingFolder, all_training_folders
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
-_NAME = re.compile(r"[\w+][\w+. -]{0,99}")  # of an adapter's file: no folder, not hidden, no surprise in a shell
+_NAME = re.compile(r"[\w+][\w+. -]{0,99}")  # no folder, not hidden, nothing that a shell interprets
 _BESIDE = (".png", ".jpg", ".webp", ".json")  # what galleries keep beside name.safetensors
 
 
@@ -41,7 +41,7 @@ class Library:
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
                 entries.append(_header(path, path.stat().st_mtime_ns))
-            except (FusionError, OSError) as error:  # OSError: deleted this very moment
+            except (FusionError, OSError) as error:  # OSError: deleted meanwhile
                 logger.warning("Not part of the library: %s", error)
         return entries
 
@@ -160,7 +160,7 @@ class Library:
 
 @lru_cache(maxsize=1024)
 def _header(path: Path, changed: int) -> AdapterFile:
-    """Read once for as long as the file stays as it is."""
+    """Read once, until the file changes."""
     return read_info(path)
 
 

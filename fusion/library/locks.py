@@ -1,4 +1,4 @@
-"""The lock of a library: whoever hands out, gives back or counts names, slices and training folders holds it.
+"""The lock of a library, held while names, slices and training folders are given out, given back or counted.
 
 Locks are files that the operating system unlocks when their process ends, on any platform and after any crash.
 """

@@ -1,6 +1,6 @@
 """Where a training keeps what it needs until it is done: a hidden folder of the library, `.unfinished/<name>`.
 
-Whoever works there holds its lock; a folder that nobody has locked was left by a training that was stopped, or by a
+The process that trains holds the folder's lock; an unlocked one was left by a training that was stopped, or by a
 program that has ended. An adapter in the folder, as it was at the latest checkpoint, owns its slice like any other of
 the library.
 """
@@ -20,7 +20,7 @@ _LOCK = ".lock"
 
 
 class TrainingFolder:
-    """One such folder. Nobody works in it until `acquire`."""
+    """The folder of one training, unlocked until `acquire`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._library = folder, folder.parent.parent
@@ -39,7 +39,7 @@ class TrainingFolder:
 
     @classmethod
     def idle(cls, library: Path) -> list[Self]:
-        """Those that nobody works in, by name."""
+        """The folders that no process has locked, by name."""
         if not (folders := all_training_folders(library)):
             return []
         try:
@@ -52,8 +52,8 @@ class TrainingFolder:
         return idle
 
     def acquire(self) -> bool:
-        """Work here, until `release` or `delete`. False where somebody does already, and where it was deleted."""
-        # Listing probes the locks of all folders, under the same lock: it is never in the way.
+        """Lock the folder until `release` or `delete`. False where it is locked already, and where it was deleted."""
+        # Listing tries the locks of all folders; under the same lock, it never makes this fail.
         with library_lock(self._library):
             return self._acquire()
 
@@ -67,7 +67,7 @@ class TrainingFolder:
         return True
 
     def release(self) -> None:
-        """Keep everything, for whoever resumes the training."""
+        """Unlock the folder and keep everything in it, so that the training can be resumed."""
         self._lock.release()
 
     def delete(self) -> None:

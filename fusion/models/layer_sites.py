@@ -19,7 +19,7 @@ _TABLE = "_spectral_fusion_sites"  # the attribute of a component that keeps its
 
 
 class Site(NamedTuple):
-    """Where an adaptable layer hangs."""
+    """The position of an adaptable layer: its parent module and the attribute there."""
 
     parent: nn.Module
     attribute: str

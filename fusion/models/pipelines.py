@@ -103,7 +103,7 @@ def silent_loading() -> Generator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse early, by name, what is not a diffusers folder of ours."""
+    """Raise BaseMismatch early, where a path is not a diffusers folder of a supported pipeline."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise BaseMismatch(f"'{folder}' is not a diffusers folder: it has no model_index.json.")

@@ -26,7 +26,7 @@ from fusion.models.hooks import Hooks
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline, uncompiled
 
-# Words of detached concepts whose ids no other word gets, so that ids a program has kept are refused, not mistaken.
+# Words of detached concepts whose ids no other word gets, so that ids a program has stored are refused, not mistaken.
 _RESERVED = 64
 
 
@@ -197,7 +197,7 @@ class ConceptTokens:
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
             words, ids = self._words[component], self._calls.ids.get(component)
-            if ids is None or ids.shape != output.shape[:-1]:  # somebody else's call, not the text encoder's
+            if ids is None or ids.shape != output.shape[:-1]:  # a call by other code, not by the text encoder
                 return output
             concepts = {i: words[word] for i, word in enumerate(ids.flatten().tolist()) if word in words}
             if not concepts:

@@ -157,7 +157,7 @@ class _Training:
     def _optimize(self, step: int) -> float:
         """One optimizer step; returns the mean loss. In fp16, gradients that overflow are computed again, scaled less.
 
-        Such a repetition is no step of its own: it has the same pictures, noise and learning rate.
+        The repetition does not count as a step: it has the same pictures, noise and learning rate.
         """
         while True:
             loss = self._gradients(step)

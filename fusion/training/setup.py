@@ -116,7 +116,7 @@ def parameter_groups(adapter: Adapter, config: TrainingConfig, targets: Mapping[
     """Optimizer groups: UNet layers, text encoder layers and token rows at their own learning rates.
 
     With `balance_slices` every spectral parameter gets its layer's own rate, so that a slice far down the spectrum
-    learns as fast as the first. Token rows have no weight decay: an embedding of zero is no meaning of a word.
+    learns as fast as the first. Token rows have no weight decay: no word's embedding is near zero.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, layer in adapter.layers.items():

@@ -19,7 +19,7 @@ SETTINGS_FILE = "training.toml"
 
 @dataclass(frozen=True)
 class UnfinishedTraining:
-    """A training nobody is working at. `str` tells which one it is and how many steps are done."""
+    """A training that no process is running. `str` is its token and how many steps are done."""
 
     folder: TrainingFolder
     config: TrainingConfig | None  # None: its settings cannot be read; it can only be deleted
@@ -36,9 +36,9 @@ class UnfinishedTraining:
         return f"{self.config.token}: {self.steps} of {self.config.max_train_steps} steps"
 
     def acquire(self) -> TrainingConfig | None:
-        """Lock its folder; returns the settings to resume with. Raises FusionError where somebody works there."""
+        """Lock its folder; returns the settings to resume with. Raises FusionError where it is locked."""
         if not self.folder.acquire():
-            raise FusionError("Somebody is at work on this training already.")
+            raise FusionError("This training is running already, in another program or page.")
         resumed = {"resume_from_checkpoint": "latest"} if self.adapter else {}
         return self.config and self.config.updated(resumed)
 

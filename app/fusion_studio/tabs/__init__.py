@@ -15,7 +15,7 @@ from fusion_studio.session import Session
 # Events that only move things on the page: no spinner, no place in the published API.
 PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 LATEST: dict[str, Any] = PRIVATE | {"trigger_mode": "always_last"}  # of quick clicks, the last must not be lost
-# Any number of pages at once: who may use the pipeline, the session's own line decides, and says so.
+# Any number of pages at once: who may use the pipeline, the session's queue decides, and shows it.
 # "multiple": the page would swallow a click right after a cancel.
 STREAM: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
 WIDGETS = Path(__file__).parent.parent / "widgets"

@@ -168,7 +168,7 @@ def of_controls(handler: Callable[[Session, Any, Controls], Iterator[Any]]) -> C
 def draw_pictures(
     session: Session, history: Sequence[Mapping[str, Any]], controls: Controls
 ) -> Iterator[tuple[Any, ...]]:
-    """Draw a prompt with the picked concepts: the place in the line, previews while it is drawn, then the pictures."""
+    """Draw a prompt with the picked concepts: position in the queue, previews, then the pictures."""
     if not controls.prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
     picked, parts = picked_of(controls.picks), regions_of(controls.regions)

@@ -1,4 +1,4 @@
-"""What has been drawn on this page: look again, repeat with one click, go on from it, hold it against another."""
+"""The pictures drawn on this page: show one again, repeat it, start from it, compare it with another."""
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 

@@ -1,4 +1,4 @@
-"""Library: a wall of cards to open, rename, export and delete; import of other files; who owns which slice."""
+"""Library: a card for each adapter, to open, rename, export and delete; import of other files; the slice map."""
 
 from datetime import datetime
 from pathlib import Path
