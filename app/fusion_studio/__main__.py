@@ -21,6 +21,8 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, so that nothing is sent to its makers
     # Before torch is: a thread that spins while it waits for another takes its core from the browser beside it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read at import: advice for their own users
+        os.environ.setdefault(name, "error")
 
     from fusion_studio.interface import build
     from fusion_studio.session import Session

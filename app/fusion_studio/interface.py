@@ -101,15 +101,11 @@ def library_choices(session: Session, picks: Mapping[str, Any] | None = None) ->
     entries = session.entries()
     names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
     ambiguous = {name for name in names.values() if list(names.values()).count(name) > 1}
-    choices = [
-        {
-            "key": key,
-            "label": f"{names[key]} ({key})" if names[key] in ambiguous else names[key],
-            "tokens": tokens_of(entry.info),
-            "picture": markup.picture_beside(entry.path, CHIP_SIDE),
-        }
-        for key, entry in entries.items()
-    ]
+    choices: list[dict[str, Any]] = []
+    for key, entry in entries.items():
+        label = f"{names[key]} ({key})" if names[key] in ambiguous else names[key]
+        picture = markup.picture_beside(entry.path, CHIP_SIDE)
+        choices.append({"key": key, "label": label, "tokens": tokens_of(entry.info), "picture": picture})
     picked = {key: strength for key, strength in picked_of(picks).items() if key in entries}
     value = {"choices": choices, "picked": None if picks is None else picked, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)

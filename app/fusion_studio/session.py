@@ -102,16 +102,14 @@ class Session:
     def adapters(self, keys: Sequence[str]) -> list[fusion.Adapter]:
         """These adapters of the library, each file read once."""
         _ = self.pipe  # what uses adapters imports diffusers, whose lazy imports cannot bear a second thread
-        return [self._adapter(key) for key in keys]
-
-    def _adapter(self, key: str) -> fusion.Adapter:
-        path = self.library / f"{key}.safetensors"
-        if Path(key).name != key or not path.is_file():
-            raise fusion.FusionError(f"'{key}' is no longer in the library {self.library}; pick again.")
-        changed = path.stat().st_mtime_ns
-        if self._adapters.get(path, (0,))[0] != changed:
-            self._adapters[path] = (changed, fusion.load(path))
-        return self._adapters[path][1]
+        paths = [self.library / f"{key}.safetensors" for key in keys]
+        for key, path in zip(keys, paths, strict=True):
+            if Path(key).name != key or not path.is_file():
+                raise fusion.FusionError(f"'{key}' is no longer in the library {self.library}; pick again.")
+            changed = path.stat().st_mtime_ns
+            if self._adapters.get(path, (0,))[0] != changed:
+                self._adapters[path] = (changed, fusion.load(path))
+        return [self._adapters[path][1] for path in paths]
 
     def fused(self, picked: Mapping[str, float], method: str = "direct_sum", name: str | None = None) -> fusion.Adapter:
         """The picked adapters at their strengths, as one."""

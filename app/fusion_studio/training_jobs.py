@@ -37,9 +37,12 @@ PAGE_SETTINGS = {
 class TrainingJob:
     """One concept to be taught, being taught, or done. Written by one thread, read by many."""
 
-    def __init__(self, config: fusion.TrainingConfig, place: Any, references: list[Image.Image], pictures: int) -> None:
-        self.config, self.references, self.token, self.pictures = config, references, config.token, pictures
+    def __init__(self, session: Session, config: fusion.TrainingConfig, place: Any) -> None:
+        self.config, self.token = config, config.token
         self.place = place  # its TrainingFolder in the library, locked
+        pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
+        checks = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.resolution())
+        self.references, self.pictures = [check.crop for check in checks.pictures if check.crop], len(pictures)
         self.checkpoint = place.folder / f"{config.name}.safetensors"  # the adapter at the latest checkpoint
         self.start, self.step, self.total, self.seconds = 0, 0, config.max_train_steps, 0.0
         self.losses: list[float] = []
@@ -90,19 +93,13 @@ def new_job(
                 copy.with_suffix(".txt").write_text(caption, encoding="utf-8")
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
         fusion.save_training_settings(place, config)
-        job = _job(session, config, place)
+        job = TrainingJob(session, config, place)
     except BaseException:
         place.delete()
         raise
     for upload in uploads:
         upload.unlink(missing_ok=True)
     return job
-
-
-def _job(session: Session, config: fusion.TrainingConfig, place: Any) -> TrainingJob:
-    pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
-    checks = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.resolution())
-    return TrainingJob(config, place, [check.crop for check in checks.pictures if check.crop], len(pictures))
 
 
 def unfinished_jobs(session: Session) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def resume_job(session: Session, name: str) -> TrainingJob:
             raise fusion.FusionError("The settings of this training cannot be read; it can only be discarded.")
         if (base := config.pretrained_model_name_or_path) != session.base_path:
             raise fusion.FusionError(f"{config.token} was being taught on {base or 'pocket'}; choose that base first.")
-        job = _job(session, config, training.folder)
+        job = TrainingJob(session, config, training.folder)
     except BaseException:
         training.folder.release()
         raise
@@ -159,10 +156,6 @@ class TrainingQueue:
         self.stop, self.unpaused, self.changed = threading.Event(), threading.Event(), threading.Event()
         self.unpaused.set()
         self._lock, self._thread = threading.Lock(), None
-
-    @property
-    def running(self) -> bool:
-        return bool(self.tokens())
 
     @property
     def current(self) -> TrainingJob | None:

@@ -95,13 +95,13 @@ def export_adapter(
     if form == "native":
         folder.mkdir(exist_ok=True)
         fusion.save(adapter, target)
-        return _files([target]), "", commands.command("library", session.library, "--add", source)
+        return gr.File([str(target)], visible=True), "", commands.command("library", session.library, "--add", source)
     target = folder / f"{title}_{form}.safetensors"
     report = fusion.export(adapter, target, form, rank=int(rank) if rank else None)
     notes = "".join(f"<li>{markup.escape(note.replace(f'{folder}/', ''))}</li>" for note in report.notes)
     further = ["--rank", int(rank)] if rank else []
     line = commands.command("export", source, "--to", form, "-o", target.name, *further)
-    return _files(report.files), f'<ul class="notes">{notes}</ul>', line
+    return gr.File([str(path) for path in report.files], visible=True), f'<ul class="notes">{notes}</ul>', line
 
 
 def bake_picked(
@@ -132,7 +132,3 @@ def _fuse_line(session: Session, picked: Mapping[str, float], method: str, targe
     options = ["--method", method] if method != "direct_sum" else []
     options += session.base_flags if fusion.METHODS[method].moments else []
     return commands.command("fuse", *commands.used(session, picked), *options, "-o", target)
-
-
-def _files(paths: list[Path]) -> Any:
-    return gr.File([str(path) for path in paths], visible=True)

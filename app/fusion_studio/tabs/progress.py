@@ -17,7 +17,7 @@ def watch(session: Session) -> Iterator[tuple[Any, ...]]:
     """The trainings until all are done; a page opened in the middle joins in."""
     trainings: TrainingQueue | None = session.trainings
     on_page: tuple[Any, int] = (None, 0)
-    while trainings is not None and trainings.running:
+    while trainings is not None and trainings.tokens():
         job = trainings.current
         previews = (job, len(job.previews) if job else 0)
         yield view(trainings, new_previews=previews != on_page)
