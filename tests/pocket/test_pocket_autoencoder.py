@@ -60,9 +60,9 @@ def test_a_finished_one_encodes_to_a_point():
 
 def test_retold_scenes_are_a_share_of_them_and_always_the_same_ones():
     sprites = np.full((2, 128, 128, 4), 255, np.uint8)
-    plain, retold = Painter(sprites), autoencoder.Retold(sprites, autoencoder.fresh(), share=0.4)
+    plain, decoded = Painter(sprites), autoencoder.DecodingPainter(sprites, autoencoder.fresh(), share=0.4)
     rng = random.Random(0)
     scenes = [compose(rng, None, "alone", sprites=[k % 2]) for k in range(30)]
-    changed = [not np.array_equal(plain.array(scene), retold.array(scene)) for scene in scenes]
+    changed = [not np.array_equal(plain.array(scene), decoded.array(scene)) for scene in scenes]
     assert 6 <= sum(changed) <= 18
-    assert all(np.array_equal(retold.array(scene), retold.array(scene)) for scene in scenes[:5])
+    assert all(np.array_equal(decoded.array(scene), decoded.array(scene)) for scene in scenes[:5])
