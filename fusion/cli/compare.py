@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--alone", action="store_true", help="also a column for each adapter alone")
     add("--own_strengths", nargs="+", type=float, metavar="X", help="one for each adapter, times the row's")
     add("--seed", type=int, default=0, metavar="N", help="of every picture (default: 0)")
-    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--num_inference_steps", "--steps", type=int, metavar="N", help="denoising steps")
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
     add_base_arguments(parser)
 
@@ -33,7 +33,7 @@ def run(args: Namespace) -> None:
 
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
-    names = ("own_strengths", "strengths", "methods", "alone", "seed", "steps")
+    names = ("own_strengths", "strengths", "methods", "alone", "seed", "num_inference_steps")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     rows: dict[float, list[Cell]] = {}
     with progress() as advance:

@@ -6,6 +6,7 @@
 Both are measured on the UNet's predictions (output_error.py), so they hold for the setting and not for one picture.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
@@ -53,14 +54,19 @@ def compare(
     methods: Sequence[str] = ("direct_sum",),
     alone: bool = False,
     seed: int = 0,
+    num_inference_steps: int | None = None,
     steps: int | None = None,
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> Generator[Cell]:
     """Draw the grid row by row: every strength by every method, and with `alone` by every adapter alone.
 
-    `own_strengths` weigh the adapters against each other; `steps` and `on_step` as in generate.
+    `own_strengths` weigh the adapters against each other; `num_inference_steps` and `on_step` as in
+    generate; `steps` is the former name of the first, and warns.
     Raises ConfigError for a grid that is empty or of more than 64 pictures, and whatever fuse and generate raise.
     """
+    if steps is not None:
+        warnings.warn("compare(steps=) is now num_inference_steps=; the old name goes away in 0.3", FutureWarning, 2)
+        num_inference_steps = steps
     weights = [1.0] * len(adapters) if own_strengths is None else list(own_strengths)
     columns = [(method, list(adapters), method, weights) for method in methods if adapters]
     if alone:
@@ -82,7 +88,7 @@ def compare(
         for token, single in concepts_of(adapter).items()
     }
     concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed)
-    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": steps})
+    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": num_inference_steps})
     for number, (strength, column, fused) in enumerate(settings, start=1):
         (picture,) = generate(pipe, config, [fused], on_step=on_step)
         tokens = [concept.token for concept in fused.info.concepts if concept.token in references]
