@@ -115,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
             return replace(layout.adapter(file.tensor), digest_cache=DigestCache())
         keys = list(file.shapes)
         for form in LORA_FORMS.values():
-            if any(map(form.marks, keys)):
+            if any(map(form.recognises, keys)):
                 return replace(read_lora(file, form), digest_cache=DigestCache())
         raise FormatError(
             f"'{file.path}' holds no adapter, but {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}. "

@@ -49,7 +49,7 @@ def stored_scale(metadata: Mapping[str, str], stem: str, rank: int) -> float:
 DIFFUSERS = LoraForm(
     title="diffusers",
     sdxl="diffusers",
-    marks=lambda key: ".lora" in key or ".lokr" in key,
+    recognises=lambda key: ".lora" in key or ".lokr" in key,
     stem=key_stem,
     layer=layer_name,
     up="lora_B.weight",

@@ -61,7 +61,7 @@ def layer_name(stem: str) -> str | None:
 KOHYA = LoraForm(
     title="kohya",
     sdxl="https://github.com/Stability-AI/generative-models",
-    marks=lambda key: key.startswith(("lora_unet_", "lora_te")),
+    recognises=lambda key: key.startswith(("lora_unet_", "lora_te")),
     stem=key_stem,
     layer=layer_name,
     up="lora_up.weight",

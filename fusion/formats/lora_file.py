@@ -33,7 +33,7 @@ class LoraForm:
 
     title: str
     sdxl: str  # ModelSpec's implementation: whose layer names these are for SDXL
-    marks: Callable[[str], bool]  # whether a key shows that a file is in this form
+    recognises: Callable[[str], bool]  # whether a key shows that a file is in this form
     stem: Callable[[str, str | None], str]  # layer name, family of the base -> its keys' beginning
     layer: Callable[[str], str | None]  # the inverse; None: not a name in this form
     up: str  # endings of the keys

@@ -22,14 +22,15 @@ def create_folder(folder: Path) -> None:
 
 @contextmanager
 def library_lock(folder: Path) -> Generator[None, None, None]:
-    """Wait for the library's lock and hold it; not re-entrant. A folder that does not exist has nothing to lock.
+    """Wait for the library's lock and hold it. A folder that does not exist has nothing to lock.
 
+    A thread that holds it may lock again: an abandoned training can be collected, and its slice released, at any time.
     Raises FormatError where nothing can be written.
     """
     if not folder.is_dir():
         yield
         return
-    lock = FileLock(folder / ".library.lock", poll_interval=0.005)
+    lock = FileLock(folder / ".library.lock", poll_interval=0.005, is_singleton=True)
     try:
         lock.acquire()
     except OSError as error:

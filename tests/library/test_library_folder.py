@@ -14,6 +14,7 @@ from fusion.adapters.core import SingularValuesLayer
 from fusion.errors import FormatError, SliceConflict, UnknownName
 from fusion.formats import adapter_file, safetensors_file
 from fusion.library.library_folder import Library
+from fusion.library.locks import library_lock
 from fusion.library.training_folders import all_training_folders
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
@@ -86,6 +87,23 @@ def test_a_slice_is_given_back_once(tmp_path):
         with reserve(tmp_path / "new") as third:
             assert third.slice == held.slice
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [".library.lock"]
+
+
+def test_a_slice_is_released_even_while_its_thread_holds_the_librarys_lock(tmp_path):
+    """As when Python collects an abandoned training in the middle of another reservation."""
+    reserved, entered = reserve(tmp_path), threading.Event()
+
+    def lock_too():
+        with library_lock(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=lock_too, daemon=True)
+    with library_lock(tmp_path):
+        reserved.release()
+        thread.start()
+        assert not entered.wait(0.2)  # another thread has to wait
+    assert entered.wait(10)
+    assert Library(tmp_path).slice_map(BASE) == []
 
 
 def test_another_thread_may_give_it_back(tmp_path):
