@@ -49,6 +49,12 @@ BANNED_MODULES = {
     *("captions", "examination", "preparation", "surroundings", "quiet", "interruption", "survival", "foresight"),
     *("judge", "contact", "looks", "notices", "turns", "teaching", "workplace"),
 }
+# Public names say what a thing is: no participles for things, no metaphors.
+BANNED_WORDS = {
+    *("asked", "drawn", "found", "given", "got", "heard", "held", "kept", "learned", "looked", "made", "met", "said"),
+    *("seen", "shown", "spoiled", "strange", "taken", "told", "wanted", "whereabouts"),
+    *("ear", "knob", "look", "loud", "loudness", "quietly", "spoil", "voice", "whisper"),
+}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FUSION = sorted(ROOT.glob("fusion/**/*.py"))
 APP = sorted(ROOT.glob("app/**/*.py"))
@@ -86,6 +92,22 @@ def public_definitions(path: Path) -> set[str]:
     """Names of the functions and classes that a module defines at its top."""
     kinds = (*FUNCTION, ast.ClassDef)
     return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, kinds)}
+
+
+def public_nodes(path: Path) -> list[ast.stmt]:
+    """What stands at the top of a module, and in its public classes, less what a leading underscore makes private."""
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    nodes = [
+        *top,
+        *(node for part in top if isinstance(part, ast.ClassDef) and part.name[0] != "_" for node in part.body),
+    ]
+    return [node for node in nodes if not isinstance(node, FUNCTION) or not node.name.startswith("_")]
+
+
+def arguments_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    """All but *args, **kwargs, self and cls."""
+    of = node.args
+    return [a for a in [*of.posonlyargs, *of.args, *of.kwonlyargs] if a.arg not in ("self", "cls")]
 
 
 def lines(paths: list[Path]) -> dict[str, int]:
@@ -139,6 +161,29 @@ def test_modules_are_named_for_what_they_hold(path):
     assert not {*path.relative_to(ROOT).with_suffix("").parts} & BANNED_MODULES
     # `fusion.fuse` the function would hide `fusion.fuse` the module: modules are nouns, functions verbs.
     assert path.stem not in public_definitions(path), "a public name hides its own module"
+
+
+@pytest.mark.parametrize("path", [*FUSION, *APP], ids=name_of)
+def test_public_names_say_what_a_thing_is(path):
+    nodes = public_nodes(path)
+    functions = {node.name for node in nodes if isinstance(node, FUNCTION)}
+    fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    arguments = {argument.arg for node in nodes if isinstance(node, FUNCTION) for argument in arguments_of(node)}
+    names = functions | {name for name in fields | arguments if not name.startswith("_")}
+    assert {name for name in names if {*name.split("_")} & BANNED_WORDS} == set()
+
+
+@pytest.mark.parametrize("path", [p for p in FUSION if layer_of(p) != "cli"], ids=name_of)
+def test_public_arguments_have_types(path):
+    """A protocol, `fusion.models.pipeline.Pipeline` for one, says what is needed where a class would be too narrow."""
+    untyped = {
+        f"{node.name}({argument.arg})"
+        for node in public_nodes(path)
+        if isinstance(node, FUNCTION)
+        for argument in arguments_of(node)
+        if argument.annotation is None or ast.unparse(argument.annotation) in ("Any", "Any | None")
+    }
+    assert untyped == set()
 
 
 def test_public_names_hide_no_module():
