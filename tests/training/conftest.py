@@ -8,6 +8,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """A folder of three small pictures without captions, and an empty folder for masks."""

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ import fusion
 import tiny
 from fusion.errors import ConfigError, FormatError, FusionError, SliceConflict
 from fusion.formats.safetensors_file import opened
-from fusion.models.layer_sites import sites
 from fusion.training.accelerator import accelerated
 from fusion.training.checkpoint import read_checkpoint
 from fusion.training.config import MAY_CHANGE
@@ -25,7 +25,7 @@ from fusion.training.loss import denoising_loss
 from fusion.training.setup import named_parameters, parameter_groups
 from fusion.training.training_data import TrainingData
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 # For every lasting setting, another value than the toy training's.
 OTHER = {
@@ -43,6 +43,12 @@ OTHER = {
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
 
 
+@cache
+def toy():
+    """One pipeline for the whole module: a training leaves it as it was."""
+    return tiny.pipeline("sd1")
+
+
 def resume(settings, name="latest", **others):
     return settings.updated({"resume_from_checkpoint": str(name), **others})
 
@@ -50,7 +56,7 @@ def resume(settings, name="latest", **others):
 def interrupted(pictures, after=2, **settings):
     """A training that was stopped `after` some of its steps, with a checkpoint at each."""
     settings = config(pictures, **{"checkpointing_steps": 1, "max_train_steps": 3, **settings})
-    steps = list(itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), after))
+    steps = list(itertools.islice(fusion.train(toy(), settings), after))
     return settings, steps
 
 
@@ -70,12 +76,19 @@ def as_earlier(checkpoint, folder=None):
     return earlier
 
 
+def restore(path, step, settings):
+    """Read a checkpoint into an optimizer as the training of `step` has it."""
+    optimizer = torch.optim.AdamW(parameter_groups(step.adapter, settings, {}))
+    checkpoint = read_checkpoint(path, step.adapter.info.provenance.settings)
+    checkpoint.restore(named_parameters(step.adapter), optimizer, torch.amp.GradScaler("cpu"))
+
+
 @pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "center_crop": False, "random_flip": True}])
 def test_resuming_is_exact(extra, pictures):
     settings = config(pictures, max_train_steps=6, checkpointing_steps=3, lr_scheduler="cosine", **extra)
-    steps, whole = run(tiny.pipeline("sd1"), settings)
+    steps, whole = run(toy(), settings)
     assert steps[2].checkpoint.name == "checkpoint-3"
-    again, resumed = run(tiny.pipeline("sd1"), resume(settings, steps[2].checkpoint))
+    again, resumed = run(toy(), resume(settings, steps[2].checkpoint))
     assert [step.step for step in again] == [4, 5, 6] and {step.resumed for step in again} == {3}
     assert [(s.loss, s.learning_rate) for s in again] == [(s.loss, s.learning_rate) for s in steps[3:]]
     assert same(whole, resumed)
@@ -85,23 +98,23 @@ def test_resuming_is_exact(extra, pictures):
 def test_the_learning_rate_goes_on_where_it_was(schedule, pictures):
     warmup = {} if schedule == "constant" else {"lr_warmup_steps": 2}
     settings, steps = interrupted(pictures, after=3, lr_scheduler=schedule, **warmup)
-    again, resumed = run(tiny.pipeline("sd1"), resume(settings, "checkpoint-1"))
+    again, resumed = run(toy(), resume(settings, "checkpoint-1"))
     assert [s.learning_rate for s in again] == [s.learning_rate for s in steps[1:]]
     assert same(parameters(steps[-1]), resumed)
 
 
 def test_a_resumed_training_goes_on_with_its_own_slice(pictures):
     settings, _ = interrupted(pictures, max_train_steps=4)
-    _, whole = run(tiny.pipeline("sd1"), settings.updated({"output_dir": pictures.parent / "whole"}))
+    _, whole = run(toy(), settings.updated({"output_dir": pictures.parent / "whole"}))
     other = config(pictures, token="<cat>", max_train_steps=1)
-    (last,) = fusion.train(tiny.pipeline("sd1"), other)  # takes the slice that is free for the moment
+    (last,) = fusion.train(toy(), other)  # takes the slice that is free for the moment
     fusion.save(last.adapter, settings.output_dir / "cat.safetensors")
     with pytest.raises(SliceConflict, match="'cat'"):
-        list(fusion.train(tiny.pipeline("sd1"), resume(settings)))
+        list(fusion.train(toy(), resume(settings)))
     (settings.output_dir / "cat.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"slice = \[0, 4, 1\], not \[4, 4, 1\]"):
-        list(fusion.train(tiny.pipeline("sd1"), resume(settings, "checkpoint-2", slice=1)))
-    _, resumed = run(tiny.pipeline("sd1"), resume(settings, "checkpoint-2", slice=0))  # the very slice it had
+        list(fusion.train(toy(), resume(settings, "checkpoint-2", slice=1)))
+    _, resumed = run(toy(), resume(settings, "checkpoint-2", slice=0))  # the very slice it had
     assert same(whole, resumed)
 
 
@@ -116,7 +129,7 @@ def test_every_setting_lasts_or_may_change():
 def test_resuming_under_other_settings_is_refused_by_name(prior, pictures, monkeypatch):
     monkeypatch.setattr("fusion.training.pictures.MIN_SIDE", 8)  # the toy base draws 16 px
     settings, steps = interrupted(pictures, after=1, **prior)
-    checkpoint, pipe, before = steps[0].checkpoint, tiny.pipeline("sd1"), settings.lasting_settings()
+    checkpoint, pipe, before = steps[0].checkpoint, toy(), settings.lasting_settings()
     for name, value in OTHER.items():
         changes = {name: value}
         if prior and name == "with_prior_preservation":
@@ -138,7 +151,7 @@ def test_resuming_with_other_pictures_masks_or_base_is_refused_by_name(pictures,
     mask.paste(255, (0, 0, 24, 40))
     mask.save(pictures / "masks" / "0.png")
     settings, steps = interrupted(pictures, after=1, **PRIOR)
-    resumed, pipe = resume(settings, steps[0].checkpoint), tiny.pipeline("sd1")
+    resumed, pipe = resume(settings, steps[0].checkpoint), toy()
 
     def refused(name, base=pipe):
         with pytest.raises(ConfigError, match=f"was made with {name} = "):
@@ -164,7 +177,7 @@ def test_resuming_with_other_pictures_masks_or_base_is_refused_by_name(pictures,
 
 def test_what_shapes_no_adapter_may_change(pictures, tmp_path):
     settings, _ = interrupted(pictures)
-    whole = run(tiny.pipeline("sd1"), settings.updated({"output_dir": tmp_path / "whole"}))[1]
+    whole = run(toy(), settings.updated({"output_dir": tmp_path / "whole"}))[1]
     shutil.copytree(pictures, tmp_path / "moved")
     paths = {"instance_data_dir": tmp_path / "moved", "library": tmp_path / "library", "output_dir": tmp_path / "new"}
     kept = {"save_precision": "float32", "checkpointing_steps": 2, "checkpoints_total_limit": 1, "output_name": "rex"}
@@ -172,7 +185,7 @@ def test_what_shapes_no_adapter_may_change(pictures, tmp_path):
     memory = {"cache_latents": False, "sample_batch_size": 2}
     checkpoint = next(settings.output_dir.rglob("checkpoint-2"))
     changed = resume(settings, checkpoint, **paths, **kept, **previews, **memory)
-    steps, resumed = run(tiny.pipeline("sd1"), changed)
+    steps, resumed = run(toy(), changed)
     assert same(whole, resumed) and len(steps[-1].images) == 1
 
 
@@ -187,31 +200,31 @@ def test_the_settings_name_the_base_that_is_open(pictures, tmp_path):
 def test_only_this_runs_old_checkpoints_are_removed(pictures):
     first, _ = interrupted(pictures, after=5, max_train_steps=6)
     settings = config(pictures, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=1)
-    for step in fusion.train(tiny.pipeline("sd1"), settings):
+    for step in fusion.train(toy(), settings):
         assert step.checkpoint.is_dir()  # a higher one of the older run does not push it out
     runs = {run.name: sorted(p.name for p in run.iterdir()) for run in step.checkpoint.parent.parent.iterdir()}
     assert runs.pop(step.checkpoint.parent.name) == ["checkpoint-4"]
     assert list(runs.values()) == [[f"checkpoint-{n}" for n in range(1, 6)]]
     # Resumed from an early one, the run's own later ones push out none either.
     limited = resume(first, "checkpoint-2", checkpoints_total_limit=2)
-    steps = list(itertools.islice(fusion.train(tiny.pipeline("sd1"), limited), 1))
+    steps = list(itertools.islice(fusion.train(toy(), limited), 1))
     kept = sorted(path.name for path in steps[0].checkpoint.parent.iterdir())
     assert kept == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5"]
 
 
 def test_latest_is_the_run_with_these_settings(pictures):
     settings, steps = interrupted(pictures)
-    _, whole = run(tiny.pipeline("sd1"), settings.updated({"output_dir": pictures.parent / "whole"}))
+    _, whole = run(toy(), settings.updated({"output_dir": pictures.parent / "whole"}))
     interrupted(pictures, seed=1, max_train_steps=9, after=4)  # another run of this name: later, and further
-    again, resumed = run(tiny.pipeline("sd1"), resume(settings))
+    again, resumed = run(toy(), resume(settings))
     assert again[0].step == 3 and same(whole, resumed)
     assert again[-1].checkpoint.parent == steps[-1].checkpoint.parent
     with pytest.raises(ConfigError, match="seed = "):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, seed=2)))
+        next(fusion.train(toy(), resume(settings, seed=2)))
     with pytest.raises(ConfigError, match="There is no checkpoint 'latest'"):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, output_name="rex")))
+        next(fusion.train(toy(), resume(settings, output_name="rex")))
     with pytest.raises(ConfigError, match="There is no checkpoint 'checkpoint-8'"):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, "checkpoint-8")))
+        next(fusion.train(toy(), resume(settings, "checkpoint-8")))
 
 
 def test_two_trainings_of_one_token_at_once_keep_apart(pictures):
@@ -221,13 +234,13 @@ def test_two_trainings_of_one_token_at_once_keep_apart(pictures):
     folders = {step.checkpoint.parent for pair in steps for step in pair}
     assert len(folders) == 2 and all([p.name for p in folder.iterdir()] == ["checkpoint-3"] for folder in folders)
     for seed, step in enumerate(steps[-1]):
-        (last,) = fusion.train(tiny.pipeline("sd1"), resume(settings, seed=seed))
+        (last,) = fusion.train(toy(), resume(settings, seed=seed))
         assert same(parameters(last), parameters(step))
 
 
 def test_a_run_has_one_identity(pictures, tmp_path):
     settings, steps = interrupted(pictures)
-    again, _ = run(tiny.pipeline("sd1"), resume(settings))
+    again, _ = run(toy(), resume(settings))
     ids = {step.adapter.info.provenance.run for step in (*steps, *again)}
     (name,) = {step.checkpoint.parent.name for step in (*steps, *again)}
     assert ids == {name} and len(name) == 8
@@ -235,14 +248,14 @@ def test_a_run_has_one_identity(pictures, tmp_path):
     stored = fusion.load(tmp_path / "dog.safetensors").info.provenance
     assert stored.run == name and stored.settings["rank"] == 4 and stored.settings["slice"] == [0, 4, 1]
     assert stored.settings["base"]["family"] == "sd1" and stored.settings["pictures"]
-    (anew,) = itertools.islice(fusion.train(tiny.pipeline("sd1"), settings), 1)
+    (anew,) = itertools.islice(fusion.train(toy(), settings), 1)
     assert anew.adapter.info.provenance.run != name
 
 
 def test_a_training_that_died_after_its_last_step_is_finished(pictures):
     settings, steps = interrupted(pictures, after=3)
     for _ in range(2):
-        (last,) = fusion.train(tiny.pipeline("sd1"), resume(settings, validation_prompt="a {token}"))
+        (last,) = fusion.train(toy(), resume(settings, validation_prompt="a {token}"))
         assert (last.step, last.total, last.resumed) == (3, 3, 3) and last.images
         assert (last.loss, last.learning_rate) == (steps[-1].loss, steps[-1].learning_rate)
         assert last.adapter.info.provenance.steps == 3
@@ -251,15 +264,15 @@ def test_a_training_that_died_after_its_last_step_is_finished(pictures):
 
 def test_checkpoints_of_earlier_versions_are_resumed(pictures):
     settings, steps = interrupted(pictures)
-    _, whole = run(tiny.pipeline("sd1"), settings.updated({"output_dir": pictures.parent / "whole"}))
+    _, whole = run(toy(), settings.updated({"output_dir": pictures.parent / "whole"}))
     earlier = as_earlier(steps[-1].checkpoint)
     shutil.rmtree(steps[-1].checkpoint.parent)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, seed=1)))
+        next(fusion.train(toy(), resume(settings, seed=1)))
     with pytest.raises(ConfigError, match="slice = "):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, slice=1)))
+        next(fusion.train(toy(), resume(settings, slice=1)))
     for name in ("latest", "checkpoint-2", earlier):
-        again, resumed = run(tiny.pipeline("sd1"), resume(settings, name, checkpoints_total_limit=1))
+        again, resumed = run(toy(), resume(settings, name, checkpoints_total_limit=1))
         assert [step.step for step in again] == [3] and same(whole, resumed)
         assert again[-1].checkpoint.parent.parent == earlier.parent and earlier.is_dir()
         shutil.rmtree(again[-1].checkpoint.parent)
@@ -270,15 +283,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(pictures, caplog):
     file = steps[-1].checkpoint / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(FormatError, match="checkpoint-2"):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, steps[-1].checkpoint)))
-    first = next(fusion.train(tiny.pipeline("sd1"), resume(settings)))
+        next(fusion.train(toy(), resume(settings, steps[-1].checkpoint)))
+    first = next(fusion.train(toy(), resume(settings)))
     assert first.step == 2 and "checkpoint-2" in caplog.text and "checkpoint-1" in caplog.text
 
 
 def test_tensors_of_other_shapes_are_refused(pictures):
     settings, steps = interrupted(pictures, after=1)
     earlier = as_earlier(steps[0].checkpoint, pictures.parent / "earlier")
-    tensors, pipe = load_file(earlier / "state.safetensors"), tiny.pipeline("sd1")
+    tensors = load_file(earlier / "state.safetensors")
     name = next(name for name in tensors if name.endswith("exp_avg") and tensors[name].ndim == 2)
     parameter = next(name for name in tensors if name.startswith("parameter.unet") and tensors[name].ndim == 2)
     rest = {key: value for key, value in tensors.items() if key not in (name, parameter)}
@@ -292,18 +305,18 @@ def test_tensors_of_other_shapes_are_refused(pictures):
     ):
         save_file(rest | changed, earlier / "state.safetensors")
         with pytest.raises(FormatError, match=r"does not fit this training: (optimizer|parameter)"):
-            next(fusion.train(pipe, resume(settings, earlier)))
+            restore(earlier, steps[0], settings)
+    with pytest.raises(FormatError, match=r"does not fit this training: optimizer"):
+        next(fusion.train(toy(), resume(settings, earlier)))
 
 
 @pytest.mark.parametrize("layout", ["today", "earlier"])
 def test_a_mutated_checkpoint_is_refused(layout, pictures):
     """Wherever a checkpoint is damaged there is a FormatError, or a setting is found to differ. Nothing else."""
     settings, (step,) = interrupted(pictures, after=1)
-    checkpoint, lasting = step.checkpoint, step.adapter.info.provenance.settings
+    checkpoint = step.checkpoint
     if layout == "earlier":
         checkpoint = as_earlier(checkpoint, pictures.parent / "earlier")
-    groups = parameter_groups(step.adapter, settings, sites(tiny.pipeline("sd1")))
-    optimizer, scaler = torch.optim.AdamW(groups), torch.amp.GradScaler("cpu")
     files = sorted((path, path.read_bytes()) for path in checkpoint.iterdir())
     chance, refused = random.Random(0), 0
     for _ in range(150):
@@ -320,12 +333,12 @@ def test_a_mutated_checkpoint_is_refused(layout, pictures):
             mutated[place:place] = chance.choice([b"null", b"-1", b"9" * 400, b"[]", b"{}", b"NaN"])
         path.write_bytes(mutated)
         try:
-            read_checkpoint(checkpoint, lasting).restore(named_parameters(step.adapter), optimizer, scaler)
+            restore(checkpoint, step, settings)
         except (FormatError, ConfigError):
             refused += 1
         path.write_bytes(data)
     assert refused == 150 if layout == "today" else refused > 100  # earlier versions had no digest
-    read_checkpoint(checkpoint, lasting).restore(named_parameters(step.adapter), optimizer, scaler)
+    restore(checkpoint, step, settings)
 
 
 @pytest.mark.parametrize("value", [{}, [], None, "x", {"settings": [], "scheduler": {"last_epoch": 1}}])
@@ -334,7 +347,7 @@ def test_a_strange_state_of_an_earlier_version_is_refused(value, pictures):
     earlier = as_earlier(steps[0].checkpoint)
     (earlier / "state.json").write_text(json.dumps(value))
     with pytest.raises(FormatError, match="cannot be read"):
-        next(fusion.train(tiny.pipeline("sd1"), resume(settings, earlier)))
+        next(fusion.train(toy(), resume(settings, earlier)))
 
 
 class Half:
@@ -357,7 +370,7 @@ def test_steps_that_the_scaler_skips_do_not_count(pictures, monkeypatch):
     half, batches, batch = Half(monkeypatch, init_scale=2.0**40, backoff_factor=2.0**-8), [], TrainingData.batch
     monkeypatch.setattr(TrainingData, "batch", lambda data, k, *more: batches.append(k) or batch(data, k, *more))
     settings = config(pictures, mixed_precision="fp16", checkpointing_steps=3)
-    steps, trained = run(tiny.pipeline("sd1"), settings)
+    steps, trained = run(toy(), settings)
     skipped, scale = len(batches) - 3, half.scalers[0].get_scale()
     assert skipped > 0 and scale == 2.0 ** (40 - 8 * skipped)
     assert batches == [0] * skipped + [0, 1, 2]  # repeated, not left out
@@ -365,7 +378,7 @@ def test_steps_that_the_scaler_skips_do_not_count(pictures, monkeypatch):
     moments = load_file(steps[-1].checkpoint / "state.safetensors")
     assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {3.0}
     Half(monkeypatch, init_scale=scale)  # where nothing is skipped, all is the same
-    others, unskipped = run(tiny.pipeline("sd1"), settings)
+    others, unskipped = run(toy(), settings)
     assert len(batches) - skipped == 6 and same(trained, unskipped)
     assert [(s.loss, s.learning_rate) for s in others] == [(s.loss, s.learning_rate) for s in steps]
 
@@ -376,17 +389,17 @@ def test_gradients_that_always_overflow_are_an_error(pictures, monkeypatch):
         loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
-    Half(monkeypatch, init_scale=4.0)
+    Half(monkeypatch, init_scale=2.0**-12)
     monkeypatch.setattr("fusion.training.loop.denoising_loss", infinite)
     with pytest.raises(FusionError, match="overflow"):
-        next(fusion.train(tiny.pipeline("sd1"), config(pictures, mixed_precision="fp16")))
+        next(fusion.train(toy(), config(pictures, mixed_precision="fp16")))
 
 
 def test_resuming_in_half_precision_is_exact_with_the_scaler(pictures, monkeypatch):
     half = Half(monkeypatch, init_scale=2.0**40, backoff_factor=2.0**-8, growth_interval=2)
     settings = config(pictures, mixed_precision="fp16", max_train_steps=5, checkpointing_steps=3)
-    steps, whole = run(tiny.pipeline("sd1"), settings)
-    again, resumed = run(tiny.pipeline("sd1"), resume(settings, steps[2].checkpoint))
+    steps, whole = run(toy(), settings)
+    again, resumed = run(toy(), resume(settings, steps[2].checkpoint))
     assert [step.step for step in again] == [4, 5] and same(whole, resumed)
     assert half.scalers[0].state_dict() == half.scalers[1].state_dict()
     assert half.scalers[0].get_scale() < 2.0**39
