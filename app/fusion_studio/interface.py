@@ -66,7 +66,7 @@ def connect(session: Session, parts: tuple[Any, ...], tabs: gr.Tabs, pages: tupl
         picker.input(lambda picks: {"picked": picked_of(picks), "at": picks.get("at")}, picker, selection, **LATEST)
     choices, choice_views = bind(library_choices, session), [*pickers, drawing.no_concepts]
     update, refresh = (choices, selection, choice_views), (choices, None, choice_views)
-    judge = (bind(draw.picked, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
+    judge = (bind(draw.selection_views, session), [drawing.picks, drawing.prompt, drawing.example, drawing.regions])
     verdict_views = [drawing.verdict, drawing.prompt, drawing.example, drawing.regions]
     draw_tab, combine_tab, compare_tab, library_tab = pages
     draw_tab.select(*update, **PRIVATE).then(*judge, verdict_views, **PRIVATE)

@@ -113,7 +113,7 @@ class GenerationConfig(StrictModel):
     prompt: str
     """What to draw, with the adapters' tokens: "a <dog> on a beach"."""
     negative_prompt: str = ""
-    """What to stay away from."""
+    """What the picture should not show."""
     regions: Literal["auto"] | Annotated[tuple[RegionField, ...], Field(max_length=MAX_REGIONS)] = ()
     """Parts of the picture with prompts of their own; with auto, each concept has one where the base would draw it."""
 
@@ -126,7 +126,7 @@ class GenerationConfig(StrictModel):
     guidance_scale: float = Field(default=7.5, ge=0)
     """How closely to follow the prompt."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
-    """0 to 1: take back the contrast that guidance adds."""
+    """How much of the contrast that guidance adds is taken back, 0 to 1."""
     scheduler: str | None = None
     """ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ... Default: the base's own."""
     width: int | None = Field(default=None, ge=8, le=8192)
@@ -134,7 +134,7 @@ class GenerationConfig(StrictModel):
     height: int | None = Field(default=None, ge=8, le=8192)
     """Height in pixels. Default: as for the width."""
     image_strength: float = Field(default=0.6, ge=0.01, le=1)
-    """Up to 1: how far to leave the picture that the drawing starts from."""
+    """How far the drawing may depart from the picture it starts from, up to 1."""
     gating: Literal["tokens", "none"] | None = None
     """How the adapters are gated. Default: as their files say."""
 

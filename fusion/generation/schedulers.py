@@ -38,7 +38,7 @@ def own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
 
 
 def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
-    """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same kind.
+    """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same class.
 
     Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.
     """
@@ -49,14 +49,16 @@ def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
             f"No scheduler is called '{name}'{closest(name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}."
         )
     class_name, settings = SCHEDULERS[name]
-    kind = getattr(diffusers, class_name)
+    scheduler = getattr(diffusers, class_name)
     zero_snr = original.config.get("rescale_betas_zero_snr", False)
-    if zero_snr and "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
-        able = [
+    if zero_snr and "rescale_betas_zero_snr" not in inspect.signature(scheduler.__init__).parameters:
+        capable = [
             n
             for n, (c, _) in SCHEDULERS.items()
             if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, c)).parameters
         ]
-        raise ConfigError(f"Scheduler '{name}' cannot do this base's zero-terminal-SNR noise; use {', '.join(able)}.")
-    known: Mapping[str, Any] = inspect.signature(kind.__init__).parameters
-    return kind.from_config({k: v for k, v in original.config.items() if k in known} | settings)
+        raise ConfigError(
+            f"Scheduler '{name}' cannot do this base's zero-terminal-SNR noise; use {', '.join(capable)}."
+        )
+    known: Mapping[str, Any] = inspect.signature(scheduler.__init__).parameters
+    return scheduler.from_config({k: v for k, v in original.config.items() if k in known} | settings)

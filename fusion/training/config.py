@@ -65,7 +65,7 @@ class TrainingConfig(StrictModel):
     token: str
     """The concept's word in prompts, in angle brackets: <dog>."""
     noun: str = ""
-    """Ordinary word the token's embedding starts from, such as dog. Helps a lot."""
+    """Ordinary word whose embedding initialises the token's, such as dog. Recommended."""
     num_vectors: int = Field(1, ge=1, le=75)
     """Embedding rows, and so text positions, the token takes."""
 
@@ -78,13 +78,13 @@ class TrainingConfig(StrictModel):
     resolution: int | None = Field(None, ge=1, le=4096)
     """Side of the square training pictures, in pixels. Default: the base's own."""
     center_crop: bool = True
-    """Cut out the middle of each picture. If false, a random part each time."""
+    """Crop the middle of each picture; if false, a random part each time."""
     random_flip: bool = False
     """Mirror half of the pictures. Not for faces, letters or logos."""
     use_masks: bool = True
     """Use masks where there are any: masks/name.png, white where the concept is."""
     unmasked_weight: float = Field(0.1, ge=0, le=1)
-    """What the loss counts outside a mask, where inside is 1. At 0 backgrounds run wild."""
+    """Weight of the loss outside a mask; inside it is 1. At 0 nothing restrains backgrounds."""
 
     adapter_type: str = "additive"
     """A row of fusion.ADAPTERS, such as additive, guarded, rotational or lora."""
@@ -93,15 +93,15 @@ class TrainingConfig(StrictModel):
     slice: int | None = Field(None, ge=0, le=65_536)
     """Which slice of the spectrum, 0 the strongest. Default: the library's next free one."""
     layout: Literal["contiguous", "strided"] = "contiguous"
-    """Slices as blocks of neighbours, as in the paper, or strided: all of about equal energy."""
+    """Slices of neighbouring directions, as in the paper, or strided ones, all of about equal energy."""
     slots: int = Field(8, ge=1, le=65_536)
-    """How many slices a strided layout is dealt to."""
+    """Number of slices of a strided layout."""
     targets: list[str] | None = None
     """Layers to adapt, such as unet.attn2.to_k or text_encoder. Default: what suits the gating."""
     gating: Literal["tokens", "none"] = "tokens"
     """With tokens the adapter acts at its own token only, so that concepts do not disturb each other."""
     guard: int = Field(64, ge=0, le=65_536)
-    """Guarded type: how many leading directions stay out of reach, for other concepts."""
+    """Guarded type: how many leading directions it does not change, for other concepts."""
     balance_slices: bool = False
     """Raise the learning rate of slices of small singular values, which learn slower."""
     library: Path | None = None
@@ -124,19 +124,19 @@ class TrainingConfig(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per step: larger batches for time instead of memory."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's memory of gradients."""
+    """AdamW's decay rate of the mean of gradients."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """AdamW's memory of squared gradients."""
+    """AdamW's decay rate of the mean of squared gradients."""
     adam_weight_decay: float = Field(1e-2, ge=0)
-    """AdamW's pull towards no change; not on the token."""
+    """AdamW's weight decay; not on the token."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """AdamW's guard against division by zero."""
+    """AdamW's epsilon, against division by zero."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Larger gradients are scaled down to this norm; 0 leaves them."""
+    """Gradients are clipped to this norm; 0 does not clip."""
     snr_gamma: float | None = Field(None, gt=0)
-    """Min-SNR weighting (arXiv 2303.09556), usually 5. Default: all timesteps count alike."""
+    """Min-SNR weighting (arXiv 2303.09556), usually 5. Default: all timesteps weigh the same."""
     noise_offset: float = Field(0.0, ge=0)
-    """Noise added per channel, for very dark or bright pictures. The paper has 0.01."""
+    """Noise added per channel, for very dark or bright pictures. The paper uses 0.01."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts. Default: what its scheduler says."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
@@ -149,19 +149,19 @@ class TrainingConfig(StrictModel):
     class_prompt: str | None = None
     """What class pictures show, without the token, such as "a dog"."""
     num_class_images: int = Field(100, ge=1, le=100_000)
-    """How many class pictures to have."""
+    """Number of class pictures."""
     prior_loss_weight: float = Field(1.0, ge=0)
-    """What class pictures count in the loss."""
+    """Weight of class pictures in the loss."""
     sample_batch_size: int = Field(4, ge=1, le=256)
     """Class pictures drawn at a time."""
 
     quiet_loss_weight: float = Field(0.0, ge=0)
-    """Penalty on the adapter's effect on prompts without the concept, for exports without gates. Try 10."""
+    """Weight of the quiet loss: ΔW is penalised on prompts without the concept, for exports without gates. Try 10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""
     gradient_checkpointing: bool = False
-    """Compute activations twice to save memory."""
+    """Compute activations a second time instead of keeping them, to save memory."""
     cache_latents: bool = True
     """Encode each picture once, before training; not done with random crops or flips."""
 

@@ -110,11 +110,11 @@ def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(s
 def test_one_click_repeats_a_picture_of_the_history(session, taught):
     taught("rex")
     stage, _, kept, *_ = drawn(session, picks(rex=0.5), "a <rex>", "", 3, True)
-    again, *controls = history.repeated(kept, 0, {"choices": ["all"], "picked": {}})
+    again, *controls = history.controls_of(kept, 0, {"choices": ["all"], "picked": {}})
     assert again == {"choices": ["all"], "picked": {"rex": 0.5}} and controls[3] is False  # no new seed
     assert (pixels(drawn(session, again, *controls)[0]) == pixels(stage)).all()
-    assert history.varied(kept, 0, {})[4] is True
-    wall, again, before = history.on_the_wall(kept)
+    assert history.controls_with_new_seed(kept, 0, {})[4] is True
+    wall, again, before = history.history_views(kept)
     assert not wall.visible and again.visible and before.visible
 
 
@@ -135,11 +135,11 @@ def test_before_and_after(session, taught):
 
 
 def test_a_picture_can_be_the_start_of_the_next(session, files):
-    name, shown, leave, forget = draw.started_from(session, files[0])
+    name, shown, leave, forget = draw.start_from(session, files[0])
     assert shown.visible and leave.visible and forget.visible
     stage, _, kept, _, cli = drawn(session, picks(), "a dog", image=name, image_strength=0.5)
     assert fusion.recipe_of(stage).config.image_strength == 0.5 and "--image PICTURE.png" in cli.value
-    assert history.started_from_it(session, kept, 0)[0] != name
+    assert history.start_from_entry(session, kept, 0)[0] != name
     for wrong in ("../../etc/passwd", "0" * 16 + ".png", "/etc/passwd"):
         with pytest.raises(fusion.FusionError, match="no longer here"):
             drawn(session, picks(), "a dog", image=wrong)
@@ -171,7 +171,7 @@ def test_several_concepts_get_places_found_by_the_base_unless_told_otherwise(ses
     both, prompt = picks(rex=1, tom=1), "a <rex> beside a <tom>"
     stage, _, kept, _, cli = drawn(session, both, prompt, "", 3, False)
     assert " --region auto" in cli.value
-    again, *controls = history.repeated(kept, 0, both)
+    again, *controls = history.controls_of(kept, 0, both)
     assert (pixels(drawn(session, again, *controls)[0]) == pixels(stage)).all()
     for options in ({"auto_regions": False}, {"regions": {"regions": [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}]}}):
         *_, cli = drawn(session, both, prompt, "", 3, False, **options)
@@ -218,15 +218,18 @@ def test_regions_reach_the_drawing_and_the_command_line(session, monkeypatch):
 
 def test_picking_gives_a_verdict_and_an_example(session, taught):
     taught("rex"), taught("cat")
-    verdict, prompt, example, areas = draw.picked(session, picks(rex=1), "", "", {"regions": [1]})
+    verdict, prompt, example, areas = draw.selection_views(session, picks(rex=1), "", "", {"regions": [1]})
     assert "compatible" in verdict and prompt == "a <rex> on a blue background" and not example.visible
     assert areas == {"regions": [1], "tokens": ["<rex>"]}
-    verdict, prompt, example, _ = draw.picked(session, picks(rex=1, cat=1), prompt, example.value, None)
+    verdict, prompt, example, _ = draw.selection_views(session, picks(rex=1, cat=1), prompt, example.value, None)
     assert "<rex> on the left and a <cat>" in prompt and "2 adapters" in verdict
-    verdict, prompt, example, _ = draw.picked(session, picks(cat=1), "my own words", example.value, None)
+    verdict, prompt, example, _ = draw.selection_views(session, picks(cat=1), "my own words", example.value, None)
     assert prompt == gr.skip() and example.visible and example.value == "Try: a <cat> on a blue background"
-    assert draw.picked(session, picks(), "", "", None)[:2] == (draw.NOTHING_PICKED, "a cat on a blue background")
-    assert draw.inserted("a ", SimpleNamespace(token="<rex>")) == "a <rex>"
+    assert draw.selection_views(session, picks(), "", "", None)[:2] == (
+        draw.NOTHING_PICKED,
+        "a cat on a blue background",
+    )
+    assert draw.insert_token("a ", SimpleNamespace(token="<rex>")) == "a <rex>"
 
 
 def test_the_verdict_and_the_heat_map_come_before_any_picture(session, taught):
@@ -400,7 +403,7 @@ def test_the_picture_that_greets_can_be_repeated(pocket_is_small, tmp_path):
     session.warm_up()
     path, caption, entries, at, _ = draw.first_picture(session)
     assert f"{draw.example_prompt([])} · seed 0" in caption
-    _, *controls = history.repeated(entries, at, picks())
+    _, *controls = history.controls_of(entries, at, picks())
     *_, again = draw.draw_pictures(session, (), Controls(picks(), *controls))
     assert Path(again[0]).read_bytes() == Path(path).read_bytes()
 

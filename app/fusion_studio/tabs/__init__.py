@@ -63,10 +63,10 @@ def widget(name: str, value: Any, **about: Any) -> gr.HTML:
 
 def save_upload(session: Session, file: str) -> Path:
     """An upload under a name of our own; gradio's copy of it is deleted at once."""
-    kept = session.store_upload(file)
+    upload = session.store_upload(file)
     if Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         Path(file).unlink(missing_ok=True)
-    return kept
+    return upload
 
 
 def picked_of(picks: Picks | None) -> dict[str, float]:
@@ -76,9 +76,9 @@ def picked_of(picks: Picks | None) -> dict[str, float]:
 
 def cli_box(name: str) -> gr.Textbox:
     """Where an action shows its command line."""
-    looks: dict[str, Any] = {"lines": 1, "max_lines": 6, "interactive": False, "buttons": ["copy"]}
+    options: dict[str, Any] = {"lines": 1, "max_lines": 6, "interactive": False, "buttons": ["copy"]}
     label = "The same on the command line"
-    return gr.Textbox(label=label, visible=False, elem_id=f"{name}-cli", elem_classes="cli", **looks)
+    return gr.Textbox(label=label, visible=False, elem_id=f"{name}-cli", elem_classes="cli", **options)
 
 
 def command_line(text: str) -> Any:

@@ -16,7 +16,7 @@ from fusion_studio.errors import bind
 from fusion_studio.session import Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Picks, cli_box, command_line, picked_of, widget
-from fusion_studio.tabs.draw import STOPPED, example_prompt, working
+from fusion_studio.tabs.draw import STOPPED, button_states, example_prompt
 
 NO_GRID = markup.empty("A grid of pictures", "One prompt and seed; rows are strengths, columns methods and adapters.")
 LEGEND = (
@@ -46,11 +46,11 @@ def build(session: Session) -> SimpleNamespace:
             cli = cli_box("compare")
     picks.input(bind(suggest_prompt, session), [picks, prompt], prompt, **LATEST)
     inputs, outputs = [picks, prompt, strengths, methods, alone, seed], [grid, progress, sheet, cli]
-    started = start.click(lambda: working(True), None, [start, stop], **PRIVATE)
+    started = start.click(lambda: button_states(True), None, [start, stop], **PRIVATE)
     comparing = started.then(bind(draw_grid, session), inputs, outputs, api_name="compare", **STREAM)
-    comparing.then(lambda: working(False), None, [start, stop], **PRIVATE)
-    comparing.failure(lambda: (*working(False), ""), None, [start, stop, progress], **PRIVATE)
-    stop.click(lambda: (*working(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **PRIVATE)
+    comparing.then(lambda: button_states(False), None, [start, stop], **PRIVATE)
+    comparing.failure(lambda: (*button_states(False), ""), None, [start, stop, progress], **PRIVATE)
+    stop.click(lambda: (*button_states(False), STOPPED), None, [start, stop, progress], cancels=[comparing], **PRIVATE)
     return SimpleNamespace(picks=picks, prompt=prompt, methods=methods)
 
 

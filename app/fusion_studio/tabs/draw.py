@@ -19,7 +19,7 @@ from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, save_upload, widget
 from fusion_studio.training_jobs import SUFFIXES
 
-HISTORY = 24  # pictures kept on the page
+MAX_HISTORY = 24  # pictures kept on the page
 TRY = "Try: "
 NOTHING_PICKED = markup.hint("Nothing picked: the base draws alone, with the words it knows already.")
 NO_CONCEPTS = (
@@ -55,7 +55,9 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Accordion("Start from a picture", open=False, elem_id="start-part"):
                 upload = gr.UploadButton("Choose a picture", file_types=[*SUFFIXES], size="sm", elem_id="start-upload")
                 start, begin = gr.Textbox(visible=False), gr.Image(visible=False, interactive=False, height=160)
-                leave = gr.Slider(0.05, 1, 0.6, step=0.05, label="How far to leave it", elem_id="leave", visible=False)
+                leave = gr.Slider(
+                    0.05, 1, 0.6, step=0.05, label="How far to depart from it", elem_id="leave", visible=False
+                )
                 forget = gr.Button("Do not start from it", size="sm", visible=False, elem_classes="quiet")
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 negative = gr.Textbox("", label="Negative prompt", placeholder="What should not be in it?")
@@ -66,40 +68,42 @@ def build(session: Session) -> SimpleNamespace:
                     guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
                     own = [("the base's own", "")]
                     scheduler = gr.Dropdown(own, value="", label="Scheduler", allow_custom_value=True)
-                anew = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
+                new_seed = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
-            looks: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
-            stage = gr.Image(type="filepath", elem_id="stage", **looks)
+            options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+            stage = gr.Image(type="filepath", elem_id="stage", **options)
             caption, cli = gr.HTML(NO_PICTURE, elem_id="caption"), cli_box("draw")
             after = gr.Column(elem_id="after")
     history, at = gr.State([]), gr.State(0)
     components: dict[str, Any] = {
-        "picks": picks, "prompt": prompt, "negative_prompt": negative, "seed": seed, "new_seed": anew,
+        "picks": picks, "prompt": prompt, "negative_prompt": negative, "seed": seed, "new_seed": new_seed,
         "num_inference_steps": steps, "guidance_scale": guidance, "num_images": count, "scheduler": scheduler,
         "regions": regions, "auto_regions": auto_regions, "image": start, "image_strength": leave,
     }  # fmt: skip
     controls = list(Controls(**components))
     outputs = [stage, caption, history, at, cli]
-    picks.input(bind(picked, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST)
-    picks.select(inserted, prompt, prompt, **PRIVATE)
+    picks.input(
+        bind(selection_views, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST
+    )
+    picks.select(insert_token, prompt, prompt, **PRIVATE)
     example.click(lambda text: text.removeprefix(TRY), example, prompt, **PRIVATE)
     beginning = [start, begin, leave, forget]
-    upload.upload(bind(started_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
+    upload.upload(bind(start_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
     forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **PRIVATE)
     drawings: list[Any] = []
 
     def draws(trigger: Any) -> None:
         """Let an event draw with the controls as they are."""
-        begun = trigger(lambda: working(True), None, [draw, stop], **PRIVATE)
+        begun = trigger(lambda: button_states(True), None, [draw, stop], **PRIVATE)
         about = STREAM | ({"api_visibility": "private"} if drawings else {"api_name": "draw"})
         drawing = begun.then(bind(of_controls(draw_pictures), session), [history, *controls], outputs, **about)
-        drawing.then(lambda: working(False), None, [draw, stop], **PRIVATE)  # gradio 6.31: not after a failure
-        drawing.failure(lambda: (*working(False), NO_PICTURE), None, [draw, stop, caption], **PRIVATE)
+        drawing.then(lambda: button_states(False), None, [draw, stop], **PRIVATE)  # gradio 6.31: not after a failure
+        drawing.failure(lambda: (*button_states(False), NO_PICTURE), None, [draw, stop, caption], **PRIVATE)
         drawings.append(drawing)
 
     def stops() -> None:
         """Once all events that draw are known."""
-        stop.click(lambda: (*working(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **PRIVATE)
+        stop.click(lambda: (*button_states(False), STOPPED), None, [draw, stop, caption], cancels=drawings, **PRIVATE)
 
     draws(lambda *args, **about: gr.on([draw.click, prompt.submit], *args, **about))
     return SimpleNamespace(
@@ -124,14 +128,16 @@ def first_picture(session: Session) -> tuple[Any, ...]:
     return path, markup.hint(entry["words"]), [entry], 0, command_line(line)
 
 
-def picked(session: Session, picks: Mapping[str, Any], prompt: str, example: str, regions: Any) -> tuple[Any, ...]:
+def selection_views(
+    session: Session, picks: Mapping[str, Any], prompt: str, example: str, regions: Any
+) -> tuple[Any, ...]:
     """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
     keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
     button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
-    areas = {**(regions or {"regions": []}), "tokens": tokens}
-    return verdict_html(session, keys), gr.skip() if own_words else suggestion, button, areas
+    regions_value = {**(regions or {"regions": []}), "tokens": tokens}
+    return verdict_html(session, keys), gr.skip() if own_words else suggestion, button, regions_value
 
 
 def verdict_html(session: Session, keys: Sequence[str]) -> str:
@@ -140,16 +146,16 @@ def verdict_html(session: Session, keys: Sequence[str]) -> str:
     return markup.verdict(fusion.compatibility(session.adapters(keys), session.pipe))
 
 
-def inserted(prompt: str, event: gr.EventData) -> str:
+def insert_token(prompt: str, event: gr.EventData) -> str:
     """The prompt with a concept's token at its end."""
     return f"{prompt.rstrip()} {event.token}".strip()
 
 
-def started_from(session: Session, file: str) -> tuple[Any, ...]:
-    """A picture to start from, checked and kept under a name of our own."""
-    kept = save_upload(session, file)
-    picture = fusion.load_picture(kept, "The picture")
-    return kept.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
+def start_from(session: Session, file: str) -> tuple[Any, ...]:
+    """A picture to start from, checked and stored under a name of our own."""
+    upload = save_upload(session, file)
+    picture = fusion.load_picture(upload, "The picture")
+    return upload.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
 
 def of_controls(handler: Callable[[Session, Any, Controls], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -196,7 +202,7 @@ def draw_pictures(
         if isinstance(frame, Result):
             line = commands.generate(session, picked, config, parts, from_picture=start is not None)
             entries = [{"path": path, "words": words, "controls": controls} for path, words in frame.value]
-            hint, entries = markup.hint(entries[0]["words"]), [*entries, *history][:HISTORY]
+            hint, entries = markup.hint(entries[0]["words"]), [*entries, *history][:MAX_HISTORY]
             yield entries[0]["path"], hint, entries, 0, command_line(line)
         elif isinstance(frame, StepProgress):
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
@@ -215,13 +221,13 @@ def example_prompt(tokens: Sequence[str]) -> str:
 def in_words(recipe: fusion.Recipe) -> str:
     """What a person needs to draw the picture again."""
     config = recipe.config
-    avoided = [f"without {config.negative_prompt}"] if config.negative_prompt else []
+    negative = [f"without {config.negative_prompt}"] if config.negative_prompt else []
     steps, guidance = f"{config.num_inference_steps} steps", f"guidance {config.guidance_scale:g}"
     used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
     parts = [] if config.regions == "auto" else [region.prompt for region in config.regions]
-    areas = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
-    return " · ".join([config.prompt, *areas, *avoided, f"seed {recipe.picture_seed}", steps, guidance, *used])
+    regions_value = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
+    return " · ".join([config.prompt, *regions_value, *negative, f"seed {recipe.picture_seed}", steps, guidance, *used])
 
 
-def working(busy: bool) -> tuple[Any, Any]:
+def button_states(busy: bool) -> tuple[Any, Any]:
     return gr.Button(interactive=not busy), gr.Button(visible=busy)
