@@ -32,8 +32,8 @@ Positions = Mapping[str, tuple[int, ...]]  # token -> positions in one prompt, a
 class TokenRows:
     """The rows of each token among those of a layer that is fed tokens, (B·T', D) flattened."""
 
-    rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # token -> (n,) ascending
-    size: int = 0  # rows in all, to catch a layer whose input is not what the gate was read from
+    rows: Mapping[str, Tensor]  # token -> (n,) ascending
+    size: int  # rows in all, to catch a layer whose input is not what the gate was read from
     _cache: dict[tuple[str, ...], Tensor | None] = field(default_factory=dict[tuple[str, ...], "Tensor | None"])
 
     @property
@@ -53,13 +53,10 @@ class TokenRows:
 
 @dataclass(eq=False)
 class PictureRows:
-    """The rows of each token in layers that see no tokens: all cells of a picture whose prompt holds it, or a region's.
+    """The rows of each token in layers that see no tokens: the cells of a picture, or region, whose prompt holds it."""
 
-    `prompts`: token -> (picture, which of its prompts).
-    """
-
-    prompts: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict[str, "Sequence[tuple[int, int]]"])
-    size: int = 0  # pictures
+    prompts: Mapping[str, Sequence[tuple[int, int]]]  # token -> (picture, which of its prompts)
+    size: int  # pictures
     regions: "Regions | None" = None
     _cache: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict[tuple[object, ...], "Tensor | None"])
 
