@@ -91,7 +91,7 @@ class LayerMerge(Method):
 class WeightedSum(Method):
     """ΔW = Σ weightᵢ ΔWᵢ with the same weights in all layers: `function(strengths, gram) -> weights`.
 
-    It can be carried out on whole adapters, branch by branch: types, bases and gates survive, exactly.
+    It can be carried out on whole adapters, branch by branch: types, bases and gates stay as they are, exactly.
     """
 
     def weights(self, strengths: Sequence[float], gram: Callable[[], Tensor]) -> Sequence[float]:

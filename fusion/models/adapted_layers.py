@@ -253,7 +253,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-outside_graphs: Any = torch.compiler.disable(_call)  # calls a function as it is from the midst of a compiled model
+outside_graphs: Any = torch.compiler.disable(_call)  # calls a function uncompiled from inside a compiled model
 
 
 def _concatenated(parts: list[tuple[Delta, float]]) -> Delta:

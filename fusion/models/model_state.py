@@ -160,7 +160,7 @@ def attached_state(pipe: Pipeline) -> AttachedState | None:
 
 
 def _current_site(first: Site, layer: nn.Module) -> Site | None:
-    """Where an adapted layer hangs now: PEFT, for one, may have wrapped it since."""
+    """Where an adapted layer is now: PEFT, for one, may have wrapped it since."""
     holder = first.module
     if holder is layer:
         return first

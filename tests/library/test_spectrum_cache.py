@@ -1,4 +1,4 @@
-"""The cache gives what the SVD gives, makes it once, and survives its own files being spoilt."""
+"""The cache gives what the SVD gives, computes it once, and replaces damaged files."""
 
 import logging
 

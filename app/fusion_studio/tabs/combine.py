@@ -68,7 +68,7 @@ def verdict_html(session: Session, picks: Picks, method: str) -> str:
 
 
 def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name: str = "") -> tuple[str, Any]:
-    """The picked concepts as one adapter in the library, which can be drawn with, exported and combined like any."""
+    """The picked concepts as one adapter in the library, to be drawn with, exported and combined like any other."""
     picked = picked_of(picks)
     target = fusion.Library(session.library).save(session.fused(picked, method), _file_name(picked, name))
     message = markup.hint(f"'{target.stem}' is in the library now.")

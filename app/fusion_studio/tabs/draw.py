@@ -131,7 +131,7 @@ def first_picture(session: Session) -> tuple[Any, ...]:
 def selection_views(
     session: Session, picks: Mapping[str, Any], prompt: str, example: str, regions: Any
 ) -> tuple[Any, ...]:
-    """The verdict on a selection, and an example for it, put into a prompt that holds nothing of one's own yet."""
+    """The verdict on a selection, and an example for it, put into a prompt that the user has not written."""
     keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
