@@ -6,6 +6,7 @@ below.
 
 import hashlib
 import logging
+import os
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
@@ -104,9 +105,11 @@ def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", Path]:
     from fusion.formats.adapter_file import load
 
     file = Path(used.file or "")
-    path = next((candidate for candidate in (file, picture.parent / file.name) if candidate.is_file()), None)
+    candidates = (file, picture.parent / file.name)
+    # Path.is_file raises where a name is too long to be one.
+    path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)  # noqa: PTH113
     if path is None:
-        gone = f"'{used.file or used.name}' is gone, and '{picture}' needs it"
+        gone = f"'{(used.file or used.name)[:200]}' is gone, and '{picture}' needs it"
         raise FormatError(f"{gone}; name the adapter's file before --from.")
     adapter = load(path)
     if (digest := adapter.digest()) != used.digest:

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 import fusion
 import tiny
-from fusion.cli import arguments
+from fusion.cli import arguments, main
 from fusion.cli.generate import configure
 from fusion.config import settings_of
 from fusion.errors import ConfigError, FormatError
@@ -218,6 +218,14 @@ def test_settings_as_keywords_work_for_one_release_and_warn_once():
         fusion.generate(pipe, "a dog", sede=1)
     with pytest.raises(ConfigError, match="'prompt' is missing"):
         fusion.generate(pipe)
+
+
+@pytest.mark.parametrize("file", ["a" * 5000, "~nobody/x", "a\0b", "/"])
+def test_an_adapters_file_in_a_hostile_recipe_is_only_a_hint(file, tmp_path, capsys):
+    path = png(tmp_path / "a.png", json.dumps(FORMER | {"adapters": [FORMER["adapters"][0] | {"file": file}]}))
+    assert main(["generate", "--from", str(path)]) == 1
+    line = capsys.readouterr().err
+    assert "is gone" in line and line.count("\n") == 1
 
 
 def test_settings_of_a_drawing_need_neither_torch_nor_pillow():
