@@ -9,7 +9,7 @@ from benchmarks.laboratory.concepts import NAMES, Concept, concepts
 from benchmarks.laboratory.trainer import Size
 
 UNLIKE = NAMES[:8]
-ALIKE = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two artists
+LOOK_ALIKES = ("octopus", "robot", "octopus-noto", "robot-tweet")  # two nouns, each by two artists
 CURVE = (  # arms whose retention is shown for every number of concepts
     *("spectral", "lora, direct_sum", "spectral-open", "spectral-same", "orthogonal"),
     *("lora, average", "lora, ties", "lora, regression", "lora-gated", "spectral-quiet", "lora-quiet"),
@@ -49,7 +49,7 @@ FULL = Plan(
         *(Row(arm, UNLIKE[:n], pairs=False) for n in (1, 2, 4) for arm in CURVE),
         *(Row(arm, NAMES, pairs=False) for arm in MANY),
         *(Row(arm, UNLIKE[:4], pairs=False) for arm in CONTROLS),
-        *(Row(arm, ALIKE) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
+        *(Row(arm, LOOK_ALIKES) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
     ],
     predicted=UNLIKE,
 )

@@ -11,7 +11,7 @@ import torch
 from benchmarks.laboratory import figures, prediction, rates
 from benchmarks.laboratory.arms import CONTROLS, arms
 from benchmarks.laboratory.concepts import NAMES, concepts
-from benchmarks.laboratory.plan import ALIKE, CURVE, Plan
+from benchmarks.laboratory.plan import CURVE, LOOK_ALIKES, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
 from benchmarks.laboratory.trainer import RATE
@@ -162,8 +162,8 @@ def descriptions(full: Sequence[dict[str, Any]]) -> str:
 
 
 def look_alikes(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
-    rows = [row_of(score) for (_, names), score in scored.items() if names == ALIKE]
-    return f"## Look-alikes: {', '.join(ALIKE)}\n\n{table(HEADINGS, rows)}" if rows else ""
+    rows = [row_of(score) for (_, names), score in scored.items() if names == LOOK_ALIKES]
+    return f"## Look-alikes: {', '.join(LOOK_ALIKES)}\n\n{table(HEADINGS, rows)}" if rows else ""
 
 
 def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:

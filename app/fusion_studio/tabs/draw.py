@@ -20,7 +20,7 @@ from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, comma
 from fusion_studio.training_jobs import SUFFIXES
 
 MAX_HISTORY = 24  # pictures kept on the page
-TRY = "Try: "
+EXAMPLE_LABEL = "Try: "
 NOTHING_PICKED = markup.hint("Nothing picked: the base draws alone, with the words it knows already.")
 NO_CONCEPTS = (
     "<h3>Teach it something of yours</h3><ol><li><b>Teach</b>: drop four to eight pictures of one thing, and "
@@ -44,7 +44,9 @@ def build(session: Session) -> SimpleNamespace:
             verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
             first = example_prompt([])
             prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
-            example = gr.Button(f"{TRY}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet")
+            example = gr.Button(
+                f"{EXAMPLE_LABEL}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet"
+            )
             with gr.Row(elem_id="draw-row"):
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", visible=False, scale=1, min_width=90)
@@ -86,7 +88,7 @@ def build(session: Session) -> SimpleNamespace:
         bind(selection_views, session), [picks, prompt, example, regions], [verdict, prompt, example, regions], **LATEST
     )
     picks.select(insert_token, prompt, prompt, **PRIVATE)
-    example.click(lambda text: text.removeprefix(TRY), example, prompt, **PRIVATE)
+    example.click(lambda text: text.removeprefix(EXAMPLE_LABEL), example, prompt, **PRIVATE)
     beginning = [start, begin, leave, forget]
     upload.upload(bind(start_from, session), upload, beginning, api_name="start_picture", show_progress="hidden")
     forget.click(lambda: ("", *(gr.update(visible=False),) * 3), None, beginning, **PRIVATE)
@@ -134,8 +136,11 @@ def selection_views(
     """The verdict on a selection, and an example for it, put into a prompt that the user has not written."""
     keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
-    suggestion, own_words = example_prompt(tokens), bool(prompt.strip()) and prompt != example.removeprefix(TRY)
-    button = gr.Button(f"{TRY}{suggestion}", visible=own_words and bool(suggestion))
+    suggestion, own_words = (
+        example_prompt(tokens),
+        bool(prompt.strip()) and prompt != example.removeprefix(EXAMPLE_LABEL),
+    )
+    button = gr.Button(f"{EXAMPLE_LABEL}{suggestion}", visible=own_words and bool(suggestion))
     regions_value = {**(regions or {"regions": []}), "tokens": tokens}
     return verdict_html(session, keys), gr.skip() if own_words else suggestion, button, regions_value
 
