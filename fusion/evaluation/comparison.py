@@ -38,6 +38,11 @@ class Cell:
     retention: dict[str, float]  # token -> share of its effect that remains
     leakage: float
 
+    @property
+    def kept(self) -> dict[str, float]:
+        """The former name of `retention`, until 0.3."""
+        return self.retention
+
     def to_text(self) -> str:
         """The caption of the picture."""
         numbers = [f"{token} kept {share:.0%}" for token, share in self.retention.items()]

@@ -16,9 +16,10 @@ def test_a_grid_is_drawn_row_by_row_with_its_numbers():
     cells = list(fusion.compare(pipe, adapters, "a <rex>", num_inference_steps=2, **options))
     assert [(cell.number, cell.total, cell.strength) for cell in cells] == [(n, 6, float(n > 3)) for n in range(1, 7)]
     assert [cell.column for cell in cells[:3]] == ["direct_sum", "<rex> alone", "<tom> alone"]
-    assert [cell.kept for cell in cells[3:]] == [{"<rex>": 1.0, "<tom>": 1.0}, {"<rex>": 1.0}, {"<tom>": 1.0}]
-    assert all(share < 1e-3 for cell in cells[:3] for share in cell.kept.values())  # at strength 0 nothing is left
+    assert [cell.retention for cell in cells[3:]] == [{"<rex>": 1.0, "<tom>": 1.0}, {"<rex>": 1.0}, {"<tom>": 1.0}]
+    assert all(share < 1e-3 for cell in cells[:3] for share in cell.retention.values())  # at strength 0 nothing is left
     assert all(cell.leakage == 0 and cell.picture.recipe.config.num_inference_steps == 2 for cell in cells)
+    assert cells[3].kept == cells[3].retention  # as in 0.1
     with pytest.warns(FutureWarning, match="num_inference_steps"):
         former = list(fusion.compare(pipe, adapters, "a <rex>", steps=2, **options))
     assert all(np.array_equal(a.picture.image, b.picture.image) for a, b in zip(cells, former, strict=True))
