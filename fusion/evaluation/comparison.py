@@ -38,9 +38,10 @@ class Cell:
     retention: dict[str, float]  # token -> share of its effect that remains
     leakage: float
 
-    @property
-    def kept(self) -> dict[str, float]:
-        """The former name of `retention`, until 0.3."""
+    def __getattr__(self, name: str) -> dict[str, float]:
+        if name != "kept":
+            raise AttributeError(f"a Cell has no attribute '{name}'")
+        warnings.warn("Cell.kept is now Cell.retention; the old name goes away in 0.3", FutureWarning, 2)
         return self.retention
 
     def to_text(self) -> str:
