@@ -1,7 +1,8 @@
 """A trained adapter as a value: the contents of its file, without a model."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fusion.adapters.layer import AdapterLayer
 from fusion.config import TOKEN
-from fusion.errors import FusionError, TokenConflict
+from fusion.errors import ConfigError, FusionError, TokenConflict
 from fusion.spectral.delta import Delta
 from fusion.spectral.slices import SpectralSlice
 
@@ -217,6 +218,16 @@ def content(tensor: Tensor) -> bytes:
     """Shape, dtype and exact bits."""
     raw = tensor.detach().cpu().contiguous()
     return f"{tuple(raw.shape)} {raw.dtype}".encode() + raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b""
+
+
+def checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
+    """One strength for each adapter, 1 where none are given. Raises ConfigError for another number or no number."""
+    values = [1.0] * len(adapters) if strengths is None else [float(strength) for strength in strengths]
+    if len(values) != len(adapters):
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    if infinite := [value for value in values if not math.isfinite(value)]:
+        raise ConfigError(f"A strength is a finite number, such as 0.8; got {infinite[0]}.")
+    return values
 
 
 def nouns(adapters: Iterable[Adapter]) -> dict[str, str]:

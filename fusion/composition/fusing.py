@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance, checked_strengths
 from fusion.adapters.lora import LoraLayer
 from fusion.composition.checks import check_bases, check_tokens, quoted, slice_clashes
 from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
@@ -19,7 +19,7 @@ from fusion.methods.method import MethodOptions, WeightedSum
 from fusion.models.attachment import effective_gates
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
-from fusion.spectral.delta import Delta
+from fusion.spectral.delta import Delta, check_compression
 from fusion.spectral.interference import gram
 from fusion.spectral.moments import Moments
 
@@ -51,13 +51,16 @@ def fuse(
     `allow_overlap` lets direct_sum add adapters whose slices overlap.
 
     Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName; ConfigError
-    where moments are needed and neither they nor a pipe are given.
+    for a wrong number, and where moments are needed and neither they nor a pipe are given.
     """
     if method not in METHODS:
         raise UnknownName(
             f"No fusion method is called '{method}'{closest(method, METHODS)} There are: {quoted(METHODS)}."
         )
-    values = _checked_strengths(adapters, strengths)
+    if not adapters:
+        raise ConfigError("There is nothing to fuse; give at least one adapter.")
+    check_compression(rank, energy)
+    values = checked_strengths(adapters, strengths)
     regated = [_with_gates(adapter, gating) for adapter in adapters]
     check_bases(regated)
     check_tokens(regated)
@@ -80,15 +83,6 @@ def fuse(
         fused = _compressed(fused, rank, energy)
     info = _fused_info(regated, values, method, options, name)
     return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
-
-
-def _checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:
-    if not adapters:
-        raise ConfigError("There is nothing to fuse; give at least one adapter.")
-    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
-    if len(values) != len(adapters):
-        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
-    return values
 
 
 def split_branches(adapter: Adapter) -> list[Adapter]:

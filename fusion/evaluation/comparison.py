@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from fusion.adapters.adapter import Adapter
+from fusion.adapters.adapter import Adapter, checked_strengths
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
 from fusion.evaluation.output_error import CONCEPT_FREE, base_reference, concept_reference, concepts_of
@@ -73,7 +73,7 @@ def compare(
     if steps is not None:
         warnings.warn("compare(steps=) is now num_inference_steps=; the old name goes away in 0.3", FutureWarning, 2)
         num_inference_steps = steps
-    weights = [1.0] * len(adapters) if own_strengths is None else list(own_strengths)
+    weights = checked_strengths(adapters, own_strengths)
     columns = [(method, list(adapters), method, weights) for method in methods if adapters]
     if alone:
         for adapter, weight in zip(adapters, weights, strict=True):

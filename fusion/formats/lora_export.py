@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
-from fusion.errors import ConfigError, FormatError, UnknownName, closest
+from fusion.errors import FormatError, UnknownName, closest
 from fusion.formats import LORA_FORMS
 from fusion.formats.lora_file import write_lora
 from fusion.formats.metadata import modelspec
 from fusion.formats.safetensors_file import write_file
-from fusion.spectral.delta import Delta
+from fusion.spectral.delta import Delta, check_compression
 
 _SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -52,8 +52,7 @@ def export(
     """
     if form not in LORA_FORMS:
         raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise ConfigError(f"rank should be at least 1 and energy above 0 and at most 1, got {rank} and {energy}.")
+    check_compression(rank, energy)
     target, deltas = Path(path), adapter.deltas()
     if not deltas:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")

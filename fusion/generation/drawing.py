@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from PIL import Image
 
-from fusion.adapters.adapter import Adapter, nouns
+from fusion.adapters.adapter import Adapter, checked_strengths, nouns
 from fusion.errors import ConfigError, FusionError
 from fusion.generation.auto_regions import find_regions, with_prompt
 from fusion.generation.config import GenerationConfig
@@ -48,9 +48,7 @@ def generate(
     """
     config = _settings(config, former).with_base_defaults(base_defaults(pipe, "generation"))
     config = _sized(pipe, config, image)
-    values = [1.0] * len(adapters) if strengths is None else [float(s) for s in strengths]
-    if len(values) != len(adapters):
-        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+    values = checked_strengths(adapters, strengths)
     recipe = Recipe(
         config=config,
         base=base_info(pipe).name,

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from fusion.adapters.adapter import Adapter, Branch, float32
+from fusion.adapters.adapter import Adapter, Branch, checked_strengths, float32
 from fusion.errors import ConfigError, GatingError, UnknownName, closest
 from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
@@ -61,14 +61,18 @@ class Attachment:
             self._branches.append((name, key))
 
     def strength(self, name: str, value: float) -> None:
-        """Set the strength of the branch or concept token `name`, or of the whole adapter by its name. Linear."""
+        """Set the strength of the branch or concept token `name`, or of the whole adapter by its name. Linear.
+
+        Raises UnknownName, ConfigError for what is no finite number.
+        """
+        (strength,) = checked_strengths([self.adapter], [value])
         branches = self.adapter.branches
         chosen = [b.name for b in branches if name in (b.name, *b.gate) or name == self.adapter.info.name]
         if not chosen:
             known = [*self._strengths, *(t for b in branches for t in b.gate), self.adapter.info.name]
             raise UnknownName(f"No branch is called '{name}'{closest(name, known)} There are: {', '.join(known)}.")
         for branch in chosen:
-            self._strengths[branch].value = float(value)
+            self._strengths[branch].value = strength
 
     def detach(self) -> None:
         """Take the adapter out again, exactly. A second call does nothing."""

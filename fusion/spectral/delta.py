@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -77,3 +79,9 @@ class Delta:
         up = (Q_up @ left[:, :size]) * root  # (O, size)
         down = root[:, None] * (Q_down @ right[:size].T).T  # (size, I)
         return Delta(up.to(self.up.dtype), down.to(self.down.dtype))
+
+
+def check_compression(rank: int | None, energy: float | None) -> None:
+    """Raise ConfigError for a rank or a share of energy that `compress` cannot have."""
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise ConfigError(f"rank should be at least 1 and energy above 0 and at most 1, got {rank} and {energy}.")

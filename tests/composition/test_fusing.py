@@ -90,6 +90,23 @@ def test_compression_keeps_rank_and_says_that_gates_are_lost(three, caplog):
         torch.testing.assert_close(total(full, layer), total(fusion.fuse(three), layer), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"energy": 0.0}, {"energy": float("nan")}])
+def test_a_senseless_compression_is_refused_before_anything_is_merged(three, wrong):
+    with pytest.raises(ConfigError, match="rank should be at least 1 and energy above 0"):
+        fusion.fuse(three, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_strengths_are_finite_numbers(toy, three, wrong):
+    one = three[0]
+    with pytest.raises(ConfigError, match="A strength is a finite number"):
+        fusion.fuse([one], [wrong])
+    with pytest.raises(ConfigError, match="A strength is a finite number"):
+        fusion.generate(toy, "a dog", [one], strengths=[wrong])
+    with fusion.attach(toy, one) as handle, pytest.raises(ConfigError, match="A strength is a finite number"):
+        handle.strength(one.info.name, wrong)
+
+
 def test_overlapping_slices_are_refused_by_both_names(toy):
     same = [trained_adapter(toy, "<rex>", k=1), trained_adapter(toy, "<tom>", k=1)]
     with pytest.raises(SliceConflict, match=r"'rex' and 'tom' both use directions 4-7 in \d+ layers"):
