@@ -12,7 +12,7 @@ import hashlib
 import operator
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,6 +167,7 @@ class ConceptTokens:
                 tokenizer.add_tokens(words[len(self._listed) :])
             else:
                 tokenizer.__dict__ = vars(_with_words(original, words)) | _as_original(original)
+                tokenizer._encode_plus = _one_at_a_time(type(original)._encode_plus, tokenizer)
             self._words[component] = {tokenizer.convert_tokens_to_ids(word): at for word, at in attached.items()}
         self._listed = words if attached else []
         self._hand_out()
@@ -302,6 +303,17 @@ def _as_original(original: Any) -> dict[str, Any]:
         "__reduce_ex__": lambda _protocol: (operator.itemgetter(0), ((original,),)),
         "save_pretrained": original.save_pretrained,
     }
+
+
+def _one_at_a_time(encode: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
+    """`encode` of a tokenizer, for several threads: a fast one first sets padding and truncation of its backend."""
+    lock = threading.RLock()  # a slow one encodes pairs by calling itself
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return encode(tokenizer, *args, **kwargs)
+
+    return locked
 
 
 def _check_known(ids: Tensor, words: Mapping[int, tuple[str, int]], vocabulary: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 import threading
 import warnings
 
@@ -142,6 +143,24 @@ def in_threads(*functions):
         thread.join()
     assert not [out for (out,) in results if isinstance(out, Exception)], results
     return [out for (out,) in results]
+
+
+def test_a_tokenizer_that_threads_share_pads_each_prompt_as_asked():
+    pipe = tiny.pipeline("sd1")
+    interval = sys.getswitchinterval()
+    with attached(pipe, trained_adapter(pipe, "<a>")):
+        tokenizer = pipe.tokenizer
+        ways = [{"padding": "max_length", "max_length": 16, "truncation": True}, {"padding": "longest"}]
+        expected = [tokenizer("a <a>", **way).input_ids for way in ways]
+        assert len(expected[0]) == 16 and len(expected[1]) < 16
+        sys.setswitchinterval(1e-6)
+        try:
+            encoded = in_threads(
+                *(lambda way=way: [tokenizer("a <a>", **way).input_ids for _ in range(500)] for way in ways)
+            )
+        finally:
+            sys.setswitchinterval(interval)
+    assert encoded == [[ids] * 500 for ids in expected]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
