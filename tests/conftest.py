@@ -22,6 +22,18 @@ settings.register_profile("laws", derandomize=True, deadline=None)
 settings.load_profile("laws")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run what is marked long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    items[:] = [item for item in items if item not in long]
+    config.hook.pytest_deselected(items=long)
+
+
 @pytest.fixture(autouse=True)
 def equal_seeds():
     """A test that forgets to seed still draws the same numbers, whatever ran before it."""

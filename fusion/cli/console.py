@@ -59,19 +59,23 @@ class _Handler(logging.Handler):
 def showing_logs(*, verbose: bool) -> Generator[None]:
     """Show the library's log while a command runs, and with `verbose` the messages of the libraries it uses."""
     logger, handler = logging.getLogger("fusion"), _Handler()
-    before = logger.level
+    level, environment = logger.level, dict(os.environ)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     with warnings.catch_warnings():
-        for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # both are read at import
+        variables = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")  # both are read at import
+        for name in variables:
             os.environ.setdefault(name, "warning" if verbose else "error")
         if not verbose:
             warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            for name in variables:
+                if name not in environment:  # a caller's own processes are none of ours
+                    os.environ.pop(name, None)
             logger.removeHandler(handler)
-            logger.setLevel(before)
+            logger.setLevel(level)
 
 
 def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequence[str] = ()) -> None:

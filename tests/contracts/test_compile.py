@@ -49,11 +49,12 @@ def expected():
 @pytest.mark.parametrize(
     ("how", "order"),
     [
-        ("whole, one graph", ORDERS[0]),
-        ("in place", ORDERS[1]),
         *(("regional", order) for order in ORDERS),
         ("text encoder", ORDERS[0]),
-        *(pytest.param("whole", order, marks=pytest.mark.slow) for order in ORDERS[1:]),
+        pytest.param("whole", ORDERS[0], marks=pytest.mark.slow),
+        pytest.param("whole, one graph", ORDERS[0], marks=pytest.mark.long),
+        pytest.param("in place", ORDERS[1], marks=pytest.mark.long),
+        *(pytest.param("whole", order, marks=pytest.mark.long) for order in ORDERS[1:]),
     ],
 )
 def test_every_order_of_prompts_is_drawn_as_without_a_compiler(how, order, expected):
@@ -85,7 +86,7 @@ def test_strengths_and_what_is_attached_change_no_graph(expected):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_reach_the_branches_of_a_compiled_unet():
     torch._dynamo.reset()
     gradients = []
