@@ -116,6 +116,8 @@ def evaluate(
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
+    if seeds < 1:
+        raise ConfigError(f"seeds is the number of pictures of each kind, at least 1; got {seeds}.")
     texts: dict[str, Any] = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
     identity = prediction = None
     if references:
