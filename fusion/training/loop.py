@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
+from fusion.formats.checkpoint_file import Checkpoint, remove_old_checkpoints, save_checkpoint
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
@@ -33,7 +34,7 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.training import setup
 from fusion.training.accelerator import accelerated, frozen
-from fusion.training.checkpoint import Checkpoint, find_checkpoint, remove_old_checkpoints, save_checkpoint
+from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.quiet_loss import QuietLoss
@@ -74,7 +75,7 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     if name := config.resume_from_checkpoint:
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
     with (
-        setup.reserved_slice(pipe, config, targets, checkpoint and checkpoint.slice) as directions,
+        setup.reserved_slice(pipe, config, targets, checkpoint and slice_of(checkpoint)) as directions,
         accelerated(pipe, config) as accelerator,
         frozen(pipe, config),
     ):
