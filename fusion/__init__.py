@@ -1,6 +1,7 @@
 """Teach Stable Diffusion personal concepts as spectral adapters, and use them together in one picture.
 
 errors, config, layer_names    errors that users can cause; strict settings; canonical names of layers
+output_files                   the one way to write, whole or not at all
 spectral/                      the mathematics: spectrum, slices, Delta, rotation, interference
 adapters/  methods/            trainable changes to one weight; ways to merge several changes
 models/                        Stable Diffusion pipelines: layers, targets, tokens, gates, attach and bake

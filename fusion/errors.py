@@ -20,6 +20,10 @@ class FormatError(FusionError):
     """A file is not what it claims to be, or is incomplete."""
 
 
+class OutputError(FormatError):
+    """An output cannot be written, or would replace what somebody else has made."""
+
+
 class SliceConflict(FusionError):
     """Two adapters own the same singular directions, or a slice does not fit a weight."""
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line are siblings: they may not import each other.
 LAYERS = [
     ["errors"],
-    ["config", "layer_names", "spectral"],
+    ["config", "layer_names", "output_files", "spectral"],
     ["adapters", "methods"],
     ["formats", "models"],
     ["composition", "generation", "library"],
@@ -30,6 +30,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"pydantic"},
     "layer_names": set(),
+    "output_files": set(),
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},

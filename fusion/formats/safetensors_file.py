@@ -5,9 +5,8 @@ Only tensors, names and metadata strings; what they mean is known by the other m
 
 import json
 import os
-import secrets
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fusion.errors import ConfigError, FormatError, closest
+from fusion.errors import ConfigError, FormatError, OutputError, closest
+from fusion.output_files import write_output
 
 MAX_HEADER = 32 * 2**20  # bytes; ten fused SDXL adapters need five of these megabytes
 MAX_SIDE = 2**24
@@ -99,17 +99,16 @@ def write_file(
     """Write tensors as `dtype`, and metadata, to a .safetensors file, whole or not at all.
 
     Equal content gives equal bytes; the safetensors package alone orders metadata differently in every process.
-    Raises FormatError for values that `dtype` cannot hold, and for a path that cannot be written.
+    Raises FormatError for values that `dtype` cannot hold, OutputError for a path that cannot be written.
     """
-    target = Path(path)
-    if target.is_dir() or target.suffix != ".safetensors":
-        raise FormatError(f"'{target}' cannot be written: name a file that ends in .safetensors.")
+    if not str(path).endswith(".safetensors"):
+        raise OutputError(f"'{path}' cannot be written: name a file that ends in .safetensors.")
     data = memoryview(save(_cast(tensors, dtype), dict(metadata)))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:end]))
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    write_whole(target, len(text).to_bytes(8, "little"), text, data[end:])
+    write_output(path, len(text).to_bytes(8, "little"), text, data[end:])
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -124,20 +123,3 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
                 "dtype='float32', or train at a lower learning rate if these are not finite numbers."
             )
     return copies
-
-
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file under another name beside `path`, then move it there: no reader ever gets half of it."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise FormatError(f"'{path}' cannot be written: {error.strerror}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
