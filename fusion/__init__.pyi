@@ -22,6 +22,7 @@ from fusion.formats.adapter_file import save as save
 from fusion.formats.lora_export import export as export
 from fusion.formats.moments_file import load_moments as load_moments
 from fusion.formats.moments_file import save_moments as save_moments
+from fusion.formats.picture_file import load_picture as load_picture
 from fusion.generation.config import GenerationConfig as GenerationConfig
 from fusion.generation.config import Region as Region
 from fusion.generation.drawing import Cancelled as Cancelled
@@ -47,7 +48,6 @@ from fusion.training.config import TrainingConfig as TrainingConfig
 from fusion.training.loop import TrainStep as TrainStep
 from fusion.training.loop import train as train
 from fusion.training.picture_checks import check_pictures as check_pictures
-from fusion.training.pictures import load_picture as load_picture
 from fusion.training.presets import PRESETS as PRESETS
 from fusion.training.presets import preset as preset
 from fusion.training.unfinished_trainings import find_unfinished_trainings as find_unfinished_trainings

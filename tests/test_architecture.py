@@ -34,7 +34,7 @@ ALLOWED = {
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},
-    "formats": {"torch", "safetensors", "pydantic"},
+    "formats": {"torch", "safetensors", "pydantic", "PIL", "numpy"},
     "library": {"torch", "filelock"},
 }
 # Locks are the library's alone.

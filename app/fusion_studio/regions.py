@@ -55,6 +55,6 @@ def _mask(url: str, number: int) -> Image.Image:
         with Image.open(BytesIO(base64.b64decode(url[len(DATA_URL) :], validate=True)), formats=("PNG",)) as image:
             if max(image.size) > MAX_MASK_SIDE:
                 raise wrong
-            return image.convert("L")
+            return image.copy()
     except (binascii.Error, OSError, ValueError, Image.DecompressionBombError):
         raise wrong from None

@@ -59,8 +59,8 @@ def run(args: Namespace) -> None:
 
 def load_references(pairs: list[str]) -> dict[str, list[Any]]:
     """The pictures of every `<token>=folder`, by token."""
+    from fusion.formats.picture_file import load_picture
     from fusion.training.dataset_files import is_picture, visible
-    from fusion.training.pictures import load_picture
 
     references: dict[str, list[Any]] = {}
     for pair in pairs:

@@ -134,7 +134,7 @@ def check_words(prompt: str, adapters: list["Adapter"]) -> None:
 def region(text: str) -> Region:
     """`PROMPT: 0 0 0.5 1` or `PROMPT: mask.png`."""
     from fusion.errors import DatasetError
-    from fusion.training.pictures import load_mask
+    from fusion.formats.picture_file import load_mask
 
     prompt, colon, where = text.rpartition(":")
     if not (colon and prompt.strip() and where.strip()):
@@ -154,13 +154,9 @@ def starting_picture(path: Path | None, source: Path | None, recipe: "Recipe | N
         if recipe is not None and recipe.image:
             raise UsageError("This picture was drawn from another one; name it with --image.")
         return None
-    from PIL import Image
+    from fusion.formats.picture_file import load_picture
 
-    try:
-        with Image.open(path) as picture:
-            image = picture.convert("RGB")
-    except OSError as error:
-        raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error
+    image = load_picture(path)
     if recipe is not None and recipe.image not in (None, hashlib.sha256(image.tobytes()).hexdigest()):
         logger.warning("'%s' is not the picture that '%s' was drawn from; the result will differ.", path, source)
     return image

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.errors import BaseMismatch
+from fusion.formats.picture_file import as_picture
 from fusion.models.pipelines import best_device, embedded, silent_loading
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Judge:
         """Unit vectors (N, D) in float32."""
         model, processor, vectors = self.model, self.processor.image_processor, list[Tensor]()
         for start in range(0, len(images), BATCH):
-            batch = [image.convert("RGB") for image in images[start : start + BATCH]]
+            batch = [as_picture(image) for image in images[start : start + BATCH]]
             pixels = processor(batch, return_tensors="pt").pixel_values.to(model.device)
             vectors.append(model.visual_projection(model.vision_model(pixels).pooler_output))
         return F.normalize(torch.cat(vectors).float(), dim=-1).cpu()

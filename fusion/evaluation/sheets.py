@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fusion.formats.picture_file import as_picture
+
 GAP, INK, PAPER = 12, "#1c1917", "#ffffff"
 MIN_SIDE = 192  # pixels; smaller pictures are enlarged in whole steps, in sharp squares
 
@@ -23,7 +25,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Im
     for row, row_texts, row_height in zip(rows, texts, row_heights, strict=True):
         for column, ((image, _), text) in enumerate(zip(row, row_texts, strict=True)):
             left = GAP + column * (width + GAP)
-            page.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+            page.paste(as_picture(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
             pen.multiline_text((left, top + height + 4), text, fill=INK, font=font, spacing=4)
         top += row_height
     return page

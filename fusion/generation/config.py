@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
 from fusion.config import MAX_SEED, SURROGATE, StrictModel
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
 INSIDE = 0.5  # share of a cell that a painted mask must cover
-MAX_MASK_PIXELS = 64_000_000
 MAX_REGIONS = 64
 
 
@@ -30,6 +29,13 @@ class Region:
     def __post_init__(self) -> None:
         if (self.box is None) == (self.mask is None):
             raise ConfigError(f"Region '{self.prompt}' needs a box or a mask, one of them.")
+        if self.mask is not None:
+            from fusion.formats.picture_file import as_mask
+
+            try:
+                object.__setattr__(self, "mask", as_mask(self.mask, f"The mask of region '{self.prompt}'"))
+            except DatasetError as error:
+                raise ConfigError(str(error)) from None
         if self.box and not (0 <= self.box[0] < self.box[2] <= 1 and 0 <= self.box[1] < self.box[3] <= 1):
             raise ConfigError(
                 f"Region '{self.prompt}' has the box {' '.join(f'{x:g}' for x in self.box)}; it should be left, top, "
@@ -43,7 +49,7 @@ class Region:
         from PIL import Image
 
         if self.mask is not None:
-            shares = self.mask.convert("L").resize((width, height), Image.Resampling.BOX)
+            shares = self.mask.resize((width, height), Image.Resampling.BOX)
             return torch.from_numpy(np.array(shares, dtype=np.float32) / 255 >= INSIDE)
         assert self.box is not None
         left, top, right, bottom = self.box
@@ -55,7 +61,7 @@ class Region:
         if self.mask is None:
             return {"prompt": self.prompt, "box": list(self.box or ())}
         file = io.BytesIO()
-        inside = self.mask.convert("L").point([255 * (value >= 255 * INSIDE) for value in range(256)])
+        inside = self.mask.point([255 * (value >= 255 * INSIDE) for value in range(256)])
         inside.convert("1").save(file, "PNG")
         return {"prompt": self.prompt, "mask": base64.b64encode(file.getvalue()).decode()}
 
@@ -77,15 +83,14 @@ class Region:
 
 
 def _mask_from(text: str) -> "Image.Image":
-    from PIL import Image
+    from fusion.formats.picture_file import decode
 
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
-            if image.width * image.height <= MAX_MASK_PIXELS:
-                return image.convert("L")
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise ConfigError("The mask of a region is no PNG in base64, or a damaged one.") from error
-    raise ConfigError(f"The mask of a region has more than {MAX_MASK_PIXELS // 1_000_000} megapixels.")
+        return decode(base64.b64decode(text, validate=True), "The mask of a region", formats=("PNG",), min_side=1)
+    except ValueError:
+        raise ConfigError("The mask of a region is no base64.") from None
+    except DatasetError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _as_region(value: object) -> object:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fusion.adapters.adapter import Adapter, checked_strengths, nouns
 from fusion.errors import ConfigError, FusionError
+from fusion.formats.picture_file import as_picture
 from fusion.generation.auto_regions import find_regions, with_prompt
 from fusion.generation.config import GenerationConfig
 from fusion.generation.pipeline_call import OnStep, call_pipeline, reporting
@@ -47,13 +48,14 @@ def generate(
     Settings as keywords, the form until 0.1, still work and warn.
     """
     config = _settings(config, former).with_base_defaults(base_defaults(pipe, "generation"))
+    image = image and as_picture(image)
     config = _sized(pipe, config, image)
     values = checked_strengths(adapters, strengths)
     recipe = Recipe(
         config=config,
         base=base_info(pipe).name,
         adapters=tuple(_used(adapter, value) for adapter, value in zip(adapters, values, strict=True)),
-        image=hashlib.sha256(image.convert("RGB").tobytes()).hexdigest() if image else None,
+        image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
     )
     named = {token: noun for token, noun in nouns(adapters).items() if token in config.prompt}
     with ExitStack() as attached:

@@ -51,7 +51,7 @@ def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> 
     if image is None:
         options |= {"width": config.width, "height": config.height}
     else:
-        resized = image.convert("RGB").resize((config.width, config.height), Image.Resampling.LANCZOS)
+        resized = image.resize((config.width, config.height), Image.Resampling.LANCZOS)
         options |= {"image": [resized] * config.num_images, "strength": config.image_strength}
     if config.guidance_rescale and "guidance_rescale" in inspect.signature(call.__call__).parameters:
         options["guidance_rescale"] = config.guidance_rescale

@@ -21,10 +21,11 @@ import torch
 
 from fusion.config import listing
 from fusion.errors import DatasetError
+from fusion.formats.picture_file import SUFFIXES, decode, is_transparent, load_mask, load_picture
 from fusion.training import dataset_files as files
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset_files import MASKS, METADATA, some, visible
-from fusion.training.pictures import SUFFIXES, Cut, cut, decoded, is_transparent, load_mask, load_picture
+from fusion.training.pictures import Cut, cut
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class _Reader:
 
     def _check(self, path: Path, mask: Path | None) -> tuple[int, int]:
         """The size of a picture that can be read, as its mask can."""
-        image = decoded(path, self._name(path))
+        image = decode(path, self._name(path))
         if is_transparent(image):
             self.names["transparent"].append(self._name(path))
         if mask:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusion.errors import DatasetError
+from fusion.formats.picture_file import SUFFIXES
 from fusion.training.config import with_token
-from fusion.training.pictures import SUFFIXES
 
 METADATA = "metadata.jsonl"
 MASKS = "masks"

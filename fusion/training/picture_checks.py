@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from fusion.errors import DatasetError
-from fusion.training.pictures import cut, load_picture
+from fusion.formats.picture_file import load_picture
+from fusion.training.pictures import cut
 
 MIN_PICTURES = 3
 DUPLICATE_THRESHOLD = 6.0  # mean difference of thumbnails, of 255, below which two pictures are nearly the same

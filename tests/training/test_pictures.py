@@ -7,10 +7,21 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+import tiny
+from fusion.cli.evaluate import load_references
+from fusion.cli.generate import region, starting_picture
 from fusion.errors import DatasetError
-from fusion.training.pictures import MAX_PIXELS, cut, is_transparent, load_mask, load_picture
+from fusion.evaluation.clip_judge import open_judge
+from fusion.evaluation.sheets import contact_sheet
+from fusion.formats.picture_file import MAX_PIXELS, as_mask, as_picture, is_transparent, load_mask, load_picture
+from fusion.generation.config import GenerationConfig, Region
+from fusion.generation.drawing import generate
+from fusion.training.config import TrainingConfig
+from fusion.training.dataset import Example, instance_dataset, prepare
+from fusion.training.picture_checks import check_pictures
+from fusion.training.pictures import cut
 
 
 def gradient(width=48, height=40) -> Image.Image:
@@ -199,6 +210,110 @@ def test_a_mask_of_another_size_or_all_black_is_refused(tmp_path):
     Image.new("L", (48, 40)).save(tmp_path / "mask.png")
     with pytest.raises(DatasetError, match="all black"):
         load_mask(tmp_path / "mask.png", (48, 40))
+
+
+def test_a_mask_of_zeros_and_ones_is_black_and_white_and_one_too_dark_to_show_anything_is_refused(tmp_path):
+    values = np.zeros((40, 48), np.uint8)
+    values[:, 24:] = 1
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert (np.asarray(load_mask(tmp_path / "mask.png")) == 255 * values).all()
+    Image.fromarray(values * 20).save(tmp_path / "mask.png")
+    with pytest.raises(DatasetError, match=r"mask\.png has no value above 20 of 255"):
+        load_mask(tmp_path / "mask.png")
+
+
+def profile_of_swapped_colours() -> bytes:
+    """sRGB whose red and blue primaries have changed places."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * struct.unpack(">I", data[128:132])[0], 12)}
+    red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
+    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
+    return bytes(data)
+
+
+def test_colours_are_those_that_the_profile_says(tmp_path, caplog):
+    path, swapped = tmp_path / "dog.png", pixels(gradient())[..., ::-1]
+    for mode in ("RGB", "RGBA"):
+        gradient().convert(mode).save(path, icc_profile=profile_of_swapped_colours())
+        assert abs(pixels(load_picture(path)) - swapped).max() <= 2
+    with Image.open(path) as image:
+        once = as_picture(image)
+    assert (pixels(as_picture(once)) == pixels(once)).all()  # the profile is used up
+    gradient().save(path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert (pixels(load_picture(path)) == pixels(gradient())).all()
+    assert not caplog.records
+    for broken in (b"no profile", profile_of_swapped_colours()[:200]):
+        gradient().save(path, icc_profile=broken)
+        assert [(pixels(load_picture(path)) == pixels(gradient())).all() for _ in range(2)] == [True, True]
+    assert [record.getMessage()[:7] for record in caplog.records] == ["dog.png"] * 2  # once for each file as it is
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[-5, 512, 70000]], np.int32), [0, 2, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[float("nan"), 100, 300]], np.float32), [0, 100, 255]),
+    ],
+)
+def test_pictures_in_memory_of_any_depth_are_shown_as_what_they_mean(values, expected):
+    assert pixels(as_picture(Image.fromarray(values)))[0, :, 0].tolist() == expected
+
+
+def test_every_mode_in_memory_becomes_what_a_viewer_shows():
+    opaque, clear = Image.new("RGBA", (2, 2), (200, 0, 0, 255)), Image.new("RGBA", (2, 2), (200, 0, 0, 0))
+    for mode in ("RGBA", "RGBa"):
+        assert as_picture(opaque.convert(mode)).getpixel((0, 0)) == (200, 0, 0)
+        assert as_picture(clear.convert(mode)).getpixel((0, 0)) == (255, 255, 255)
+        assert as_mask(Image.new("RGBA", (2, 2), "white").convert(mode)).getpixel((0, 0)) == 255
+    deep = Image.fromarray(np.array([[7, 60000]], np.uint16))
+    deep.info["transparency"] = 7
+    assert pixels(as_picture(deep))[0, :, 0].tolist() == [255, 234]
+    assert as_picture(Image.new("LA", (2, 2), (90, 255)).convert("La")).getpixel((0, 0)) == (90, 90, 90)
+    with pytest.raises(DatasetError, match="more than 64 megapixels"):
+        as_picture(Image.new("1", (8001, 8000)))
+
+
+def test_a_picture_lying_on_its_side_is_the_upright_one_through_every_entrance(tmp_path):
+    """Bit for bit, with alpha and all, wherever pictures and masks come in."""
+    scene = gradient(64, 64)
+    scene.putalpha(Image.linear_gradient("L").resize((64, 64)).rotate(90))
+    exif, folders = Image.Exif(), {"upright": scene, "lying": scene.transpose(Image.Transpose.ROTATE_90)}
+    exif[0x0112] = 6
+    for name, image in folders.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "dog.png", **({"exif": exif} if name == "lying" else {}))
+    upright, lying = (tmp_path / name / "dog.png" for name in folders)
+    judge, pipe = open_judge(), tiny.pipeline("sd1")
+    entrances = {
+        "file": load_picture,
+        "memory": lambda path: as_picture(Image.open(path)),
+        "mask": load_mask,
+        "training": lambda path: prepare(instance_dataset(config(path.parent)).examples[0], 32, config(path.parent))[0],
+        "masked": lambda path: prepare(Example(upright, "", path, 1, (64, 64)), 32, config(path.parent))[1],
+        "check": lambda path: check_pictures([path], 32).pictures[0].crop,
+        "--image": lambda path: starting_picture(path, None, None),
+        "--region": lambda path: region(f"a dog: {path}").mask,
+        "Region": lambda path: Region("a dog", mask=Image.open(path)).mask,
+        "references": lambda path: load_references([f"<dog>={path.parent}"])["<dog>"][0],
+        "judge": lambda path: judge.pictures([Image.open(path)]),
+        "sheet": lambda path: contact_sheet([[(Image.open(path), "")]]),
+        "generate": lambda path: (
+            generate(
+                pipe,
+                GenerationConfig(prompt="a dog", num_inference_steps=2, width=16, height=16),
+                image=Image.open(path),
+            )[0].image
+        ),
+    }
+    for name, read in entrances.items():
+        assert np.array_equal(np.asarray(read(upright)), np.asarray(read(lying))), name
+
+
+def config(folder) -> TrainingConfig:
+    return TrainingConfig(token="<dog>", instance_data_dir=folder)
 
 
 def generator(seed: int) -> torch.Generator:
