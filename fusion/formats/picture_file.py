@@ -10,7 +10,6 @@ Files are PNG, JPEG or WebP; their size is checked in the header, before anythin
 
 import io
 import logging
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def as_mask(image: Image.Image, name: str = "The mask") -> Image.Image:
 
 
 def decode(
-    source: Path | bytes, name: str, *, formats: Sequence[str] = FORMATS, min_side: int = MIN_SIDE
+    source: Path | bytes, name: str, *, formats: tuple[str, ...] = FORMATS, min_side: int = MIN_SIDE
 ) -> Image.Image:
     """The upright picture of a file or of its bytes, in its own mode. Raises DatasetError as load_picture does."""
     try:
@@ -163,7 +162,7 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     try:
         if len(profile) > MAX_PROFILE:
             raise ValueError(f"it has {len(profile)} bytes")
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = str(source.profile.xcolor_space).strip()
         image = image.convert("RGB") if (image.mode, space) == ("L", "RGB") else image
         transform: Any = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB")

@@ -186,7 +186,7 @@ def test_regions_are_checked_before_anything_is_drawn():
     assert regions.regions_of(None) == [] and regions.regions_of({"tokens": []}) == []
     white = markup.data_url(Image.new("RGB", (64, 64), "white"), None)
     painted = regions.regions_of({"regions": [{"prompt": "a cat", "mask": white}]})
-    assert regions._mask(painted[0]["mask"], 1).getextrema() == (255, 255)
+    assert regions.as_regions(painted)[0].mask.getextrema() == (255, 255)
     cases = (
         ([{"prompt": " ", "box": [0, 0, 1, 1]}], "Region 1 has no prompt"),
         ([{"prompt": "a cat", "mask": ""}], "Nothing is painted in region 1"),
