@@ -2,8 +2,13 @@
 
 import argparse
 import os
+import signal
 import threading
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fusion_studio.access import LOOPBACK, is_host_name
 
 
 def main() -> None:
@@ -15,7 +20,13 @@ def main() -> None:
     parser.add_argument(
         "--auth", type=Path, metavar="FILE", help="let in only who is in FILE, a line each: name:password"
     )
+    parser.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a further name under which browsers reach the studio, as behind a proxy; can be repeated",
+    )  # fmt: skip
     args = parser.parse_args()
+    if wrong := [name for name in args.allowed_host if not is_host_name(name)]:
+        parser.error(f"'{wrong[0]}' is no name of a host, such as studio.example.org: no scheme, no port.")
     auth = read_accounts(args.auth, parser) if args.auth else None
     print("Starting the studio ...", flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, so that nothing is sent to its makers
@@ -24,22 +35,44 @@ def main() -> None:
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read at import: advice for their own users
         os.environ.setdefault(name, "error")
 
-    from fusion_studio.interface import build
+    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        signal.signal(number, end)  # what Docker, a shutdown or a closed terminal sends: clean up as on Ctrl-C
+
     from fusion_studio.session import Session
+
+    session = Session(args.base, args.library)  # before gradio is imported: it has the folder for gradio's files
+    try:
+        serve(session, args, auth, parser)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print("Ending the studio ...", flush=True)
+        session.close()
+
+
+def serve(
+    session: Any, args: argparse.Namespace, auth: list[tuple[str, str]] | None, parser: argparse.ArgumentParser
+) -> None:
+    """Open the page and keep it open until the program is ended."""
+    from fusion_studio.interface import build
     from fusion_studio.theme import launch_options
 
-    session = Session(args.base, args.library)
     threading.Thread(target=session.warm_up, name="opening", daemon=True).start()
     page = build(session)
-    address = {"server_name": args.host, "server_port": args.port, "quiet": True, "prevent_thread_lock": True}
     try:
-        page.launch(auth=auth, **address, **launch_options())
+        options = launch_options(args.host, args.allowed_host)
+        page.launch(auth=auth, server_port=args.port, quiet=True, prevent_thread_lock=True, **options)
     except OSError as error:  # the port is taken
         parser.exit(1, f"{error}\n")
-    if not auth and args.host not in ("127.0.0.1", "localhost", "::1"):
+    if not auth and args.host not in LOOPBACK:
         print("Everyone who can reach this machine can use this studio; --auth FILE asks for a password.")
     print(f"Open {page.local_url} in a browser. Ctrl-C ends it.", flush=True)
-    page.block_thread()
+    threading.Event().wait()
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """The program ends with the status that shells give for a signal."""
+    raise SystemExit(128 + number)
 
 
 def read_accounts(file: Path, parser: argparse.ArgumentParser) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import gradio as gr
 import fusion
 from fusion_studio import markup
 from fusion_studio.errors import bind, warn
-from fusion_studio.session import Session, error_sentence, tokens_of
+from fusion_studio.session import LIFETIME, Session, error_sentence, tokens_of
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, combine, compare, draw, history, library, picked_of, teach
 
 HEADER = (
@@ -23,7 +23,7 @@ CHIP_SIDE = 96  # pixels, of the pictures on chips
 
 
 def build(session: Session) -> gr.Blocks:
-    with gr.Blocks(title="spectral-fusion", analytics_enabled=False, delete_cache=(3600, 6 * 3600)) as page:
+    with gr.Blocks(title="spectral-fusion", analytics_enabled=False, delete_cache=(3600, LIFETIME)) as page:
         with gr.Row(elem_id="header"):
             title = gr.HTML(HEADER)
             names = ["pocket", *([session.base] if session.base else [])]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
-import atexit
 import logging
+import os
 import re
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import fusion
 from fusion_studio.pipeline_queue import PipelineQueue
+from fusion_studio.temporary_folder import TemporaryFolder
 
 logger = logging.getLogger(__name__)
 FIRST_PROMPT = "a cat on a blue background"  # drawn while the studio starts, and suggested by the page
-UPLOAD_LIFETIME = 6 * 3600  # seconds a picture waits to be taught before it is deleted
+LIFETIME = 6 * 3600  # seconds that an upload waits to be taught, and a drawing or an export to be saved
 
 
 class Session:
@@ -29,9 +29,10 @@ class Session:
     def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
         self.base, self.library = base, Path(library)
         self.trainings: Any = None  # the TrainingQueue of this session, once something is taught
-        self.folder = Path(tempfile.mkdtemp(prefix="spectral-fusion-"))  # pictures and downloads, deleted at the end
+        self._temporary = TemporaryFolder()
+        self.folder = self._temporary.path  # pictures and downloads
         self.uploads = self.folder / "uploads"
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "gradio")  # where gradio keeps uploads and what it serves
         self.queue = PipelineQueue()
         self.first_picture: tuple[str, fusion.Recipe] | None = None  # its path and recipe
         self._opening, self._pipe = threading.Lock(), None
@@ -72,6 +73,12 @@ class Session:
             raise fusion.FusionError(f"{tokens[0]} is being taught on this base; wait until that is done.")
         with self.queue.acquire("The base is being changed"), self._opening:
             self._pipe, self.base = fusion.open_pipeline(base), base
+
+    def close(self) -> None:
+        """End the training under way, so that it can be resumed, and delete all temporary files."""
+        if self.trainings:
+            self.trainings.close()
+        self._temporary.remove()
 
     @property
     def base_flags(self) -> list[str]:
@@ -122,18 +129,26 @@ class Session:
 
     def store_picture(self, picture: fusion.Picture) -> str:
         """Save a drawn picture as a PNG with its recipe, in the folder that pages may show."""
+        self._delete_old_files()
         name = f"{safe_name(picture.recipe.config.prompt)}-{secrets.token_hex(4)}.png"
         return str(picture.save(self.folder / name))
 
     def store_upload(self, source: str | Path) -> Path:
-        """Copy an uploaded file to a random name; unused uploads of earlier hours are deleted."""
+        """Copy an uploaded file to a random name.
+
+        Gradio gives equal uploads of several people one name; so its file stays, until gradio deletes it as old.
+        """
+        self._delete_old_files()
         self.uploads.mkdir(exist_ok=True)
-        for old in self.uploads.iterdir():
-            if time.time() - old.stat().st_mtime > UPLOAD_LIFETIME:
-                old.unlink(missing_ok=True)
         suffix = Path(source).suffix.lower()
         suffix = suffix if re.fullmatch(r"\.[a-z0-9]{1,12}", suffix) else ".bin"
         return Path(shutil.copyfile(source, self.uploads / f"{secrets.token_hex(8)}{suffix}"))
+
+    def _delete_old_files(self) -> None:
+        for path in (*self.folder.glob("*"), *self.uploads.glob("*"), *(self.folder / "exports").glob("*")):
+            with suppress(OSError):  # another thread was faster
+                if path.is_file() and time.time() - path.stat().st_mtime > LIFETIME:
+                    path.unlink()
 
     def upload_path(self, name: str) -> Path:
         """An upload by its name from `store_upload`; no other text from a page is ever used as a path."""
@@ -144,10 +159,12 @@ class Session:
 
 
 def error_sentence(error: Exception) -> str:
-    """An error as the page shows it. One that is no FusionError is a bug: the log has it in full."""
+    """An error as the page shows it. What is neither ours nor the system's is a bug: the log has it in full."""
     if isinstance(error, fusion.FusionError):
         return str(error)
     logger.error("Unexpected error", exc_info=error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a file deleted meanwhile; no path of the machine
+        return f"{error.strerror}{f': {Path(str(error.filename)).name}' if error.filename else ''}."
     return f"Something unexpected happened ({type(error).__name__}); the terminal has details."
 
 

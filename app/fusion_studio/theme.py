@@ -1,9 +1,13 @@
-"""Colours and fonts: stone greys and one violet; system fonts, so that nothing is fetched from elsewhere."""
+"""Colours and fonts: stone greys and one violet; system fonts, so that nothing is fetched from elsewhere. And how the
+page is served."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+
+from fusion_studio.access import AllowedHosts, checked_lifespan
 
 FONTS = ("Inter", "ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
@@ -25,12 +29,17 @@ def studio_theme() -> gr.themes.Base:
     return theme.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")
 
 
-def launch_options() -> dict[str, Any]:
-    """For launch(): theme and privacy. People's pictures stay on this machine."""
+def launch_options(host: str = "127.0.0.1", allowed_hosts: Iterable[str] = ()) -> dict[str, Any]:
+    """For launch(), theme and privacy: people's pictures stay on this machine, and other sites' pages get nothing."""
     return {
         "theme": studio_theme(),
         "css_paths": [Path(__file__).parent / "style.css"],
         "run_history": False,
         "footer_links": [],
         "max_file_size": "20mb",
+        "server_name": host,
+        "app_kwargs": {"lifespan": checked_lifespan(AllowedHosts(host, allowed_hosts))},
+        # One server, which checks every request: no others that serve files or pages beside it.
+        "ssr_mode": False,
+        "num_workers": 0,
     }

@@ -21,6 +21,8 @@ from fusion_studio.session import Session, error_sentence, safe_name, tokens_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PICTURES = 100
+MAX_FINISHED = 20  # trainings that are over and still shown
+CLOSING_TIME = 8  # seconds for the step under way when the studio ends; Docker kills after ten
 PREVIEWS = 5  # of a whole training
 CHECKPOINTS = 20  # of a whole training, and at least one every MAX_LOST_STEPS steps
 MAX_LOST_STEPS = 50
@@ -48,12 +50,18 @@ class TrainingJob:
         self.losses: list[float] = []
         self.previews: list[tuple[Image.Image, str]] = []
         self.state, self.error = "waiting", ""  # then preparing, learning, and learned, stopped or failed
+        self.stop, self.unpaused = threading.Event(), threading.Event()  # `stop` ends it after its step
+        self.unpaused.set()
         self.replaces: Path | None = None  # the library's file of it, if this resumes a stopped training
         self.saved: Path | None = None
 
     @property
     def active(self) -> bool:
         return self.state in ("preparing", "learning")
+
+    @property
+    def paused(self) -> bool:
+        return not self.unpaused.is_set()
 
     def record(self, last: fusion.TrainStep) -> None:
         self.state, self.step, self.total, self.seconds = "learning", last.step, last.total, last.seconds
@@ -149,12 +157,12 @@ def _config(
 
 
 class TrainingQueue:
-    """The trainings of a session, one after the other. Set `stop` to end the present one; its result is kept."""
+    """The trainings of a session, one after the other."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.jobs = session, list[TrainingJob]()
-        self.stop, self.unpaused, self.changed = threading.Event(), threading.Event(), threading.Event()
-        self.unpaused.set()
+        self.changed = threading.Event()
+        self._closed = False
         self._lock, self._thread = threading.Lock(), None
 
     @property
@@ -169,20 +177,29 @@ class TrainingQueue:
 
     def add(self, job: TrainingJob) -> None:
         with self._lock:
-            self.jobs = [*self.jobs[-20:], job]
+            over = [job for job in self.jobs if not job.active and job.state != "waiting"][:-MAX_FINISHED]
+            self.jobs = [*(job for job in self.jobs if job not in over), job]
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="teaching", daemon=True)
                 self._thread.start()
+
+    def close(self) -> None:
+        """End the training under way after its step; it and those that wait can be resumed by the next studio."""
+        with self._lock:
+            self._closed, thread = True, self._thread
+            for job in self.jobs:
+                job.stop.set()
+        if thread is not None:
+            thread.join(CLOSING_TIME)
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 job = next((job for job in self.jobs if job.state == "waiting"), None)
-                if job is None:
+                if job is None or self._closed:
                     self._thread = None
                     return
                 job.state = "preparing"
-            self.stop.clear()
             state = "failed"
             try:
                 self._train(job)
@@ -190,8 +207,8 @@ class TrainingQueue:
             except Exception as error:
                 job.error = error_sentence(error)
             finally:
-                nothing_to_resume = state == "learned" or (state == "failed" and not job.checkpoint.exists())
-                (job.place.delete if nothing_to_resume else job.place.release)()
+                # What failed keeps its pictures and captions, too: it can be resumed, or changed and taught anew.
+                (job.place.delete if state == "learned" else job.place.release)()
                 job.state = state
                 self.changed.set()
 
@@ -204,13 +221,13 @@ class TrainingQueue:
         with pipeline() if ungated else nullcontext():
             last, steps = None, fusion.train(self.session.pipe, job.config)
             try:
-                while not self.stop.is_set() and (last is None or last.step < last.total):
+                while not job.stop.is_set() and (last is None or last.step < last.total):
                     with nullcontext() if ungated else pipeline():
                         last = next(steps)
                     job.record(last)
                     if last.checkpoint:  # an adapter beside it owns the slice even when the studio has ended
                         fusion.save(last.adapter, job.checkpoint, dtype=job.config.save_precision)
-                    while not self.unpaused.wait(0.2) and not self.stop.is_set():
+                    while not job.unpaused.wait(0.2) and not job.stop.is_set():
                         pass
                 if last is not None:  # saved while its slice is still reserved
                     job.saved = self._save(job, last)

@@ -90,7 +90,7 @@ def take(line, number, order):
 
 def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(session, taught):
     taught("rex")
-    old = [{"path": "old.png", "words": "old", "controls": []}]
+    old = [{"path": __file__, "words": "old", "controls": []}, {"path": "deleted.png", "words": "", "controls": []}]
     made = draw.draw_pictures(session, old, Controls(picks(rex=0.5), "a <rex>", "snow", 7, False, 3, 2.0, 2))
     *previews, (stage, caption, kept, at, cli) = made
     assert any(isinstance(preview[0], Image.Image) for preview in previews)
@@ -100,7 +100,7 @@ def test_drawing_shows_previews_and_ends_with_pictures_that_carry_their_recipe(s
     assert config.negative_prompt == "snow"
     assert [(a.tokens, a.strength) for a in recipe.adapters] == [(("<rex>",), 0.5)]
     assert "a &lt;rex&gt; · without snow · seed 7 · 3 steps · guidance 2 · &lt;rex&gt; at 0.5" in caption
-    assert len(kept) == 3 and kept[2]["path"] == "old.png" and at == 0
+    assert len(kept) == 3 and kept[2]["words"] == "old" and at == 0
     assert (
         "--prompt 'a <rex>' --negative_prompt snow --seed 7 --num_images 2 --num_inference_steps 3" in cli.value
         and "--strength 0.5" in cli.value

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 
 import fusion
-from fusion_studio.session import Session
 
 # Events that only move things on the page: no spinner, no place in the published API.
 PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -59,14 +57,6 @@ def widget(name: str, value: Any, **about: Any) -> gr.HTML:
     script = (WIDGETS / f"{name}.js").read_text(encoding="utf-8")
     place = f'<div class="{name}"></div>'
     return gr.HTML(value, html_template=place, js_on_load=script, apply_default_css=False, **about)
-
-
-def save_upload(session: Session, file: str) -> Path:
-    """An upload under a name of our own; gradio's copy of it is deleted at once."""
-    upload = session.store_upload(file)
-    if Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
-        Path(file).unlink(missing_ok=True)
-    return upload
 
 
 def picked_of(picks: Picks | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations  # names of `fusion` must not load torch befo
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from fusion_studio.errors import bind, warn
 from fusion_studio.regions import as_regions, regions_of
 from fusion_studio.session import FIRST_PROMPT, Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, save_upload, widget
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, widget
 from fusion_studio.training_jobs import SUFFIXES
 
 MAX_HISTORY = 24  # pictures kept on the page
@@ -158,7 +159,7 @@ def insert_token(prompt: str, event: gr.EventData) -> str:
 
 def start_from(session: Session, file: str) -> tuple[Any, ...]:
     """A picture to start from, checked and stored under a name of our own."""
-    upload = save_upload(session, file)
+    upload = session.store_upload(file)
     picture = fusion.load_picture(upload, "The picture")
     return upload.name, gr.Image(picture, visible=True), gr.Slider(visible=True), gr.Button(visible=True)
 
@@ -207,7 +208,8 @@ def draw_pictures(
         if isinstance(frame, Result):
             line = commands.generate(session, picked, config, parts, from_picture=start is not None)
             entries = [{"path": path, "words": words, "controls": controls} for path, words in frame.value]
-            hint, entries = markup.hint(entries[0]["words"]), [*entries, *history][:MAX_HISTORY]
+            earlier = [entry for entry in history if Path(entry["path"]).is_file()]  # old ones are deleted
+            hint, entries = markup.hint(entries[0]["words"]), [*entries, *earlier][:MAX_HISTORY]
             yield entries[0]["path"], hint, entries, 0, command_line(line)
         elif isinstance(frame, StepProgress):
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3

@@ -11,7 +11,7 @@ import fusion
 from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name, tokens_of
-from fusion_studio.tabs import PRIVATE, cli_box, command_line, save_upload, widget
+from fusion_studio.tabs import PRIVATE, cli_box, command_line, widget
 from fusion_studio.tabs.combine import FORMATS, export_adapter
 
 NO_ADAPTERS = markup.empty("The library is empty", "What you teach is saved here, as files. Others can be imported.")
@@ -150,7 +150,7 @@ def delete_adapter(session: Session, key: str) -> tuple[Any, ...]:
 
 def import_file(session: Session, file: str) -> tuple[Any, ...]:
     """Copy an uploaded adapter file into the library, once it has been checked."""
-    upload, name = save_upload(session, file), safe_name(Path(file).stem)
+    upload, name = session.store_upload(file), safe_name(Path(file).stem)
     try:
         added = fusion.Library(session.library).add(upload, name)
     except fusion.FusionError as error:

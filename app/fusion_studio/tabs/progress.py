@@ -29,9 +29,10 @@ def watch(session: Session) -> Iterator[tuple[Any, ...]]:
 
 def view(trainings: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
     """Values for the views; pictures only when there are new ones, so that they do not flicker."""
-    job, stopping, paused = trainings.current, trainings.stop.is_set(), not trainings.unpaused.is_set()
+    job = trainings.current
     if job is None:
         return (gr.skip(),) * 9
+    stopping, paused = job.stop.is_set(), job.paused
     previews = list(job.previews)
     return (
         state_html(job, paused=paused),

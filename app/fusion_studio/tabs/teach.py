@@ -13,7 +13,7 @@ from fusion_studio import commands, markup, training_jobs
 from fusion_studio.errors import bind
 from fusion_studio.session import Session
 from fusion_studio.settings import form_html
-from fusion_studio.tabs import PRIVATE, STREAM, cli_box, command_line, save_upload, widget
+from fusion_studio.tabs import PRIVATE, STREAM, cli_box, command_line, widget
 from fusion_studio.tabs.progress import watch
 from fusion_studio.training_jobs import SUFFIXES, TrainingQueue
 
@@ -98,7 +98,7 @@ def add_pictures(
     session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Dropped files as they will be learned, beside those that are there already."""
-    new = [{"id": save_upload(session, file).name, "name": Path(file).name, "caption": ""} for file in files or ()]
+    new = [{"id": session.store_upload(file).name, "name": Path(file).name, "caption": ""} for file in files or ()]
     return gr.File(None), *check_pictures(session, [*(pictures or ()), *new])
 
 
@@ -161,17 +161,21 @@ def discard_teaching(session: Session, name: str) -> tuple[Any, ...]:
 
 def pause_teaching(session: Session) -> Any:
     """Pause the present training after its step, or go on with it."""
-    trainings: TrainingQueue | None = session.trainings
-    if trainings is not None:
-        (trainings.unpaused.clear if trainings.unpaused.is_set() else trainings.unpaused.set)()
-    return gr.Button("Pause" if trainings is None or trainings.unpaused.is_set() else "Go on")
+    if job := _active_job(session):
+        (job.unpaused.set if job.paused else job.unpaused.clear)()
+    return gr.Button("Go on" if job and job.paused else "Pause")
 
 
 def stop_teaching(session: Session) -> Any:
     """Stop the present training after its step; what was learned so far is kept in the library."""
-    if session.trainings is not None:
-        session.trainings.stop.set()
+    if job := _active_job(session):
+        job.stop.set()
     return gr.Button("Stopping …", interactive=False)
+
+
+def _active_job(session: Session) -> training_jobs.TrainingJob | None:
+    job = session.trainings.current if session.trainings else None
+    return job if job and job.active else None
 
 
 def suggest_token(noun: str, token: str) -> str:
