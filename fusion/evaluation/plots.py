@@ -4,6 +4,7 @@ Takes names, slices and numbers, and changes no global state of matplotlib. The 
 colour vision (Okabe and Ito; a blue-orange scale), and nothing is expressed by colour alone.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from fusion.output_files import MARK, check_output, write_output
 from fusion.spectral.slices import SpectralSlice
 
 GREY, LIGHT_GREY = "#6b6b6b", "#ededed"
@@ -24,6 +26,7 @@ SHARED: dict[str, Any] = {"color": "#d55e00", "label": "by several", "hatch": "/
 DIVERGING = LinearSegmentedColormap.from_list(
     "opposed", ["#b35806", "#f6a75c", "#ffffff", "#7fb2da", "#08519c"]
 ).with_extremes(bad=LIGHT_GREY)
+MARKS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # endings, and where this program names itself
 MIN_LIMIT = 0.3  # of the cosine scale, so that small cosines look small
 STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
@@ -59,13 +62,15 @@ def overview(
     return figure
 
 
-def write(figure: Figure, path: str | Path) -> Path:
-    """Save as PNG, SVG or PDF, by the name's ending."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+def write(figure: Figure, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Save as PNG, SVG or PDF, by the name's ending; an earlier plot is replaced, other files with `overwrite` only.
+
+    Raises OutputError.
+    """
+    target, data = check_output(path, endings=tuple(MARKS), overwrite=overwrite), io.BytesIO()
     with rc_context(STYLE):
-        figure.savefig(target, dpi=160)
-    return target
+        figure.savefig(data, dpi=160, format=target.suffix[1:].lower(), metadata={MARKS[target.suffix.lower()]: MARK})
+    return write_output(target, data.getbuffer())
 
 
 def _draw_slices(

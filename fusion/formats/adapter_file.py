@@ -29,6 +29,7 @@ from fusion.formats.lora_file import read_lora
 from fusion.formats.metadata import modelspec
 from fusion.formats.safetensors_file import opened, write_file
 from fusion.layer_names import LAYER_NAME
+from fusion.output_files import check_output
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
 
@@ -75,11 +76,13 @@ class AdapterFile:
     slices: tuple[SpectralSlice, ...]
 
 
-def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16") -> None:
+def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16", *, overwrite: bool = False) -> None:
     """Write an adapter, whole or not at all; `dtype` is "float16", "bfloat16" or "float32".
 
-    Raises FormatError for values that are not finite or do not fit `dtype`, and for a path that cannot be written.
+    An adapter of the same tokens is replaced, other files with `overwrite` only. Raises OutputError for a path that
+    cannot be written, FormatError for values that are not finite or do not fit `dtype`.
     """
+    check_adapter_output(path, [concept.token for concept in adapter.info.concepts], overwrite=overwrite)
     tensors: dict[str, Tensor] = {}
     for number, branch in enumerate(adapter.branches):
         prefix = f"{number}." if len(adapter.branches) > 1 else ""
@@ -99,6 +102,20 @@ def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16")
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _layout(Path(path), metadata, shapes)  # never write what load would refuse
     write_file(path, tensors, metadata | modelspec(info, FORMAT), dtype)
+
+
+def check_adapter_output(path: str | os.PathLike[str], tokens: Iterable[str], *, overwrite: bool = False) -> Path:
+    """Raise OutputError now for a path where an adapter of these tokens could not be saved later."""
+
+    def foreign(existing: Path) -> str:
+        try:
+            concepts = read_info(existing).info.concepts
+        except FusionError:
+            return "it is no adapter of this program, or a damaged one"
+        known = [concept.token for concept in concepts]
+        return "" if known and set(known) == set(tokens) else f"it is the adapter of {' '.join(known) or 'no token'}"
+
+    return check_output(path, endings=(".safetensors",), foreign=foreign, overwrite=overwrite)
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:

@@ -8,6 +8,7 @@ SDXL           clip_l and clip_g, one for each text encoder, as A1111 and ComfyU
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,8 +17,9 @@ from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
 from fusion.errors import FormatError, UnknownName, closest
 from fusion.formats import LORA_FORMS
 from fusion.formats.lora_file import write_lora
-from fusion.formats.metadata import modelspec
+from fusion.formats.metadata import foreign_export, modelspec
 from fusion.formats.safetensors_file import write_file
+from fusion.output_files import check_output, output_group
 from fusion.spectral.delta import Delta, check_compression
 
 _SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -43,12 +45,15 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "float16",
+    overwrite: bool = False,
 ) -> ExportReport:
     """Write `adapter` as a LoRA in the form "diffusers" or "kohya", exactly unless `rank` or `energy` compress it.
 
     Every concept goes beside it as `<stem>_<token>.safetensors`: A1111 and ComfyUI use the file's name as the word in
-    prompts, so it must not be a word of the language.
-    Raises UnknownName for another form, ConfigError for an impossible rank or energy, FormatError if there is no layer.
+    prompts, so it must not be a word of the language. All of them appear together, or none. An earlier export of the
+    same adapter is replaced, other files with `overwrite` only.
+    Raises UnknownName for another form, ConfigError for an impossible rank or energy, FormatError if there is no layer,
+    OutputError where nothing can be written.
     """
     if form not in LORA_FORMS:
         raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
@@ -56,12 +61,17 @@ def export(
     target, deltas = Path(path), adapter.deltas()
     if not deltas:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
-    factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
-    write_lora(LORA_FORMS[form], adapter.info, factors, target, dtype)
     files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
     embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
+    check = partial(check_output, endings=(".safetensors",), overwrite=overwrite)
+    check(target, foreign=foreign_export(adapter.info, "lora"))
     for concept, file in embeddings.items():
-        _write_embedding(file, adapter.info, concept, adapter.tokens[concept.token])
+        check(file, foreign=foreign_export(_embedding_info(file, adapter.info, concept), "textual-inversion"))
+    factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
+    with output_group(target) as group:
+        write_lora(LORA_FORMS[form], adapter.info, factors, group / target.name, dtype)
+        for concept, file in embeddings.items():
+            _write_embedding(group / file.name, adapter.info, concept, adapter.tokens[concept.token])
     exact = all(factors[layer] is deltas[layer] for layer in deltas)
     share = 1.0 if exact else _energy(factors) / max(_energy(deltas), 1e-300)
     largest = max(delta.rank for delta in factors.values())
@@ -85,9 +95,13 @@ def _energy(deltas: Mapping[str, Delta]) -> float:
 def _write_embedding(path: Path, info: AdapterInfo, concept: Concept, rows: Mapping[str, Tensor]) -> None:
     """Write the embeddings (vectors, dim) of one concept per text encoder."""
     tensors = {_SDXL_KEYS[component] if len(rows) > 1 else concept.token: row for component, row in rows.items()}
-    embedding = AdapterInfo(path.stem, info.base, (concept,))
+    embedding = _embedding_info(path, info, concept)
     spec = modelspec(embedding, "textual-inversion", implementation="https://github.com/Stability-AI/generative-models")
     write_file(path, tensors, {"format": "pt", **spec}, "float32")
+
+
+def _embedding_info(path: Path, info: AdapterInfo, concept: Concept) -> AdapterInfo:
+    return AdapterInfo(path.stem, info.base, (concept,))
 
 
 def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -> list[str]:

@@ -4,9 +4,13 @@ ModelSpec 1.0.1 (`modelspec.*`), which every tool shows, and what kohya's traine
 distinguishes the families.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fusion.adapters.adapter import AdapterInfo, BaseInfo
+from fusion.errors import FusionError
+from fusion.formats.safetensors_file import opened
+from fusion.output_files import MARK
 
 # ModelSpec's architecture, resolution, kohya's version.
 _FAMILIES = {
@@ -18,6 +22,7 @@ _FAMILIES = {
     ("sdxl", "v_prediction"): ("stable-diffusion-xl-v1-base", "1024x1024", "sdxl_base_v1-0"),
 }
 _UNKNOWN = ("stable-diffusion", "512x512", "")
+_MADE_BY = "made_by"
 
 
 def modelspec(info: AdapterInfo, kind: str, *, implementation: str = "diffusers") -> dict[str, str]:
@@ -33,7 +38,25 @@ def modelspec(info: AdapterInfo, kind: str, *, implementation: str = "diffusers"
         "merged_from": ", ".join(info.provenance.parents),
         "prediction_type": "v" if info.base and info.base.prediction == "v_prediction" else "epsilon",
     }
-    return {f"modelspec.{key}": value for key, value in entries.items() if value}
+    return {_MADE_BY: MARK, **{f"modelspec.{key}": value for key, value in entries.items() if value}}
+
+
+def foreign_export(info: AdapterInfo, kind: str) -> Callable[[Path], str]:
+    """For `check_output`: only an earlier export of the same adapter, as the same `kind`, may be replaced."""
+    expected = modelspec(info, kind)
+
+    def reason(path: Path) -> str:
+        try:
+            with opened(path) as file:
+                metadata = file.metadata
+        except FusionError:
+            return "it is another kind of file"
+        keys = {"modelspec.title", "modelspec.trigger_phrase", *([] if info.concepts else [_MADE_BY])}
+        same = all(metadata.get(key) == expected.get(key) for key in keys)
+        same = same and metadata.get("modelspec.architecture", "").endswith(f"/{kind}")
+        return "" if same else f"it is no earlier export of '{info.name}'"
+
+    return reason
 
 
 def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:

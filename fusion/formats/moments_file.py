@@ -11,14 +11,16 @@ Shapes: I in_features, P = I (I + 1) / 2.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from pydantic import Json
 from torch import Tensor
 
 from fusion.config import StrictModel
-from fusion.errors import ConfigError, FormatError
+from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.formats.safetensors_file import OpenFile, opened, write_file
+from fusion.output_files import check_output
 from fusion.spectral.moments import Moment, Moments
 
 FORMAT, VERSION = "spectral-moments", "1"
@@ -34,8 +36,12 @@ class _Entries(StrictModel):
     concepts: Json[tuple[_Concept, ...]]
 
 
-def save_moments(moments: Sequence[Moments], path: str | os.PathLike[str]) -> None:
-    """Write the moments of some concepts; what layers share is written once. Precision is float64's, nearly."""
+def save_moments(moments: Sequence[Moments], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the moments of some concepts; what layers share is written once. Precision is float64's, nearly.
+
+    Moments in the file are replaced, anything else with `overwrite` only. Raises OutputError.
+    """
+    check_output(path, endings=(".safetensors",), foreign=_foreign, overwrite=overwrite)
     numbers: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     concepts: list[_Concept] = []
@@ -68,6 +74,15 @@ def load_moments(path: str | os.PathLike[str]) -> list[Moments]:
         Moments({layer: known[number] for layer, number in concept.layers.items()}, everywhere=concept.everywhere)
         for concept in entries.concepts
     ]
+
+
+def _foreign(path: Path) -> str:
+    """For `check_output`."""
+    try:
+        with opened(path) as file:
+            return "" if file.metadata.get("format") == FORMAT else "it holds no moments"
+    except FusionError:
+        return "it holds no moments"
 
 
 def _moment(file: OpenFile, number: str) -> Moment:

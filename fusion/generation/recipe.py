@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from pydantic import Field, model_validator
 
 from fusion.config import StrictModel
 from fusion.errors import ConfigError, FormatError
+from fusion.formats.png_file import write_png
 from fusion.generation.config import GenerationConfig
+from fusion.output_files import check_output
 
 RECIPE_KEY = "fusion"  # PNG text chunk
 
@@ -75,15 +77,14 @@ class Picture:
     image: Image.Image
     recipe: Recipe
 
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG that carries its recipe."""
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_text(RECIPE_KEY, json.dumps(self.recipe.to_json()))
-        chunks.add_text("parameters", self.recipe.parameters())
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.image.save(path, format="PNG", pnginfo=chunks)
-        return path
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a PNG that carries its recipe; one that carries a recipe is replaced, others with `overwrite` only.
+
+        Raises OutputError.
+        """
+        path = check_output(path, overwrite=overwrite)
+        texts = {RECIPE_KEY: json.dumps(self.recipe.to_json()), "parameters": self.recipe.parameters()}
+        return write_png(path, self.image, texts)
 
 
 def recipe_of(path: str | Path) -> Recipe:
