@@ -10,6 +10,10 @@ from fusion.composition.input_interference import merge_error as merge_error
 from fusion.composition.weight_interference import interference as interference
 from fusion.config import Setting as Setting
 from fusion.config import settings_of as settings_of
+from fusion.distillation.config import DistillationConfig as DistillationConfig
+from fusion.distillation.held_out_errors import HeldOutErrors as HeldOutErrors
+from fusion.distillation.loop import DistillationStep as DistillationStep
+from fusion.distillation.loop import distill as distill
 from fusion.errors import FusionError as FusionError
 from fusion.evaluation.clip_judge import open_judge as open_judge
 from fusion.evaluation.comparison import Cell as Cell

@@ -19,6 +19,7 @@ LAYERS = [
     ["config", "layer_names", "output_files", "spectral"],
     ["adapters", "methods"],
     ["formats", "models"],
+    ["distillation"],
     ["composition", "generation", "library"],
     ["training", "evaluation"],
     ["cli"],

@@ -123,7 +123,7 @@ class Session:
         if not picked:
             raise fusion.FusionError("Pick at least one concept first.")
         adapters, strengths = self.adapters(list(picked)), list(picked.values())
-        runs_base = method in fusion.METHODS and fusion.METHODS[method].moments
+        runs_base = method in fusion.METHODS and fusion.METHODS[method].needs_base
         with self.queue.acquire("Concepts are being fused") if runs_base else nullcontext():
             return fusion.fuse(adapters, strengths, method, pipe=self.pipe if runs_base else None, name=name)
 

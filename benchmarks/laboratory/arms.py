@@ -18,7 +18,9 @@ import fusion
 
 Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-SLOW = {"gradient"}  # 500 iterations of LBFGS a layer; benchmarks/regression.py compares it with regression
+# gradient takes 500 iterations of LBFGS a layer: benchmarks/regression.py compares it with regression. distill takes
+# gated adapters only.
+SLOW = {"gradient", "distill"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def fused(
     """Fuse by a method and draw with the result; `parts` gives the adapters to fuse, `gating` as in fuse."""
 
     def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
-        base = pipe if fusion.METHODS[method].moments else None
+        base = pipe if fusion.METHODS[method].needs_base else None
         adapter = fusion.fuse(parts(adapters), method=method, pipe=base, allow_overlap=True, name=method, gating=gating)
 
         def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:

@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def methods() -> str:
     """The table of methods as text."""
     width = max(map(len, METHODS))
-    needs = {name: "; runs the base" if row.moments else "" for name, row in METHODS.items()}
+    needs = {name: "; runs the base" if row.needs_base else "" for name, row in METHODS.items()}
     return "\n".join(f"  {name:<{width}}  {row.about}{needs[name]}" for name, row in METHODS.items())
 
 
@@ -61,7 +61,7 @@ def run(args: Namespace) -> None:
     adapters = renamed([load(path) for path in args.adapters], args.rename)
     if args.method not in METHODS:
         raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
-    pipe = open_base(args.base, args, None) if METHODS[args.method].moments else None
+    pipe = open_base(args.base, args, None) if METHODS[args.method].needs_base else None
     fused = fuse(
         adapters,
         args.strength,

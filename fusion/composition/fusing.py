@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance, checked_strengths
+from fusion.adapters.combination_checks import check_bases, check_tokens, quoted, slice_clashes
 from fusion.adapters.lora import LoraLayer
-from fusion.composition.checks import check_bases, check_tokens, quoted, slice_clashes
+from fusion.distillation.config import DistillationConfig
+from fusion.distillation.loop import distill
 from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
 from fusion.methods import METHODS
-from fusion.methods.method import MethodOptions, WeightedSum
+from fusion.methods.method import AdapterMerge, MethodOptions, WeightedSum
 from fusion.models.attachment import effective_gates
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
@@ -39,6 +41,7 @@ def fuse(
     energy: float | None = None,
     allow_overlap: bool = False,
     name: str | None = None,
+    distillation: DistillationConfig | None = None,
 ) -> Adapter:
     """One adapter that does what all of `adapters` do.
 
@@ -48,6 +51,8 @@ def fuse(
     Methods that need moments of the layers' inputs record them on `pipe`, or take those of `record_moments`, one for
     each branch of each adapter. `options` are the methods' own.
     `gating` as in attach: "none" drops the gates, "tokens" gates every branch by its adapter's own tokens.
+    Method "distill" learns one ungated LoRA on `pipe` from gated adapters; `distillation` has its settings, `rank` and
+    the seed of `options` take precedence, and no checkpoints are written: `fusion.distill` does it step by step.
     `allow_overlap` lets direct_sum add adapters whose slices overlap.
 
     Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName; ConfigError
@@ -66,6 +71,8 @@ def fuse(
     check_tokens(regated)
     if method == "direct_sum" and not allow_overlap and (clashes := slice_clashes(regated)):
         raise SliceConflict(f"{clashes[0].sentence()} {clashes[0].advice()}")
+    if isinstance(METHODS[method], AdapterMerge):
+        return _distilled(regated, values, method, pipe, distillation, options, rank, energy, name)
     merge = rank is not None or energy is not None or not isinstance(METHODS[method], WeightedSum)
     if merge and any(adapter.gated for adapter in regated):
         logger.warning(
@@ -83,6 +90,24 @@ def fuse(
         fused = _compressed(fused, rank, energy)
     info = _fused_info(regated, values, method, options, name)
     return Adapter(info, fused, {t: rows for a in regated for t, rows in a.tokens.items()})
+
+
+def _distilled(
+    adapters: list[Adapter], strengths: list[float], method: str, pipe: Pipeline | None,
+    config: DistillationConfig | None, options: MethodOptions, rank: int | None, energy: float | None,
+    name: str | None,
+) -> Adapter:  # fmt: skip
+    """All steps of a distillation, for the adapter of the last."""
+    if pipe is None:
+        raise ConfigError(f"Method '{method}' learns on a base: pass pipe=; on the command line, --base.")
+    if energy is not None:
+        raise ConfigError(f"Method '{method}' learns a LoRA of one rank: give rank, not energy.")
+    changes = {"rank": rank, "output_name": name, "seed": options.seed or None}
+    settings = {key: value for key, value in changes.items() if value is not None}
+    config = (config or DistillationConfig.model_validate({})).updated({**settings, "checkpointing_steps": 0})
+    *_, last = distill(pipe, adapters, config, strengths=strengths)
+    assert last.adapter is not None
+    return last.adapter
 
 
 def split_branches(adapter: Adapter) -> list[Adapter]:

@@ -1,7 +1,7 @@
 """Fusion methods: many changes of one weight become one. A new method is one file and one line here."""
 
-from fusion.methods import dense, gradient, knots, regression, sums
-from fusion.methods.method import LayerMerge, Method, WeightedSum
+from fusion.methods import dense, distill, gradient, knots, regression, sums
+from fusion.methods.method import AdapterMerge, LayerMerge, Method, WeightedSum
 from fusion.methods.method import MethodOptions as MethodOptions
 
 METHODS: dict[str, Method] = {
@@ -20,4 +20,7 @@ METHODS: dict[str, Method] = {
     "dare": LayerMerge(dense.dare, "drop at random, rescale, add (DARE)"),
     "magnitude_prune": LayerMerge(dense.magnitude_prune, "trim, add"),
     "knots": LayerMerge(knots.merge, "TIES in the directions the changes share (KnOTS)"),
+    "distill": AdapterMerge(
+        distill.distillation_loss, "a plain LoRA learns what gated adapters do, from prompts; slow"
+    ),
 }

@@ -65,6 +65,11 @@ class Method:
     moments: bool = False  # needs the second moments of the inputs, so a base to record them on
     idle_counts: bool = False  # an adapter of strength 0 still changes the result
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base has to be run."""
+        return self.moments
+
     def __call__(
         self,
         layer: str,
@@ -103,3 +108,17 @@ class WeightedSum(Method):
 
         weights = self.weights(strengths, lambda: gram(deltas))
         return reduce(add, (delta * weight for delta, weight in zip(deltas, weights, strict=True)))
+
+
+class AdapterMerge(Method):
+    """A method that works on whole gated adapters and their base, as `fusion.distillation` carries it out.
+
+    `function(errors, scales)` is the loss that it minimises.
+    """
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def merge(self, deltas: Sequence[Delta], strengths: Sequence[float], context: MergeContext) -> Delta:
+        raise ConfigError("This method works on whole adapters, not on the changes of one layer: call fuse().")

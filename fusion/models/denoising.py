@@ -25,10 +25,14 @@ class Conditioning(NamedTuple):
         return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
-def encode_prompts(pipe: Pipeline, prompts: Sequence[str]) -> Conditioning:
-    """Encode prompts, with gradients where the text encoders or token rows ask for them."""
+def encode_prompts(pipe: Pipeline, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+    """Encode prompts, with gradients where encoders or token rows ask for them; `clip_skip` as in diffusers."""
     encoded = pipe.encode_prompt(
-        list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        list(prompts),
+        device=pipe.unet.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        clip_skip=clip_skip,
     )
     return Conditioning(encoded[0], encoded[2] if len(encoded) > 2 else None)
 

@@ -130,5 +130,5 @@ def _file_name(picked: Mapping[str, float], name: str) -> str:
 
 def _fuse_line(session: Session, picked: Mapping[str, float], method: str, target: Path | str) -> str:
     options = ["--method", method] if method != "direct_sum" else []
-    options += session.base_flags if fusion.METHODS[method].moments else []
+    options += session.base_flags if fusion.METHODS[method].needs_base else []
     return commands.command("fuse", *commands.used(session, picked), *options, "-o", target)

@@ -1,0 +1,1 @@
+"""Gated adapters become one plain LoRA with embeddings, learned from prompts alone."""

@@ -1,0 +1,102 @@
+"""The settings of a distillation, under the names that a training has for the same."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, Field
+
+from fusion.config import MAX_SEED, StrictModel
+from fusion.errors import ConfigError
+
+# What may be another when a distillation is resumed; every other setting shapes the adapter.
+MAY_CHANGE = {
+    *("prompts", "output_dir", "output_name", "resume_from_checkpoint", "checkpointing_steps"),
+    *("checkpoints_total_limit", "target_error"),
+}
+
+
+class DistillationConfig(StrictModel):
+    """Settings of one distillation. Defaults are those measured on the embedded base."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    names_or_paths = ("resume_from_checkpoint",)
+    groups: ClassVar = {
+        "LoRA": "rank",
+        "prompts": "prompts",
+        "optimisation": "learning_rate",
+        "run": "output_dir",
+    }
+
+    rank: int = Field(64, ge=1, le=4096)
+    """Rank of the LoRA in the text encoders."""
+    kv_rank: int | None = Field(None, ge=1, le=4096)
+    """Rank of the LoRA in the keys and values of cross-attention. Default: rank."""
+
+    prompts: Path | None = None
+    """File of prompts of your own, one a line, learned among the others; {token} stands for each concept in turn."""
+    use_templates: bool = True
+    """Also learn from sentences; if false, from words of the tokenizer in any order alone."""
+    num_prompts: int = Field(3000, ge=1, le=1_000_000)
+    """Different prompts in all; each is used several times."""
+    free_share: float = Field(0.35, ge=0, lt=1)
+    """Share of prompts without a concept. A tenth of them are empty."""
+    decoys: int = Field(32, ge=0, le=1000)
+    """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""
+    teacher_memory: int = Field(2048, ge=1)
+    """Most memory for the teacher's answers, in MiB. Where they need more, prompts are answered in several parts."""
+
+    learning_rate: float = Field(3e-3, gt=0)
+    """Learning rate of the LoRA; it falls to 2 % of it as a cosine."""
+    token_lr: float = Field(1e-3, ge=0)
+    """Learning rate of the concepts' embeddings; 0 leaves them as they are."""
+    lr_warmup_steps: int = Field(20, ge=0)
+    """Steps over which learning rates rise from zero."""
+    max_train_steps: int = Field(700, ge=1)
+    """Optimizer steps in all."""
+    train_batch_size: int = Field(32, ge=1)
+    """Prompts per step."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm; 0 does not clip."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """The result is an average of the weights over the last 1 / (1 - ema_decay) steps."""
+    pooled_weight: float = Field(0.1, ge=0)
+    """Weight of SDXL's pooled embedding in the loss, beside the keys and values."""
+    clip_skip: int | None = Field(None, ge=1, le=32)
+    """Layers of the text encoder to skip, as in diffusers, for pictures that will be drawn so. Default: none."""
+    target_error: float | None = Field(None, gt=0)
+    """Stop early once prompts with one concept, and those with several, have at most this error, such as 0.01."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Seed of prompts, order and starting weights: equal seeds give equal adapters on a CPU."""
+
+    output_dir: Path = Path("out")
+    """Folder for checkpoints."""
+    output_name: str = Field("distilled", pattern=r"^[^/\\.][^/\\]*$")
+    """Name of the adapter, and of the folder of its checkpoints."""
+    checkpointing_steps: int = Field(100, ge=0)
+    """Steps from one checkpoint to the next; 0 writes none."""
+    checkpoints_total_limit: int | None = Field(1, ge=1)
+    """How many checkpoints to keep, the newest."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to continue from, or "latest"."""
+
+    def lasting_settings(self) -> dict[str, object]:
+        """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""
+        return self.model_dump(mode="json", exclude=MAY_CHANGE)
+
+    def prompt_lines(self) -> list[str]:
+        """The prompts of the file, with {token} where a concept goes. Raises ConfigError for a file without any."""
+        if self.prompts is None:
+            return []
+        try:
+            lines = self.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"prompts: '{self.prompts}' cannot be read as text: {error}.") from None
+        prompts = [line.strip().replace("[trigger]", "{token}") for line in lines if line.strip()]
+        if not any("{token}" in prompt for prompt in prompts):
+            raise ConfigError(f"prompts: '{self.prompts}' has no line with {{token}}; write it where a concept stands.")
+        return prompts
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints of all runs of this output name are."""
+        return self.output_dir / "checkpoints" / self.output_name

@@ -1,0 +1,327 @@
+"""distill(): gated adapters become one plain LoRA with embeddings, as a generator of steps.
+
+Close the generator to stop. The pipeline is used only while the teacher answers prompts, inside a step; between steps,
+and afterwards, it is as it was.
+"""
+
+import hashlib
+import math
+import random
+import secrets
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance, checked_strengths
+from fusion.distillation.config import DistillationConfig
+from fusion.distillation.decoys import decoys_for
+from fusion.distillation.held_out_errors import HeldOutErrors
+from fusion.distillation.pool import PromptPools
+from fusion.distillation.prompt_distribution import PromptDistribution, words_of
+from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
+from fusion.distillation.student import Student
+from fusion.distillation.teacher import Answers, Teacher
+from fusion.errors import FusionError
+from fusion.formats.checkpoint_file import (
+    Checkpoint,
+    find_checkpoint,
+    read_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from fusion.layer_names import TOKENIZERS
+from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
+from fusion.models.pipeline import Pipeline
+from fusion.models.pipelines import base_info
+from fusion.models.tokens import embedding_of, text_encoders
+from fusion.spectral.delta import Delta
+
+SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
+HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
+TARGET_STEPS = 50  # steps from one comparison with target_error to the next
+LEAST_RATE = 0.02  # what is left of the learning rate at the end
+
+
+@dataclass(frozen=True)
+class DistillationStep:
+    """What one optimizer step did. The last one has the finished adapter and its errors."""
+
+    step: int  # 1 … total
+    total: int
+    loss: float
+    learning_rate: float
+    seconds: float  # since the distillation began
+    adapter: Adapter | None = None  # at the last step
+    errors: HeldOutErrors | None = None  # at the last step, and where they are compared with target_error
+    checkpoint: Path | None = None  # written at this step
+    resumed: int = 0  # steps that were done before, by the checkpoint this distillation was resumed from
+
+
+def distill(
+    pipe: Pipeline,
+    adapters: Sequence[Adapter],
+    config: DistillationConfig | None = None,
+    *,
+    strengths: Sequence[float] | None = None,
+) -> Generator[DistillationStep]:
+    """Learn one ungated adapter of type lora that does what the gated `adapters` do together at their `strengths`.
+
+    It can be exported as it is, and leaves prompts without its concepts alone without any gate. Everything is checked
+    before the first step. Raises BaseMismatch, TokenConflict, GatingError for adapters without gates, ConfigError,
+    FormatError for a damaged checkpoint; FusionError when the loss is not finite.
+    """
+    values = checked_strengths(adapters, strengths)
+    check_distillable(pipe, adapters)
+    distillation = _Distillation(pipe, adapters, values, config or DistillationConfig.model_validate({}))
+    yield from distillation.steps()
+
+
+class _Distillation:
+    """One distillation: what its steps read and change."""
+
+    def __init__(
+        self, pipe: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float], config: DistillationConfig
+    ) -> None:
+        self.pipe, self.config, self.adapters, self.strengths = pipe, config, adapters, strengths
+        # In the order of their tokens, so that the order in which they are given does not matter.
+        scaled = [_scaled(adapter, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
+        ordered = sorted(scaled, key=lambda adapter: [concept.token for concept in adapter.info.concepts])
+        self.learns = any(branch.strength for adapter in ordered for branch in adapter.branches)
+        self.settings = self._lasting_settings(ordered)
+        name, checkpoint = config.resume_from_checkpoint, None
+        if name:
+            checkpoint = find_checkpoint(name, config.checkpoint_folder, lambda p: read_checkpoint(p, self.settings))
+        self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
+        self.done = checkpoint.state.step if checkpoint else 0
+        self.last_loss = checkpoint.state.loss if checkpoint else math.nan
+
+        self.teacher = Teacher(pipe, ordered, decoys_for(pipe, ordered, config.decoys, config.seed), config.clip_skip)
+        self.student = Student(
+            pipe, _rows(pipe, ordered), _rows(pipe, [self.teacher.decoys]), rank=config.rank,
+            kv_rank=config.kv_rank or config.rank, seed=config.seed, clip_skip=config.clip_skip,
+        )  # fmt: skip
+        self.precision = _precision(pipe)
+        self.distribution = PromptDistribution(
+            self.teacher.concepts,
+            words_of(getattr(pipe, TOKENIZERS[next(iter(text_encoders(pipe)))])),
+            [concept.token for concept in self.teacher.decoys.info.concepts],
+            [*own_captions(ordered), *config.prompt_lines()],
+            config.use_templates,
+            config.free_share,
+        )
+        self._measure_teacher()
+        self.pools = PromptPools(self.teacher, self.distribution, config, self.tests[-1][0].size / HELD_OUT)
+        self._start(checkpoint)
+
+    def _lasting_settings(self, ordered: Sequence[Adapter]) -> dict[str, Any]:
+        """Everything that shapes the result, in JSON values: a distillation is resumed under the same only."""
+        text = "\n".join(self.config.prompt_lines())
+        return {
+            "base": asdict(base_info(self.pipe)),
+            "adapters": [adapter.digest()[:16] for adapter in ordered],
+            "own_prompts": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "",
+            **self.config.lasting_settings(),
+        }
+
+    def _start(self, checkpoint: Checkpoint | None) -> None:
+        """The optimizer and the averages, fresh or from a checkpoint."""
+        config, named = self.config, self.student.parameters()
+        rows = [named[name] for name in named if name.endswith(".rows")]
+        loras = [named[name] for name in named if not name.endswith(".rows")]
+        groups: list[dict[str, Any]] = [{"params": loras, "lr": config.learning_rate}]
+        if config.token_lr:
+            groups.append({"params": rows, "lr": config.token_lr})
+        self.rates: list[float] = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.trained = [p for group in groups for p in group["params"]]
+        self.averages = {name: parameter.detach().clone() for name, parameter in named.items()}
+        if checkpoint:
+            checkpoint.restore(self._stored(), self.optimizer, None)
+
+    def _stored(self) -> dict[str, Any]:
+        """What a checkpoint holds: parameters, and their averages."""
+        return {**self.student.parameters(), **{f"average.{name}": mean for name, mean in self.averages.items()}}
+
+    def _measure_teacher(self) -> None:
+        """How much each concept changes keys and values, and the held-out prompts, with an untrained student."""
+        rng = random.Random(f"{self.config.seed} held out")
+        with self.teacher.attached(), torch.no_grad():
+            scales = list[Tensor]()
+            for concept in self.teacher.concepts:
+                prompts = replace(self.distribution, concepts=[concept]).draw(rng, SCALE_PROMPTS, (1, 1))
+                errors, pooled = self._errors(self.teacher.answer(prompts))
+                scales.append(torch.stack([e.mean() for e in (*errors, *([] if pooled is None else [pooled]))]))
+            self.scales = torch.stack(scales)  # (concepts, layers), SDXL's pooled embedding the last of them
+            kinds = [(1, 1), (2, 3), (0, 0)] if len(self.teacher.concepts) > 1 else [(1, 1), (0, 0)]
+            self.tests = list[tuple[Answers, list[Tensor], Tensor | None]]()
+            for limits in kinds:
+                answers = self.teacher.answer(self.distribution.draw(rng, HELD_OUT, limits))
+                errors, pooled = self._errors(answers)
+                whole = self._base_squares(answers) if limits == (0, 0) else [error.sum() for error in errors]
+                self.tests.append((answers, whole, None if pooled is None else pooled.sum()))
+
+    def _base_squares(self, answers: Answers) -> list[Tensor]:
+        """The sums over prompts of the mean squares of the base's keys and values."""
+        states = answers.states.float()
+        return [(states @ w.float().T).square().mean(dim=(1, 2)).sum() for w in self.student.weights.values()]
+
+    def _errors(self, answers: Answers) -> tuple[list[Tensor], Tensor | None]:
+        """The student's errors (B,) in every layer, and in SDXL's pooled embedding."""
+        with torch.autocast(self.pipe.unet.device.type, self.precision) if self.precision else nullcontext():
+            encoded = self.student.encode(answers.ids)
+            states, target = encoded.states.float(), answers.states.float()
+            rows, acts = self.teacher.rows(answers.owners)
+            at_rows = target.flatten(0, 1)[rows]
+            errors = list[Tensor]()
+            for layer, weight in self.student.weights.items():
+                gated = self.teacher.gated(layer, (weight.shape[0], weight.shape[1]), at_rows, acts)
+                lora = self.student.loras[layer]
+                errors.append(layer_errors(weight, Delta(lora.up, lora.down), states, target, rows, gated))
+        if encoded.pooled is None or answers.pooled is None:
+            return errors, None
+        return errors, (encoded.pooled.float() - answers.pooled.float()).square().mean(dim=1)
+
+    def steps(self) -> Generator[DistillationStep]:
+        config, began = self.config, time.monotonic()
+        total = config.max_train_steps if self.learns else 0
+        for step in range(self.done + 1, total + 1) or [self.done]:
+            trained = step > self.done
+            loss = self._optimize(step) if trained else self.last_loss
+            compare = config.target_error is not None and step % TARGET_STEPS == 0
+            errors = self._held_out() if compare or step == total else None
+            reached = errors is not None and config.target_error is not None and errors.within(config.target_error)
+            finished = step == total or reached
+            checkpoint = self._checkpoint(step, loss) if trained else None
+            adapter = self._adapter(step, errors) if finished and errors else None
+            yield DistillationStep(
+                step, total, loss, self._rate(step) * config.learning_rate, time.monotonic() - began, adapter, errors,
+                checkpoint, self.done,
+            )  # fmt: skip
+            if finished:
+                return
+
+    def _rate(self, step: int) -> float:
+        """The factor of the learning rates: warm-up, then a cosine."""
+        warm = min(1.0, step / max(1, self.config.lr_warmup_steps))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.config.max_train_steps)
+        return warm * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
+
+    def _optimize(self, step: int) -> float:
+        """One optimizer step; returns the loss."""
+        answers = self.pools.batch(step)
+        errors, pooled = self._errors(answers)
+        scales = prompt_scales(self.scales, self.teacher.presence(answers.owners))  # (B, layers)
+        loss = distillation_loss(errors, scales[:, : len(errors)])
+        if pooled is not None:
+            loss = loss + self.config.pooled_weight * distillation_loss([pooled], scales[:, -1:])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not math.isfinite(value := float(loss.detach())):
+            raise FusionError(
+                f"The loss is {value} at step {step}; the learning rate ({self.config.learning_rate:g}) is probably "
+                "too high for this base. The last checkpoint, if any, is untouched."
+            )
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._rate(step)
+        self.optimizer.step()
+        with torch.no_grad():
+            share = 1 - min(self.config.ema_decay, step / (9 + step))
+            for name, parameter in self.student.parameters().items():
+                self.averages[name].lerp_(parameter, share)
+        return value
+
+    @contextmanager
+    def _averaged(self) -> Generator[None]:
+        """With the averages as the student's parameters."""
+        named = self.student.parameters()
+        current = {name: parameter.detach().clone() for name, parameter in named.items()}
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(self.averages[name])
+            try:
+                yield
+            finally:
+                for name, parameter in named.items():
+                    parameter.copy_(current[name])
+
+    def _held_out(self) -> HeldOutErrors:
+        """The errors of the averaged weights."""
+        if not self.learns:
+            return HeldOutErrors(0.0, None, 0.0)
+        ratios, shares = list[float](), list[float]()
+        with self._averaged():
+            for answers, whole, pooled_whole in self.tests:
+                errors, pooled = self._errors(answers)
+                ratios.append(_mean_ratio([error.sum() for error in errors], whole))
+                if pooled is not None and pooled_whole is not None:
+                    shares.append(_mean_ratio([pooled.sum()], [pooled_whole]))
+        return HeldOutErrors(ratios[0], ratios[1] if len(ratios) > 2 else None, ratios[-1], next(iter(shares), None))
+
+    def _checkpoint(self, step: int, loss: float) -> Path | None:
+        config, folder = self.config, self.config.checkpoint_folder / self.run
+        if not config.checkpointing_steps or step % config.checkpointing_steps:
+            return None
+        path = save_checkpoint(
+            folder / f"checkpoint-{step}", self._stored(), self.optimizer, None,
+            run=self.run, step=step, loss=loss, settings=self.settings,
+        )  # fmt: skip
+        if config.checkpoints_total_limit:
+            remove_old_checkpoints(folder, step, config.checkpoints_total_limit)
+        return path
+
+    def _adapter(self, step: int, errors: HeldOutErrors) -> Adapter:
+        """The averages as an adapter, beside the branches that prompts do not feed."""
+        concepts = tuple(concept for adapter in self.adapters for concept in adapter.info.concepts)
+        layers = {
+            name: type(lora)(self.averages[f"{name}.up"].clone(), self.averages[f"{name}.down"].clone())
+            for name, lora in self.student.loras.items()
+            if self.averages[f"{name}.up"].any() or not self.learns
+        }
+        tokens, start = dict[str, dict[str, Tensor]](), 0
+        for concept in self.teacher.concepts:
+            part = slice(start, start := start + concept.vectors)
+            rows = {component: self.averages[f"{component}.rows"] for component in self.student.rows}
+            tokens[concept.token] = {component: row[part].clone() for component, row in rows.items()}
+        name = self.config.output_name
+        names = [adapter.info.name for adapter in self.adapters]
+        settings = {"method": "distill", "strengths": list(self.strengths), "errors": errors.to_json()}
+        provenance = Provenance(
+            "distill", step, self.config.seed, tuple(f"{a.info.name} {a.digest()[:12]}" for a in self.adapters),
+            {**settings, **self.config.lasting_settings()}, self.run,
+        )  # fmt: skip
+        info = AdapterInfo(name, base_info(self.pipe), concepts, provenance)
+        branches = (Branch("+".join(names), "lora", layers), *unfed_branches(self.adapters, self.strengths))
+        return Adapter(info, branches, {concept.token: tokens[concept.token] for concept in concepts})
+
+
+def _scaled(adapter: Adapter, strength: float) -> Adapter:
+    branches = tuple(replace(branch, strength=branch.strength * strength) for branch in adapter.branches)
+    return replace(adapter, branches=branches, digest_cache=None)
+
+
+def _rows(pipe: Pipeline, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """The embeddings of all concepts, one after another, by text encoder."""
+    device = pipe.unet.device
+    rows = [adapter.tokens[concept.token] for adapter in adapters for concept in adapter.info.concepts]
+    width = {name: embedding_of(encoder).embedding_dim for name, encoder in text_encoders(pipe).items()}
+    return {
+        name: torch.cat([row[name].detach().to(device, torch.float32) for row in rows] or [torch.zeros(0, size)])
+        for name, size in width.items()
+    }
+
+
+def _precision(pipe: Pipeline) -> torch.dtype | None:
+    """Of autocast: bfloat16 for a base in half precision, else none."""
+    return None if pipe.unet.dtype == torch.float32 else torch.bfloat16
+
+
+def _mean_ratio(errors: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    return float(torch.stack([e / w.clamp(min=1e-30) for e, w in zip(errors, whole, strict=True)]).mean())
