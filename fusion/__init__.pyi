@@ -27,10 +27,13 @@ from fusion.formats.lora_export import export as export
 from fusion.formats.moments_file import load_moments as load_moments
 from fusion.formats.moments_file import save_moments as save_moments
 from fusion.formats.picture_file import load_picture as load_picture
+from fusion.generation.adapter_pictures import draw_adapter_picture as draw_adapter_picture
+from fusion.generation.adapter_pictures import save_adapter_picture as save_adapter_picture
 from fusion.generation.config import GenerationConfig as GenerationConfig
 from fusion.generation.config import Region as Region
 from fusion.generation.drawing import Cancelled as Cancelled
 from fusion.generation.drawing import generate as generate
+from fusion.generation.example import base_example as base_example
 from fusion.generation.recipe import Picture as Picture
 from fusion.generation.recipe import Recipe as Recipe
 from fusion.generation.recipe import recipe_of as recipe_of
@@ -42,11 +45,11 @@ from fusion.methods import METHODS as METHODS
 from fusion.methods import MethodOptions as MethodOptions
 from fusion.models.attachment import attach as attach
 from fusion.models.baking import bake as bake
+from fusion.models.embedded import pocket as pocket
 from fusion.models.input_moments import record_moments as record_moments
 from fusion.models.pipelines import base_defaults as base_defaults
 from fusion.models.pipelines import base_info as base_info
 from fusion.models.pipelines import open_pipeline as open_pipeline
-from fusion.models.pipelines import pocket as pocket
 from fusion.spectral.slices import SpectralSlice as SpectralSlice
 from fusion.training.config import TrainingConfig as TrainingConfig
 from fusion.training.loop import TrainStep as TrainStep

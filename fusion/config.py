@@ -25,7 +25,7 @@ TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
 MAX_SEED = 2**63 - 1  # of torch's generators
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
-_BASE_TABLES = ("training", "generation")
+_BASE_TABLES = ("training", "generation", "example")
 
 
 class StrictModel(BaseModel):
@@ -202,7 +202,7 @@ def to_toml(model: StrictModel) -> str:
 
 
 def read_base_defaults(folder: str | Path | None, table: str) -> dict[str, Any]:
-    """A table of a base folder's `fusion.toml`, "training" or "generation"; empty when there is none."""
+    """A table of a base folder's `fusion.toml`, "training", "generation" or "example"; empty when there is none."""
     path = Path(folder) / BASE_DEFAULTS if folder else None
     tables = _parse(path) if path and path.is_file() else {}
     for name, content in tables.items():

@@ -47,7 +47,7 @@ def build(session: Session) -> gr.Blocks:
 
         page.load(*refresh, **PRIVATE)
         page.load(bind(base_ready, session), None, base_views, **PRIVATE)
-        page.load(bind(draw.first_picture, session), None, drawing.outputs, **PRIVATE)
+        page.load(bind(draw.first_picture, session), None, drawing.outputs, **STREAM | PRIVATE)
         page.load(*teaching.unfinished, **PRIVATE)
         page.load(bind(teach.watch, session), None, teaching.views, **STREAM | PRIVATE).then(*refresh, **PRIVATE)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **PRIVATE)

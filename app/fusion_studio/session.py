@@ -19,7 +19,6 @@ from fusion_studio.pipeline_queue import PipelineQueue
 from fusion_studio.temporary_folder import TemporaryFolder
 
 logger = logging.getLogger(__name__)
-FIRST_PROMPT = "a cat on a blue background"  # drawn while the studio starts, and suggested by the page
 LIFETIME = 6 * 3600  # seconds that an upload waits to be taught, and a drawing or an export to be saved
 
 
@@ -35,6 +34,8 @@ class Session:
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "gradio")  # where gradio keeps uploads and what it serves
         self.queue = PipelineQueue()
         self.first_picture: tuple[str, fusion.Recipe] | None = None  # its path and recipe
+        self.idle = threading.Event()  # set unless `warm_up` is running
+        self.idle.set()
         self._opening, self._pipe = threading.Lock(), None
         self._adapters: dict[Path, tuple[int, fusion.Adapter]] = {}  # with the time at which the file was changed
 
@@ -50,19 +51,34 @@ class Session:
     def is_open(self) -> bool:
         return self._pipe is not None
 
+    @property
+    def has_drawn(self) -> bool:
+        return any(self.folder.glob("*.png"))
+
     def warm_up(self) -> None:
         """Open the base before it is needed; the embedded one also draws the picture that a new page shows.
 
         Nothing waits for this. If it fails, the first use of the base raises the error, and another can be chosen.
         """
+        self.idle.clear()
         try:
             _ = self.pipe
             if self.base is None:  # another base may take minutes for a picture
-                with self.queue.acquire("The base is being opened"):
-                    (picture,) = fusion.generate(self.pipe, fusion.GenerationConfig(prompt=FIRST_PROMPT, seed=0))
-                self.first_picture = self.store_picture(picture), picture.recipe
+                with self.queue.acquire("The first picture is being drawn"):
+                    if not self.has_drawn:
+                        (picture,) = fusion.generate(self.pipe, fusion.base_example())
+                        self.first_picture = self.store_picture(picture), picture.recipe
         except Exception as error:
             logger.warning("The base is not ready: %s", error_sentence(error))
+        finally:
+            self.idle.set()
+
+    def example(self) -> fusion.GenerationConfig:
+        """Prompt and seed of a picture that shows the base at its best; an empty prompt where they cannot be read."""
+        try:
+            return fusion.base_example(self.base)
+        except fusion.FusionError:
+            return fusion.GenerationConfig(prompt="")
 
     def open_base(self, name: str) -> None:
         """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
@@ -97,6 +113,7 @@ class Session:
     def defaults(self) -> tuple[int, int, float]:
         """Training steps, drawing steps and guidance: the base's own, else the general ones."""
         training, generation = (fusion.base_defaults(self.pipe, table) for table in ("training", "generation"))
+        fusion.base_example(self.base)  # raises where `example` does without
         steps = training.get("max_train_steps", fusion.TrainingConfig.model_fields["max_train_steps"].default)
         drawing = fusion.GenerationConfig(prompt="").with_base_defaults(generation)
         return int(steps), drawing.num_inference_steps, drawing.guidance_scale

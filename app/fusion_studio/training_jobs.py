@@ -26,7 +26,6 @@ CLOSING_TIME = 8  # seconds for the step under way when the studio ends; Docker 
 PREVIEWS = 5  # of a whole training
 CHECKPOINTS = 20  # of a whole training, and at least one every MAX_LOST_STEPS steps
 MAX_LOST_STEPS = 50
-THUMBNAIL = 256  # pixels, longest side, of the picture beside an adapter
 REFERENCES = 4  # pictures shown beside the results at the end
 # What the page itself decides; a path typed by a visitor would name any folder of this machine.
 PAGE_SETTINGS = {
@@ -236,13 +235,11 @@ class TrainingQueue:
                     steps.close()
 
     def _save(self, job: TrainingJob, last: fusion.TrainStep) -> Path:
-        """Into the library, with the latest preview beside it: other tools too show name.png for name.safetensors."""
+        """Into the library, with the latest preview beside it."""
         library, dtype = fusion.Library(self.session.library), job.config.save_precision
         path = job.replaces or library.save(last.adapter, safe_name(job.token), dtype)
         if job.replaces:
             fusion.save(last.adapter, path, dtype=dtype)
         if job.previews:
-            thumbnail = job.previews[-1][0].copy()
-            thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-            thumbnail.save(path.with_suffix(".png"))
+            fusion.save_adapter_picture(path, job.previews[-1][0])
         return path

@@ -47,7 +47,7 @@ def configure(args: argparse.Namespace) -> TrainingConfig:
 
 
 def pocket_folder() -> Path:
-    from fusion.models.pipelines import pocket
+    from fusion.models.embedded import pocket
 
     return pocket()
 
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     slices = ", ".join(map(str, last.adapter.slices))
     where = f" on slice {slices}" if slices else ""
     print(f"wrote {target} ({file_size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
+    if config.num_validation_images:
+        write_picture(pipe, config, last, target)
     on = ["--base", base] if base else []
     print(f"next: {example('generate', target, *on, '--prompt', f'a {config.token}')}")
 
@@ -74,7 +76,7 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
     from fusion.training.loop import train
 
     print(f"training {config.token} on {relative(config.instance_data_dir)}", flush=True)
-    step, checkpoint, previews, losses = None, None, [], deque[float](maxlen=25)
+    step, checkpoint, losses = None, None, deque[float](maxlen=25)
     target = relative(config.library or config.output_dir) / f"{config.name}.safetensors"
     training: Any = train(pipe, config)
     try:
@@ -85,25 +87,42 @@ def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Pa
                 losses.append(step.loss)
                 advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
                 checkpoint = step.checkpoint or checkpoint
-                previews = save_previews(step, config) or previews
+                save_previews(step, config)
                 if step.step == step.total:  # while the slice is still reserved
                     save(step.adapter, target, dtype=config.save_precision)
     except KeyboardInterrupt:
         after = step.step if step else 0
         print(f"stopped after step {after}. {resume_hint(checkpoint, config, words)}", file=sys.stderr)
         raise
-    if previews:  # beside the adapter, where galleries of other programs look for its picture
-        previews[0].save(target.with_suffix(".png"))
     return step, target
 
 
-def save_previews(step: Any, config: TrainingConfig) -> list[Any]:
+def write_picture(pipe: Any, config: TrainingConfig, last: Any, target: Path) -> None:
+    """A picture for the library beside the adapter, which is saved already: no problem here ends the command."""
+    from fusion.generation.adapter_pictures import draw_adapter_picture, save_adapter_picture
+
+    prompt = (*config.validation_prompts(), config.with_token(config.instance_prompt))[0]
+    try:
+        images = last.images
+        if not images:
+            leave_out = "Ctrl+C skips it; --num_validation_images 0 leaves it out"
+            print(f'drawing a picture for the library, "{prompt}" ({leave_out})', flush=True)
+            with progress() as advance:
+                images = [draw_adapter_picture(pipe, last.adapter, prompt, seed=config.seed, on_step=advance)]
+        file = save_adapter_picture(target, images[0])
+        print(f"wrote {file}" if file else f"{target.with_suffix('.png')} is another picture, and stays as it is")
+    except KeyboardInterrupt:
+        print("no picture, as you wish; the adapter is saved")
+    except Exception as error:
+        print(f"warning: no picture could be drawn: {error}", file=sys.stderr)
+
+
+def save_previews(step: Any, config: TrainingConfig) -> None:
     """Write a step's previews to the samples folder."""
     folder = relative(config.output_dir) / "samples"
     for number, image in enumerate(step.images):
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{config.name}-{step.step:05d}-{number}.png")
-    return step.images
 
 
 def resume_hint(checkpoint: Path | None, config: TrainingConfig, words: list[str]) -> str:

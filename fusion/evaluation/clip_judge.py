@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fusion.errors import BaseMismatch
 from fusion.formats.picture_file import as_picture
-from fusion.models.pipelines import best_device, embedded, silent_loading
+from fusion.models.embedded import embedded
+from fusion.models.pipelines import best_device, silent_loading
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor

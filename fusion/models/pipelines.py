@@ -1,10 +1,9 @@
-"""Pipelines of base models: opened safely, the embedded one, their families and the defaults they come with."""
+"""Pipelines of base models: opened safely, their families and the defaults they come with."""
 
 import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,12 @@ import torch
 from fusion.adapters.adapter import BaseInfo
 from fusion.config import read_base_defaults
 from fusion.errors import BaseMismatch, ConfigError
+from fusion.models.embedded import pocket
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline, config_of, uncompiled
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-
-
-def pocket() -> Path:
-    """The folder of the embedded base, in a checkout and in an installed wheel alike."""
-    return embedded("pocket", "model_index.json")
-
-
-def embedded(name: str, index: str) -> Path:
-    """The folder of a model that travels with the toolkit, known by its file `index`. Raises BaseMismatch."""
-    package = Path(str(files("fusion")))
-    for folder in (package / "_assets" / name, package.parent / "assets" / name):
-        if (folder / index).is_file():
-            return folder
-    raise BaseMismatch(f"The embedded model '{name}' is missing from this installation; name another.")
 
 
 def open_pipeline(

@@ -166,9 +166,9 @@ class TrainingConfig(StrictModel):
     """Encode each picture once, before training; not done with random crops or flips."""
 
     validation_prompt: str | list[str] | None = None
-    """Prompts of previews, such as "a {token} on a beach". Default: no previews."""
-    num_validation_images: int = Field(4, ge=1, le=256)
-    """Previews per prompt."""
+    """Prompts of previews, such as "a {token} on a beach". Default: one picture, of the finished adapter."""
+    num_validation_images: int = Field(4, ge=0, le=256)
+    """Previews per prompt; with 0 the finished adapter gets no picture either."""
     validation_steps: int = Field(250, ge=1)
     """Steps from one set of previews to the next."""
 

@@ -220,13 +220,19 @@ class _Training:
     def _previews(self, step: int) -> list[Image.Image]:
         """Pictures of the validation prompts, every `validation_steps` and of the finished adapter."""
         config = self.config
-        if step % config.validation_steps and step != config.max_train_steps:
+        due = not step % config.validation_steps or step == config.max_train_steps
+        if not (due and config.num_validation_images):
             return []
         drawings = [
             GenerationConfig(prompt=prompt, seed=config.seed, num_images=config.num_validation_images)
             for prompt in config.validation_prompts()
         ]
-        return [picture.image for drawing in drawings for picture in generate(self.pipe, drawing)]
+        try:
+            return [picture.image for drawing in drawings for picture in generate(self.pipe, drawing)]
+        except KeyboardInterrupt:  # of a finished training, the adapter must not be lost with its previews
+            if step < config.max_train_steps:
+                raise
+            return []
 
     def _checkpoint(self, step: int, loss: float) -> Path | None:
         """Every `checkpointing_steps`, keeping this run's newest `checkpoints_total_limit`."""

@@ -16,7 +16,7 @@ import fusion
 from fusion_studio import interface, markup, regions, theme
 from fusion_studio.errors import bind
 from fusion_studio.pipeline_queue import PipelineQueue
-from fusion_studio.session import FIRST_PROMPT, Session, safe_name
+from fusion_studio.session import Session, safe_name
 from fusion_studio.streaming import StepProgress
 from fusion_studio.tabs import Controls, combine, compare, draw, history, library, picked_of, progress
 
@@ -227,7 +227,7 @@ def test_picking_gives_a_verdict_and_an_example(session, taught):
     assert prompt == gr.skip() and example.visible and example.value == "Try: a <cat> on a blue background"
     assert draw.selection_views(session, picks(), "", "", None)[:2] == (
         draw.NOTHING_PICKED,
-        "a cat on a blue background",
+        session.example().prompt,
     )
     assert draw.insert_token("a ", SimpleNamespace(token="<rex>")) == "a <rex>"
 
@@ -390,19 +390,26 @@ def test_the_embedded_base_is_opened_and_has_drawn_before_anyone_asks(pocket_is_
             time.sleep(0.01)
         assert session.is_open and warming.is_alive() and pocket_is_small == []  # it takes its turn like everyone
     warming.join()
-    assert pocket_is_small == [fusion.GenerationConfig(prompt=FIRST_PROMPT)]
+    assert pocket_is_small == [fusion.base_example()]
     other = Session("some/base", tmp_path)
     other.warm_up()
     assert other.is_open and len(pocket_is_small) == 1  # a picture of another base may take minutes
-    assert draw.first_picture(other) == (gr.skip(),) * 5
+    assert next(draw.first_picture(other))[0] == gr.skip()
 
 
 def test_the_picture_that_greets_can_be_repeated(pocket_is_small, tmp_path):
     session = Session(library=tmp_path)
-    assert draw.first_picture(session) == (gr.skip(),) * 5  # the page was faster
-    session.warm_up()
-    path, caption, entries, at, _ = draw.first_picture(session)
-    assert f"{draw.example_prompt([])} · seed 0" in caption
+    with session.queue.acquire("A picture is being drawn"):
+        warming = threading.Thread(target=session.warm_up)
+        warming.start()
+        while session.idle.is_set():
+            time.sleep(0.01)
+        answers = draw.first_picture(session)  # the page was faster
+        assert "is being drawn" in next(answers)[1]
+    path, caption, entries, at, _ = next(answers)
+    warming.join()
+    example = fusion.base_example()
+    assert f"{example.prompt} · seed {example.seed}" in caption
     _, *controls = history.controls_of(entries, at, picks())
     *_, again = draw.draw_pictures(session, (), Controls(picks(), *controls))
     assert Path(again[0]).read_bytes() == Path(path).read_bytes()

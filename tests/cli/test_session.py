@@ -43,6 +43,19 @@ def train(base, pictures, tmp_path, monkeypatch):
     return run
 
 
+def test_the_picture_of_a_trained_adapter_can_be_skipped_and_left_out(train, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        assert (tmp_path / "out/dog.safetensors").is_file()  # saved first
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusion.generation.adapter_pictures.generate", interrupted)
+    assert train("<dog>") == 0
+    assert "the adapter is saved" in capsys.readouterr().out
+    assert train("<cat>", "--num_validation_images", "0") == 0
+    assert "a picture" not in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} == {"dog.safetensors", "cat.safetensors"}
+
+
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -54,7 +67,9 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
     assert f"next: fusion generate out/dog.safetensors --base {base} --prompt 'a <dog>'" in shown
     assert (tmp_path / "out/dog.png").is_file() and list((tmp_path / "out/samples").glob("dog-00003-*.png"))
     assert train("<cat>") == 0
-    assert "<cat> on slice 4-7" in capsys.readouterr().out  # output_dir is the library: dog's slice is taken
+    shown = capsys.readouterr().out
+    assert "<cat> on slice 4-7" in shown  # output_dir is the library: dog's slice is taken
+    assert 'drawing a picture for the library, "a <cat>" (Ctrl+C skips it' in shown and "wrote out/cat.png" in shown
 
     assert main(["inspect", "out", "--plot", "plot.png"]) == 0
     shown = capsys.readouterr().out

@@ -193,6 +193,18 @@ def test_previews_are_drawn_by_the_code_that_draws_all_pictures(pictures):
     assert all(np.array_equal(p.image, q) for p, q in zip(again, steps[-1].images, strict=True))
 
 
+def test_an_interrupted_last_preview_does_not_lose_the_adapter(pictures, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusion.training.loop.generate", interrupted)
+    pipe, settings = tiny.pipeline("sd1"), config(pictures, validation_prompt="a {token}")
+    *_, last = fusion.train(pipe, settings)
+    assert last.step == last.total and last.images == []
+    with pytest.raises(KeyboardInterrupt):
+        list(fusion.train(pipe, settings.updated({"validation_steps": 1})))
+
+
 def test_slices_are_handed_out_by_the_output_folder(pictures):
     pipe, slices = tiny.pipeline("sd1"), []
     for token in ("<dog>", "<cat>"):

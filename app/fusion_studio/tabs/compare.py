@@ -61,7 +61,7 @@ def suggest_prompt(session: Session, picks: Picks, prompt: str) -> Any:
     if prompt.strip() and not suggested:
         return gr.skip()
     adapters = session.adapters(list(picked_of(picks)))
-    return example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
+    return example_prompt(session, [token for adapter in adapters for token in tokens_of(adapter.info)])
 
 
 def draw_grid(

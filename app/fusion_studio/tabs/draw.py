@@ -15,7 +15,7 @@ import fusion
 from fusion_studio import commands, markup
 from fusion_studio.errors import bind, warn
 from fusion_studio.regions import as_regions, regions_of
-from fusion_studio.session import FIRST_PROMPT, Session, tokens_of
+from fusion_studio.session import Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, widget
 from fusion_studio.training_jobs import SUFFIXES
@@ -28,6 +28,7 @@ NO_CONCEPTS = (
     "name it.</li><li>Wait a minute or two and watch it being learned.</li>"
     "<li><b>Draw</b> it, with anything else.</li></ol>"
 )
+FIRST_PICTURE = markup.hint("A first picture is being drawn …")
 STOPPED, NO_PICTURE = markup.hint("Stopped."), markup.hint("Your picture will appear here.")
 REGIONS = (
     "Give parts of the picture prompts of their own, or just a concept's word. The prompt above is for all the rest."
@@ -43,7 +44,7 @@ def build(session: Session) -> SimpleNamespace:
                 teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
             picks = widget("concepts", {}, inserts=True, elem_id="picks")
             verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
-            first = example_prompt([])
+            first = example_prompt(session, [])
             prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
             example = gr.Button(
                 f"{EXAMPLE_LABEL}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet"
@@ -116,10 +117,14 @@ def build(session: Session) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def first_picture(session: Session) -> tuple[Any, ...]:
-    """What the base drew while the studio started, for a page that has just been opened."""
+def first_picture(session: Session) -> Iterator[tuple[Any, ...]]:
+    """What the base draws while the studio starts, for a page that has just been opened."""
+    if session.base is None and not session.idle.is_set():
+        yield gr.skip(), FIRST_PICTURE, *(gr.skip(),) * 3
+        session.idle.wait()
     if session.base or session.first_picture is None:
-        return (gr.skip(),) * 5
+        yield gr.skip(), gr.skip() if session.has_drawn else NO_PICTURE, *(gr.skip(),) * 3
+        return
     path, recipe = session.first_picture
     config = recipe.config
     controls = Controls(
@@ -128,7 +133,7 @@ def first_picture(session: Session) -> tuple[Any, ...]:
     )  # fmt: skip
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
     line = commands.generate(session, {}, fusion.GenerationConfig(prompt=config.prompt, seed=config.seed))
-    return path, markup.hint(entry["words"]), [entry], 0, command_line(line)
+    yield path, markup.hint(entry["words"]), [entry], 0, command_line(line)
 
 
 def selection_views(
@@ -138,7 +143,7 @@ def selection_views(
     keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = (
-        example_prompt(tokens),
+        example_prompt(session, tokens),
         bool(prompt.strip()) and prompt != example.removeprefix(EXAMPLE_LABEL),
     )
     button = gr.Button(f"{EXAMPLE_LABEL}{suggestion}", visible=own_words and bool(suggestion))
@@ -217,10 +222,10 @@ def draw_pictures(
             yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
 
 
-def example_prompt(tokens: Sequence[str]) -> str:
-    """A first prompt for a selection, in words that a small base too understands."""
+def example_prompt(session: Session, tokens: Sequence[str]) -> str:
+    """A first prompt for a selection, in words that a small base too understands; the base's own for none."""
     if len(tokens) < 2:
-        return f"a {tokens[0]} on a blue background" if tokens else FIRST_PROMPT
+        return f"a {tokens[0]} on a blue background" if tokens else session.example().prompt
     rest = "".join(f" and a {token}" for token in tokens[2:])
     return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
