@@ -8,14 +8,15 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from fusion.adapters.adapter import Adapter
-from fusion.formats.safetensors_file import write_whole
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.generation.pipeline_call import OnStep
+from fusion.generation.recipe import RECIPE_KEY
 from fusion.models.pipeline import Pipeline
+from fusion.output_files import MARK, write_output
 
 MAX_SIDE = 256  # pixels
-MARK = ("Software", "spectral-fusion")  # a text chunk of the PNG: such a picture may be replaced by a newer one
+MARK_KEY = "Software"  # PNG text chunk
 
 
 def draw_adapter_picture(
@@ -30,21 +31,21 @@ def draw_adapter_picture(
 def save_adapter_picture(file: str | os.PathLike[str], image: Image.Image) -> Path | None:
     """Write the picture beside an adapter's `file`, at most MAX_SIDE wide and high.
 
-    None where a picture of that name is there that was not written by this function: it stays as it is.
-    Raises FormatError where nothing can be written.
+    None where another file of that name is there, also a picture that `generate` drew: it stays as it is.
+    Raises OutputError where nothing can be written.
     """
     target = Path(file).with_suffix(".png")
     if os.path.lexists(target) and not _is_adapter_picture(target):
         return None
     small, chunks, data = image.convert("RGB"), PngImagePlugin.PngInfo(), io.BytesIO()
     small.thumbnail((MAX_SIDE, MAX_SIDE))
-    chunks.add_text(*MARK)
+    chunks.add_text(MARK_KEY, MARK)
     small.save(data, "PNG", pnginfo=chunks)
-    write_whole(target, data.getvalue())
-    return target
+    return write_output(target, data.getvalue())
 
 
 def _is_adapter_picture(path: Path) -> bool:
     with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
-        return getattr(image, "text", {}).get(MARK[0]) == MARK[1]
+        text = getattr(image, "text", {})
+        return text.get(MARK_KEY) == MARK and RECIPE_KEY not in text
     return False

@@ -37,7 +37,8 @@ def test_the_picture_of_an_adapter_replaces_only_its_own_kind(tmp_path):
     assert fusion.save_adapter_picture(file, Image.new("RGBA", (600, 300)))  # a newer one
     with Image.open(tmp_path / "rex.png") as saved:
         assert saved.size == (256, 128)
-    for foreign in (lambda path: image.save(path), lambda path: path.write_text("no picture")):
+    drawing = fusion.generate(pipe, config, [adapter])[0]
+    for foreign in (drawing.save, image.save, lambda path: path.write_text("no picture")):
         foreign(tmp_path / "rex.png")
         before = (tmp_path / "rex.png").read_bytes()
         assert fusion.save_adapter_picture(file, image) is None
