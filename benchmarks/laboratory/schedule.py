@@ -14,7 +14,7 @@ from benchmarks.laboratory.plan import FULL, QUICK, Plan, narrowed
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Busy, Missing, Store
 from benchmarks.laboratory.trainer import Trainer
-from fusion.models.embedded import embedded
+from fusion.models.embedded_models import embedded
 
 
 def run(options: Namespace) -> None:

@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     from fusion.config import read_base_defaults
     from fusion.evaluation.sheets import contact_sheet
-    from fusion.models.embedded import pocket
+    from fusion.models.embedded_models import pocket
     from fusion.training.dataset_files import is_picture, visible
     from fusion.training.picture_checks import check_pictures
 

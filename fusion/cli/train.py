@@ -47,7 +47,7 @@ def configure(args: argparse.Namespace) -> TrainingConfig:
 
 
 def pocket_folder() -> Path:
-    from fusion.models.embedded import pocket
+    from fusion.models.embedded_models import pocket
 
     return pocket()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusion.errors import BaseMismatch
 from fusion.formats.picture_file import as_picture
-from fusion.models.embedded import embedded
+from fusion.models.embedded_models import embedded
 from fusion.models.pipelines import best_device, silent_loading
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from fusion.config import MAX_SEED, StrictModel, read_base_defaults
 from fusion.generation.config import GenerationConfig
-from fusion.models.embedded import pocket
+from fusion.models.embedded_models import pocket
 
 
 class Example(StrictModel):

@@ -12,7 +12,7 @@ import torch
 from fusion.adapters.adapter import BaseInfo
 from fusion.config import read_base_defaults
 from fusion.errors import BaseMismatch, ConfigError
-from fusion.models.embedded import pocket
+from fusion.models.embedded_models import pocket
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline, config_of, uncompiled
 
