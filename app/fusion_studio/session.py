@@ -52,7 +52,7 @@ class Session:
         return self._pipe is not None
 
     @property
-    def has_drawn(self) -> bool:
+    def has_pictures(self) -> bool:
         return any(self.folder.glob("*.png"))
 
     def warm_up(self) -> None:
@@ -65,7 +65,7 @@ class Session:
             _ = self.pipe
             if self.base is None:  # another base may take minutes for a picture
                 with self.queue.acquire("The first picture is being drawn"):
-                    if not self.has_drawn:
+                    if not self.has_pictures:
                         (picture,) = fusion.generate(self.pipe, fusion.base_example())
                         self.first_picture = self.store_picture(picture), picture.recipe
         except Exception as error:

@@ -123,7 +123,7 @@ def first_picture(session: Session) -> Iterator[tuple[Any, ...]]:
         yield gr.skip(), FIRST_PICTURE, *(gr.skip(),) * 3
         session.idle.wait()
     if session.base or session.first_picture is None:
-        yield gr.skip(), gr.skip() if session.has_drawn else NO_PICTURE, *(gr.skip(),) * 3
+        yield gr.skip(), gr.skip() if session.has_pictures else NO_PICTURE, *(gr.skip(),) * 3
         return
     path, recipe = session.first_picture
     config = recipe.config
