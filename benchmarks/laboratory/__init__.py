@@ -5,6 +5,7 @@
     recipes.py    ways to train one concept
     trainer.py    trains a concept by a recipe
     arms.py       ways to use N adapters together, one row of the tables each
+    distilling.py gated concepts into plain LoRAs
     multi_lora.py ways without fusion: switch and composite
     drawing.py    pictures of prompts and seeds
     scoring.py    scores of pictures

@@ -25,7 +25,18 @@ def main() -> None:
         choices=arms(),
         help="these rows alone, printed, not written; names as in the tables",
     )
-    parser.add_argument("--concepts", type=int, default=8, help="with --arms: how many (default: %(default)s)")
+    sets = [*map(str, range(1, len(NAMES) + 1)), "look-alikes"]
+    parser.add_argument(
+        "--concepts",
+        nargs="+",
+        metavar="N",
+        choices=sets,
+        default=["8"],
+        help=f"with --arms: how many, 1 to {len(NAMES)}, or look-alikes; several sets one after another (default: 8)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[], metavar="Q", help="with --arms: also distil at these ranks"
+    )
     parser.add_argument("--base", help="folder or hub id (default: the embedded pocket)")
     parser.add_argument("--judge", type=Path, help="folder of a CLIP model (default: the embedded pocket-clip)")
     parser.add_argument("--device", help="default: the best there is")
@@ -35,8 +46,6 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     options = parser.parse_args()
-    if options.arms and not 2 <= options.concepts <= len(NAMES):
-        parser.error(f"--concepts {options.concepts}: pairs need two, and there are {len(NAMES)}.")
 
     from benchmarks.laboratory import schedule
 

@@ -6,7 +6,7 @@ prepare  (pipe, adapters) -> Prepared: the fused adapter, and a function that dr
 
 from __future__ import annotations  # the names of the arms must not load torch
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -15,12 +15,12 @@ from typing import Any
 from PIL import Image
 
 import fusion
+from benchmarks.laboratory.distilling import DEFAULTS, Distillation
 
 Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-# gradient takes 500 iterations of LBFGS a layer: benchmarks/regression.py compares it with regression. distill takes
-# gated adapters only.
-SLOW = {"gradient", "distill"}
+SLOW = {"gradient"}  # 500 iterations of LBFGS a layer; benchmarks/regression.py compares it with regression
+GATED = {"distill"}  # needs gated adapters; rows of its own
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Arm:
     about: str
     prepare: Callable[[Any, Sequence[fusion.Adapter]], Prepared]
     single: str = ""  # the arm with the same pictures of prompts with one concept or none, which draws them
+    distillation: Distillation | None = None  # what `prepare` gets are the distilled adapters
 
 
 def fused(
@@ -86,6 +87,10 @@ def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
 CONTROLS = ("spectral-shuffled", "lora, twice")  # four concepts are enough for them
 
 
+def distilled(recipe: str, about: str, *, each: bool = False, settings: Mapping[str, Any] = DEFAULTS) -> Arm:
+    return Arm(recipe, about, fused("direct_sum"), distillation=Distillation(each, settings))
+
+
 def arms() -> dict[str, Arm]:
     """By name, in the order of the tables."""
     rows = {
@@ -117,13 +122,23 @@ def arms() -> dict[str, Arm]:
         "spectral-gated-quiet, exported": Arm(
             "spectral-gated-quiet", "the same as plain LoRAs, without gates", fused("direct_sum", gating="none")
         ),
+        "spectral-gated-quiet, distilled": distilled("spectral-gated-quiet", "the same distilled into one plain LoRA"),
+        "spectral-gated-quiet, distilled each alone": distilled(
+            "spectral-gated-quiet", "each distilled into a plain LoRA of its own, summed", each=True
+        ),
+        "spectral-gated-quiet, distilled from words": distilled(
+            "spectral-gated-quiet",
+            "distilled into one plain LoRA from prompts of the tokenizer's words alone",
+            settings={"use_templates": False},
+        ),
+        "lora-gated, distilled": distilled("lora-gated", "gated LoRA distilled into one plain LoRA"),
         "spectral-shuffled": Arm("spectral-shuffled", "own slices in another order, ungated", fused("direct_sum")),
         "lora, twice": Arm(
             "lora", "each LoRA twice at half strength: must be as their sum", fused("direct_sum", parts=twice)
         ),
     }
     for name, method in fusion.METHODS.items():
-        if name not in SLOW:
+        if name not in SLOW | GATED:
             rows[f"lora, {name}"] = Arm("lora", f"LoRA, {method.about}", fused(name))
     rows["spectral-open, regression"] = Arm("spectral-open", "own slices, ungated, regression", fused("regression"))
     rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", unfused("switch"))

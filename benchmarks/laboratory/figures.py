@@ -24,6 +24,7 @@ COLOURS = (
     "#7f7f7f",
 )  # Okabe, Ito
 MARKERS = "osD^vP*X<"
+HELD_OUT = {"one": ("one concept", "-"), "several": ("several", "--"), "drift": ("none", ":")}  # kinds of prompts
 
 
 def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
@@ -54,6 +55,39 @@ def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
             _plain(axes)
         right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
     return figure
+
+
+def distillations(over_n: Mapping[str, Mapping[int, Mapping[str, float]]], over_rank: Mapping[int, Any]) -> Figure:
+    """Held-out errors against the number of concepts, arm -> N -> errors, and against the rank, rank -> errors."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for k, (arm, points) in enumerate(over_n.items()):
+            _errors(left, points, k, f"{arm.partition(',')[0]}, ")
+        _errors(right, over_rank, 0, "")
+        counts = sorted({n for points in over_n.values() for n in points})
+        for axes, ticks, label in ((left, counts, "concepts in one file"), (right, sorted(over_rank), "rank")):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set(xlabel=label, xticks=ticks, xticklabels=ticks)
+            axes.minorticks_off()
+            _plain(axes)
+        left.set(ylabel="held-out error", title="Number of concepts")
+        right.set(title="Rank, eight concepts")
+        figure.legend(
+            *left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9, handlelength=3
+        )
+    return figure
+
+
+def _errors(axes: Axes, points: Mapping[int, Mapping[str, float]], row: int, label: str) -> None:
+    """A line for every kind of prompts."""
+    for kind, (name, line) in HELD_OUT.items():
+        steps = sorted(step for step in points if kind in points[step])
+        values = [points[step][kind] for step in steps]
+        axes.plot(
+            steps, values, color=COLOURS[row], marker=MARKERS[row], linestyle=line, markersize=4.5, label=label + name
+        )
 
 
 def matrices(arms: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Figure:

@@ -16,6 +16,9 @@ CURVE = (  # arms whose retention is shown for every number of concepts
     *("spectral, exported", "spectral-gated-quiet, exported"),
 )
 MANY = ("spectral", "lora-gated", "lora, direct_sum", "lora, average", "lora, ties")  # arms with all sixteen concepts
+DISTILLED = ("spectral-gated-quiet, distilled", "lora-gated, distilled")  # scored on every set of concepts
+EACH_ALONE = "spectral-gated-quiet, distilled each alone"  # on four, too
+RANKS = (4, 8, 16, 32, 64)
 SEARCHED = ("spectral", "lora", "lora-gated", "spectral-open", "orthogonal")
 
 
@@ -34,6 +37,7 @@ class Plan:
     predicted: tuple[str, ...]  # concepts all of whose pairs are predicted
     recipes: tuple[str, ...] = prediction.RECIPES
     searched: tuple[str, ...] = SEARCHED  # recipes whose learning rate is searched for
+    ranks: tuple[int, ...] = RANKS  # of distillations of the predicted concepts, for the curve of their errors
 
     @property
     def tried(self) -> list[Concept]:
@@ -49,6 +53,9 @@ FULL = Plan(
         *(Row(arm, UNLIKE[:n], pairs=False) for n in (1, 2, 4) for arm in CURVE),
         *(Row(arm, NAMES, pairs=False) for arm in MANY),
         *(Row(arm, UNLIKE[:4], pairs=False) for arm in CONTROLS),
+        *(Row(arm, NAMES[:n], pairs=n > 1) for n in (1, 2, 4, 16) for arm in DISTILLED),
+        Row(EACH_ALONE, UNLIKE[:4]),
+        *(Row(arm, LOOK_ALIKES) for arm in DISTILLED),
         *(Row(arm, LOOK_ALIKES) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
     ],
     predicted=UNLIKE,
@@ -60,10 +67,15 @@ QUICK = Plan(
     predicted=UNLIKE[:2],
     recipes=("lora",),
     searched=(),
+    ranks=(),
 )
 
 
-def narrowed(names: Sequence[str], count: int) -> Plan:
-    """Some arms on the first concepts, at the full size and the base's own rate: to check arms or another base."""
-    rows = [Row(arm, NAMES[:count]) for arm in names]
-    return replace(FULL, rows=rows, predicted=NAMES[:count], recipes=(), searched=())
+def narrowed(names: Sequence[str], sets: Sequence[str], ranks: Sequence[int] = ()) -> Plan:
+    """Some arms at the full size and the base's own rate, to check arms or another base.
+
+    `sets` are numbers of concepts, or "look-alikes"; the first is the main one, which is also distilled at `ranks`.
+    """
+    concepts_of = {text: LOOK_ALIKES if text == "look-alikes" else NAMES[: int(text)] for text in sets}
+    rows = [Row(arm, each, pairs=len(each) > 1) for each in concepts_of.values() for arm in names]
+    return replace(FULL, rows=rows, predicted=concepts_of[sets[0]], recipes=(), searched=(), ranks=tuple(ranks))

@@ -11,7 +11,8 @@ import torch
 from benchmarks.laboratory import figures, prediction, rates
 from benchmarks.laboratory.arms import CONTROLS, arms
 from benchmarks.laboratory.concepts import NAMES, concepts
-from benchmarks.laboratory.plan import CURVE, LOOK_ALIKES, Plan
+from benchmarks.laboratory.distilling import costs
+from benchmarks.laboratory.plan import CURVE, DISTILLED, LOOK_ALIKES, Plan
 from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
 from benchmarks.laboratory.trainer import RATE
@@ -90,6 +91,22 @@ def row_of(score: dict[str, Any]) -> list[str]:
     ]
 
 
+def distilled_row(score: dict[str, Any]) -> list[str]:
+    arm, retained, _, pairs, _, missing, _, drift, nouns, error, *_ = row_of(score)
+    cost = score.get("distillation") or {"files": 1, "bytes": score["bytes"]}
+    times = f"{cost['files']} × " if cost["files"] > 1 else ""
+    return [
+        *(arm, retained, pairs, missing, drift, nouns, error),
+        f"{times}{cost['bytes'] / 1e6:.1f}",
+        f"{times}{cost['minutes']:.1f}" if "minutes" in cost else "–",
+        *(number(cost.get(kind), 4) for kind in figures.HELD_OUT),
+    ]
+
+
+DISTILLED_HEADINGS = (
+    *("concepts", "arm", "retention", "in pairs", "missing", "drift", "drift of nouns", "UNet error"),
+    *("file, MB", "minutes", *(f"held out: {name}" for name, _ in figures.HELD_OUT.values())),
+)
 HEADINGS = (
     *("arm", "retention", "leakage", "in pairs", "leakage in pairs", "missing", "beside", "drift", "drift of nouns"),
     *("UNet error", "fuse, s", "picture, s", "file, MB"),
@@ -118,6 +135,12 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
             missing.append(f"the prediction for {recipe}")
     main = plan.predicted  # the set on which every arm is scored
     full = [scored[arm, main] for arm in arms() if (arm, main) in scored]
+    at_ranks: dict[int, dict[str, Any]] = {}
+    for rank in plan.ranks:
+        try:
+            at_ranks[rank] = costs([laboratory.at_rank(arms()[DISTILLED[0]].recipe, concepts(main), rank)])
+        except Missing:
+            missing.append(f"the distillation at rank {rank}")
     folder = output.parent if output else None
     parts = [
         "# Which way of using several concepts together keeps them apart",
@@ -129,6 +152,7 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
         controls(scored),
         learning_rates(laboratory, plan),
         curves(scored, folder),
+        distillations(scored, at_ranks, folder),
         judge(full),
         matrices(full, folder),
         sheet(laboratory, main, full, folder),
@@ -207,8 +231,41 @@ def curves(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], folder: Pa
     return f"## More and more concepts\n\n![Retention and leakage](fusion-bench-curves.png)\n\n{heading}"
 
 
+def distillations(
+    scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]], at_ranks: dict[int, dict[str, Any]], folder: Path | None
+) -> str:
+    """Gated concepts distilled into plain LoRAs, on every set of concepts; and the distillation's own errors."""
+    several = {key: score for key, score in scored.items() if "distillation" in score}
+    if not several:
+        return ""
+    recipes = {arms()[arm].recipe for arm, _ in several}
+    sets = {names: "look-alikes" if names == LOOK_ALIKES else str(len(names)) for _, names in several}
+    rows = [
+        [count, *distilled_row(scored[arm, names])]
+        for names, count in sets.items()
+        for arm in arms()
+        if (arm, names) in scored and arm.split(", distilled")[0].removesuffix(", exported") in recipes
+    ]
+    parts = [
+        "## Distilled into plain LoRAs\n\nThe same scores. File: kohya's form with the embeddings; minutes "
+        "of one core. Held out: the distillation's own errors of keys and values, on prompts it has not learned from; "
+        "with concepts 1 is as far as the base, without any it is a share of the base's keys and values.",
+        table(DISTILLED_HEADINGS, rows),
+    ]
+    over_n = {
+        arm: {len(n): s["distillation"] for (a, n), s in several.items() if a == arm and n == NAMES[: len(n)]}
+        for arm in DISTILLED
+    }
+    if folder and (at_ranks or max(map(len, over_n.values())) > 1):
+        plots.write(figures.distillations(over_n, at_ranks), folder / "fusion-bench-distilled.png")
+        parts.append("![Error over the number of concepts and over the rank](fusion-bench-distilled.png)")
+    return "\n\n".join(parts)
+
+
 def judge(full: Sequence[dict[str, Any]]) -> str:
     """How reliable the judge is: its own errors, and a control."""
+    if not full:
+        return ""
     identity = full[0]["identity"]
     matrix = np.asarray(identity["matrix"])
     swapped = np.roll(matrix, 1, axis=1).diagonal().mean()  # every concept compared with another's references
@@ -236,23 +293,28 @@ def matrices(full: Sequence[dict[str, Any]], folder: Path | None) -> str:
 def sheet(laboratory: Laboratory, names: tuple[str, ...], full: Sequence[dict[str, Any]], folder: Path | None) -> str:
     if folder is None:
         return ""
-    subjects, scored = concepts(names), {score["arm"] for score in full}
+    scored = {score["arm"] for score in full}
+    write_sheet(laboratory, names, [arm for arm in SHEET_ARMS if arm in scored], folder / "fusion-bench-sheet.jpg")
+    return (
+        "## In pictures\n\nThe same prompts and seed, nothing picked; all concepts fused in every row.\n\n"
+        "![One row an arm](fusion-bench-sheet.jpg)"
+    )
+
+
+def write_sheet(laboratory: Laboratory, names: tuple[str, ...], shown: Sequence[str], file: Path) -> None:
+    """Four concepts alone, three pairs and two prompts without concepts, a row of pictures for every arm."""
+    subjects = concepts(names)
     templates, tokens = laboratory.prompts, [concept.token for concept in subjects[:4]]
     prompts = [templates.single.format(first=token) for token in tokens]
     prompts += [templates.pair.format(first=one, second=two) for one, two in pairwise(tokens)]
     prompts += templates.free[:2]
     rows = {}
-    for arm in (name for name in SHEET_ARMS if name in scored):
+    for arm in shown:
         files = laboratory.files(arms()[arm].recipe, subjects)
         draw = laboratory.together(arm, subjects, files)
         rows[arm] = [draw(prompt, laboratory.seeds[0]) for prompt in prompts]
     titles = [*tokens, *(f"{one}\n{two}" for one, two in pairwise(tokens)), "no concept", "no concept"]
-    figure = figures.sheet(rows, titles)
-    figure.savefig(folder / "fusion-bench-sheet.jpg", dpi=100, pil_kwargs={"quality": 88})
-    return (
-        "## In pictures\n\nThe same prompts and seed, nothing picked; all concepts fused in every row.\n\n"
-        "![One row an arm](fusion-bench-sheet.jpg)"
-    )
+    figures.sheet(rows, titles).savefig(file, dpi=100, pil_kwargs={"quality": 88})
 
 
 def predictions(predicted: dict[str, Any], folder: Path | None) -> str:

@@ -5,6 +5,7 @@ beside     similarity of a concept beside an ordinary thing, drawn by all and by
 drift      1 − cosine of the judge's vectors of the arm's and the base's pictures, on prompts without concepts
 nouns      the same for the concepts' own nouns
 error, said_drift   output error and drift of the UNet's predictions (fusion.evaluation.output_error), if fused
+distillation        what it took and measured, if distilled
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from PIL import Image
 import fusion
 from benchmarks.laboratory.arms import Prepared, arms
 from benchmarks.laboratory.concepts import Concept
+from benchmarks.laboratory.distilling import Distillation, costs, distilled
 from benchmarks.laboratory.drawing import Drawer, with_adapters
 from benchmarks.laboratory.recipes import RECIPES
 from benchmarks.laboratory.store import Store, digest
@@ -72,6 +74,15 @@ class Laboratory:
     def adapter_file(self, recipe: str, concept: Concept, k: int) -> Path:
         return self.trainer.adapter_file(concept, recipe, k, self.rates.get(RECIPES[recipe].rate_of or recipe, RATE))
 
+    def files_in_use(self, name: str, files: Sequence[Path]) -> Sequence[Path]:
+        """The files that an arm draws with: the concepts' own, or what is distilled from them."""
+        distillation = arms()[name].distillation
+        return distilled(self.trainer, files, distillation) if distillation else files
+
+    def at_rank(self, recipe: str, concepts: Sequence[Concept], rank: int) -> Path:
+        """The concepts distilled into one plain LoRA of this rank."""
+        return distilled(self.trainer, self.files(recipe, concepts), Distillation(settings={"rank": rank}))[0]
+
     def drawer(self, name: str, files: Sequence[Path], open_draw: Any) -> Drawer:
         inputs = {"base": self.trainer.base_digest, "arm": name, "adapters": [file.parent.name for file in files]}
         return Drawer(self.store, inputs, self.seeds, open_draw)
@@ -96,7 +107,8 @@ class Laboratory:
         """An arm's pictures; of prompts with one concept or none, those of its `single` arm."""
 
         def drawer(arm: str) -> Drawer:
-            return self.drawer(arm, files, lambda: self.prepared(arm, files)[0].draw)
+            used = self.files_in_use(arm, files)
+            return self.drawer(arm, used, lambda: self.prepared(arm, used)[0].draw)
 
         several, single = drawer(name), drawer(arms()[name].single or name)
 
@@ -110,9 +122,7 @@ class Laboratory:
         """One arm on one set; without `pairs`, only pictures of one concept and of none."""
         files = self.files(arms()[name].recipe, concepts)
         inputs = {
-            "arm": name,
-            "adapters": [file.parent.name for file in files],
-            "base": self.trainer.base_digest,
+            **self._inputs(name, files),
             "judge": digest(*self.judge_folder.glob("*.safetensors")),
             "seeds": list(self.seeds),
             "pairs": pairs,
@@ -163,18 +173,23 @@ class Laboratory:
 
     def unet_scores(self, name: str, concepts: Sequence[Concept], files: Sequence[Path]) -> dict[str, Any]:
         """Errors of the UNet's predictions, seconds to prepare and to draw, and the size of the fused file."""
-        adapters = [file.parent.name for file in files]
-        inputs = {"arm": name, "adapters": adapters, "base": self.trainer.base_digest, "version": VERSION}
-        inputs |= {"prompts": vars(self.prompts)}
+        inputs = {**self._inputs(name, files), "prompts": vars(self.prompts), "version": VERSION}
         return self.store.numbers("said", inputs, lambda: self._measure_unet(name, concepts, files))
 
+    def _inputs(self, name: str, files: Sequence[Path]) -> dict[str, Any]:
+        """What identifies an arm with its adapters, for the cells' hashes."""
+        inputs = {"arm": name, "adapters": [file.parent.name for file in files], "base": self.trainer.base_digest}
+        used = self.files_in_use(name, files)
+        return inputs if used is files else {**inputs, "distilled": [file.parent.name for file in used]}
+
     def _measure_unet(self, name: str, concepts: Sequence[Concept], files: Sequence[Path]) -> dict[str, Any]:
-        prepared, seconds = self.prepared(name, files)
+        used = self.files_in_use(name, files)
+        prepared, seconds = self.prepared(name, used)
         start = time.perf_counter()
         prepared.draw(self.prompts.free[0], 0, 1)
-        costs = {"ready_seconds": round(seconds, 2), "picture_seconds": round(time.perf_counter() - start, 2)}
+        times = {"ready_seconds": round(seconds, 2), "picture_seconds": round(time.perf_counter() - start, 2)}
         if prepared.adapter is None:
-            return costs
+            return times
         pipe = self.trainer.pipe
         references = [self._concept_reference(file, concept) for file, concept in zip(files, concepts, strict=True)]
         base = self._base_reference()
@@ -185,7 +200,8 @@ class Laboratory:
             file = Path(folder) / "fused.safetensors"
             fusion.save(prepared.adapter, file)
             size = file.stat().st_size
-        return {**costs, "error": errors, "said_drift": drift, "bytes": size}
+        result = {**times, "error": errors, "said_drift": drift, "bytes": size}
+        return result if used is files else {**result, "distillation": costs(used)}
 
     def _concept_reference(self, file: Path, concept: Concept) -> output_error.ReferencePrediction:
         key = file.parent.name, concept.name

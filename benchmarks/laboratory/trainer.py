@@ -1,6 +1,7 @@
 """Trains a concept by a recipe; the adapter is stored in a cell."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Trainer:
     size: Size = Size()
     base: str | Path | None = None  # default: pocket
     device: str | None = None
+    distillation: Mapping[str, Any] = field(default_factory=dict[str, Any])  # settings of all, if not the defaults
 
     @cached_property
     def pipe(self) -> Any:
