@@ -1,5 +1,6 @@
 """The fusion laboratory at toy size: every part of it, a method of one's own, and cells that are made once."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,8 @@ def laboratory(tmp_path):
     (tmp_path / "base" / "fusion.toml").write_text("[generation]\nsteps = 2\n[training]\nresolution = 16\n")
     tiny.save_judge(tmp_path / "judge")
     store = Store(tmp_path / "store", wait=False)
-    trainer = Trainer(store, Size(2, 2, 2), tmp_path / "base", "cpu")
+    small = {"max_train_steps": 2, "train_batch_size": 4, "rank": 2}
+    trainer = Trainer(store, Size(2, 2, 2), tmp_path / "base", "cpu", small)
     prompts = Prompts(
         "a {first}", "{first} and {second}", ("dog",), ("a dog", "a cat", "a bird")
     )  # short as the toys are
@@ -40,14 +42,23 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
     names = plan.UNLIKE[:2]
     names_of_arms = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
+    names_of_arms += ("spectral-gated-quiet, distilled", plan.EACH_ALONE)
     assert set(names_of_arms) <= arms().keys()
     rows = [*(plan.Row(arm, names) for arm in names_of_arms), plan.Row("spectral", names[:1], pairs=False)]
-    small = replace(plan.QUICK, size=laboratory.trainer.size, rows=rows)
+    rows.append(plan.Row("spectral-gated-quiet, distilled", names[:1], pairs=False))
+    small = replace(plan.QUICK, size=laboratory.trainer.size, rows=rows, ranks=(1,))
     schedule.work(schedule.tasks(laboratory, small, None))
     made = {path: path.stat().st_mtime_ns for path in laboratory.store.folder.rglob("*.*")}
     text = report.write(laboratory, small, tmp_path / "bench.md")
     assert "| lora, halved | " in text and text == (tmp_path / "bench.md").read_text()
-    assert (tmp_path / "fusion-bench-matrices.png").stat().st_size > 1000
+    assert all((tmp_path / f"fusion-bench-{name}.png").stat().st_size > 1000 for name in ("matrices", "distilled"))
+    section = text.partition("## Distilled into plain LoRAs")[2].partition("##")[0]
+    assert re.findall(r"^\| (\d) \| ([^|]+) \|", section, flags=re.MULTILINE) == [
+        ("2", "spectral-gated-quiet, distilled"),
+        ("2", plan.EACH_ALONE),
+        ("1", "spectral-gated-quiet, distilled"),
+    ]
+    assert re.search(rf"^\| 2 \| {plan.EACH_ALONE} .*\| 2 × \d+\.\d \| 2 × \d", section, flags=re.MULTILINE)
     schedule.work(schedule.tasks(laboratory, small, None))  # and nothing is made twice
     assert {p: p.stat().st_mtime_ns for p in laboratory.store.folder.rglob("*.*") if p in made} == made
 
