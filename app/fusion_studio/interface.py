@@ -19,7 +19,7 @@ SMALL_SIDE = 128  # pixels; smaller pictures are enlarged in sharp squares, not 
 SHARP_PIXELS = (
     "<style>#stage img, #wall img, #previews img, .grid img, .result img {image-rendering: pixelated;}</style>"
 )
-CHIP_SIDE = 96  # pixels, of the pictures on chips
+CHIP_SIDE, MAX_CHIPS = 96, 200  # pixels, of the pictures on chips; and how many chips have one
 
 
 def build(session: Session) -> gr.Blocks:
@@ -99,13 +99,14 @@ def latest_concept(session: Session) -> dict[str, float]:
 def library_choices(session: Session, picks: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """The concepts to pick from, as they are in the folder now, and which are picked; None: as the page has it."""
     entries = session.entries()
-    names = {key: " ".join(tokens_of(entry.info)) or key for key, entry in entries.items()}
+    names = {key: " ".join(markup.shortened(tokens_of(entry.info))) or key for key, entry in entries.items()}
     ambiguous = {name for name in names.values() if list(names.values()).count(name) > 1}
     choices: list[dict[str, Any]] = []
     for key, entry in entries.items():
         label = f"{names[key]} ({key})" if names[key] in ambiguous else names[key]
-        picture = markup.picture_beside(entry.path, CHIP_SIDE)
-        choices.append({"key": key, "label": label, "tokens": tokens_of(entry.info), "picture": picture})
+        picture = markup.picture_beside(entry.path, CHIP_SIDE) if len(choices) < MAX_CHIPS else None
+        tokens = tokens_of(entry.info)[: markup.MAX_NAMES]
+        choices.append({"key": key, "label": label, "tokens": tokens, "picture": picture})
     picked = {key: strength for key, strength in picked_of(picks).items() if key in entries}
     value = {"choices": choices, "picked": None if picks is None else picked, "at": (picks or {}).get("at")}
     return value, value, value, gr.Column(visible=not choices)

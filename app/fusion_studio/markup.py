@@ -15,9 +15,17 @@ from fusion_studio.session import tokens_of
 THUMBNAIL = 192  # pixels
 WIDTH, HEIGHT = 600, 120  # of the loss plot
 VERDICTS = {"compatible": "Compatible", "caution": "Caution", "refused": "Cannot be combined"}
+MAX_OWNERS, MAX_PARTS = 200, 2000  # shown in the map of slices
+MAX_NAMES, MAX_LENGTH = 12, 200  # tokens, slices or nouns of one adapter that are listed; letters of each
 COLOURS = ("#7c3aed", "#0d9488", "#d97706", "#db2777", "#2563eb", "#65a30d", "#0891b2", "#9333ea")
 
 escape = html.escape
+
+
+def shortened(texts: Sequence[str]) -> list[str]:
+    """Texts from a file, as many and as long as a page can show; the file may hold any number."""
+    more = [f"and {len(texts) - MAX_NAMES} more"] if len(texts) > MAX_NAMES else []
+    return [text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} …" for text in texts[:MAX_NAMES]] + more
 
 
 def hint(text: object) -> str:
@@ -87,13 +95,14 @@ def _heat(value: float, *, diagonal: bool) -> str:
 def card(entry: Any, *, chosen: bool = False) -> str:
     """An adapter of the library: picture, token, noun, base, slice, size, date, how it was trained."""
     info, key = entry.info, entry.path.stem
-    tokens, nouns = tokens_of(info), ", ".join(concept.noun for concept in info.concepts if concept.noun)
+    tokens = shortened(tokens_of(info))
+    nouns = ", ".join(shortened([concept.noun for concept in info.concepts if concept.noun]))
     url = picture_beside(entry.path)
     initial = escape((tokens[0].strip("<>") if tokens else key)[:1])
     image = f'<img alt="" src="{url}">' if url else f'<span class="initial" aria-hidden="true">{initial}</span>'
-    facts = [info.base.name if info.base else "base unknown", size_of(entry.size)]
+    facts = [*shortened([info.base.name if info.base else "base unknown"]), size_of(entry.size)]
     if entry.slices:
-        facts.insert(1, f"slice {', '.join(map(str, entry.slices))}")
+        facts.insert(1, f"slice {', '.join(shortened([str(part) for part in entry.slices]))}")
     origin, date = info.provenance, datetime.fromtimestamp(entry.path.stat().st_mtime)
     how = f"{origin.steps} steps" if origin.steps else "fused" if origin.parents else "imported"
     facts += [f"{how}, {date:%-d %b %Y}"]
@@ -117,14 +126,19 @@ def size_of(count: int) -> str:
 
 def slice_map(slices: Any) -> str:
     """The spectrum of a base as a strip: which adapter owns which directions, and how many are free."""
-    strip, legend = "", ""
-    for number, owner in enumerate(slices.owners):
+    strip, legend, parts = "", "", 0
+    for number, owner in enumerate(slices.owners[:MAX_OWNERS]):
         colour, part = COLOURS[number % len(COLOURS)], owner.slice
         for index in part.indices if part.step > 1 else (part.start,):
             width = 1 if part.step > 1 else part.rank
             sides = f"left:{100 * index / slices.capacity:.3f}%;width:{100 * width / slices.capacity:.3f}%"
-            strip += f'<i style="{sides};background:{colour}" title="{escape(owner.owner)}: {part}"></i>'
-        legend += f'<li><b style="background:{colour}"></b>{escape(owner.owner)} <small>{part}</small></li>'
+            if index < slices.capacity and parts < MAX_PARTS:
+                strip += f'<i style="{sides};background:{colour}" title="{escape(owner.owner[:MAX_LENGTH])}: {part}"></i>'
+                parts += 1
+        (name,) = shortened([owner.owner])
+        legend += f'<li><b style="background:{colour}"></b>{escape(name)} <small>{part}</small></li>'
+    if others := slices.owners[MAX_OWNERS:]:
+        legend += f"<li>and {len(others)} more</li>"
     free = f"{slices.free} of {slices.capacity} directions are free"
     title = f"<h3>Slices of {escape(slices.base.name)} <small>{free}</small></h3>"
     ends = f"<small>strongest</small><small>weakest</small><small hidden>{slices.capacity}</small>"

@@ -224,8 +224,8 @@ def _check_layers(entry: _BranchEntry, layers: Keys, shapes: Shapes, weights: di
     `weights`: layer name -> sizes O and I, in which all branches agree.
     """
     slices = [SpectralSlice(*numbers) for numbers in entry.slices]
-    if any(part.stop > MAX_DIRECTION for part in slices):
-        raise FormatError(f"branch {entry.name!r} has a slice beyond direction {MAX_DIRECTION}.")
+    if len(slices) > MAX_ENTRIES or any(part.stop > MAX_DIRECTION for part in slices):
+        raise FormatError(f"branch {entry.name!r} has over {MAX_ENTRIES} slices, or one beyond {MAX_DIRECTION}.")
     owned = sum(part.rank for part in slices) if ADAPTERS[entry.type].slice_of else 0
     for name, parts in layers.items():
         sizes = weights.get(name, {}) | ({"R": owned} if owned else {})
@@ -237,6 +237,11 @@ def _check_layers(entry: _BranchEntry, layers: Keys, shapes: Shapes, weights: di
             if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape, strict=True)):
                 raise FormatError(f"{name}.{part} has shape {shape}, which does not fit its layer {sizes}.")
         weights[name] = {letter: n for letter, n in sizes.items() if letter != "R"}
+    # A merged branch has the slices of several adapters, each of which fits that adapter's layers.
+    capacity = max((min(weights[name]["O"], weights[name]["I"]) for name in layers), default=0)
+    for part in slices:
+        if part.stop > capacity:
+            raise FormatError(f"branch {entry.name!r} has slice {part}, but its layers {capacity} directions at most.")
 
 
 def _check_rows(info: AdapterInfo, rows: Keys, shapes: Shapes) -> None:

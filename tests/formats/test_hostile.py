@@ -223,6 +223,8 @@ FIELDS = [
     ("adapter", "slices", [[0, 4]]),
     ("adapter", "slices", [[0, 4, 0]]),
     ("adapter", "slices", [[0, 10**12, 1]]),
+    ("adapter", "slices", [[1000, 4, 1]]),
+    ("adapter", "slices", [[0, 1, 1]] * 1001),
     ("adapter", "slices", [["0", "4", "1"]]),
     ("adapter", "slices", "0-3"),
     ("adapter", "strength", "1"),

@@ -29,7 +29,7 @@ def reserve(folder, rank=4, **options):
 def small(name, directions, token="<rex>", value=0.0):
     """An adapter of one layer, which owns a slice; `value` tells it from others."""
     rank = directions.rank
-    layer = SingularValuesLayer(Spectrum(torch.zeros(2, rank), torch.zeros(rank), torch.zeros(3, rank)))
+    layer = SingularValuesLayer(Spectrum(torch.zeros(512, rank), torch.zeros(rank), torch.zeros(600, rank)))
     with torch.no_grad():
         layer.dS.fill_(value)
     branch = Branch(name, "singular_values", {"unet.mid_block": layer}, (directions,), gate=(token,))

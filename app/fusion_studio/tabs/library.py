@@ -15,6 +15,7 @@ from fusion_studio.tabs import PRIVATE, cli_box, command_line, widget
 from fusion_studio.tabs.combine import FORMATS, export_adapter
 
 NO_ADAPTERS = markup.empty("The library is empty", "What you teach is saved here, as files. Others can be imported.")
+MAX_CARDS = 200  # shown at once
 CHOOSE_HINT = markup.hint("Choose a card to rename, export or delete it.")
 
 
@@ -78,12 +79,14 @@ def cards_html(session: Session, search: str = "", chosen: str = "") -> str:
     entries, words = session.entries(), search.lower().split()
     matches = [entry for entry in entries.values() if all(word in _texts(entry) for word in words)]
     unreadable = sorted({path.stem for path in session.library.glob("[!.]*.safetensors")} - entries.keys())
-    warning = f"Not shown, because they cannot be read (the terminal says why): {', '.join(unreadable)}."
+    names = ", ".join(markup.shortened(unreadable))
+    warning = f"Not shown, because they cannot be read (the terminal says why): {names}."
     hint = markup.hint(warning if unreadable else "")
     if not matches:
         return (markup.empty("Nothing found", f"No card has “{search}”.") if entries else NO_ADAPTERS) + hint
-    cards = "".join(markup.card(entry, chosen=entry.path.stem == chosen) for entry in matches)
-    return f'<div class="cards">{cards}</div>{hint}'
+    cards = "".join(markup.card(entry, chosen=entry.path.stem == chosen) for entry in matches[:MAX_CARDS])
+    rest = f"{len(matches) - MAX_CARDS} older ones are not shown; search for them."
+    return f'<div class="cards">{cards}</div>{markup.hint(rest) if len(matches) > MAX_CARDS else ""}{hint}'
 
 
 def slices_html(session: Session) -> str:
@@ -105,19 +108,20 @@ def detail(session: Session, key: str) -> tuple[Any, ...]:
         return "", CHOOSE_HINT, gr.Column(visible=False), "", gr.Row(visible=False), gr.File(visible=False)
     info, origin = entry.info, entry.info.provenance
     how = f"{origin.steps} steps, seed {origin.seed}" if origin.steps else origin.tool or "imported"
+    listed = lambda texts: ", ".join(markup.shortened([*texts]))  # noqa: E731
     rows = {
-        "Base": f"{info.base.name} ({info.base.family})" if info.base else "not known",
-        "Slice": ", ".join(map(str, entry.slices)) or "none",
-        "Type": ", ".join(dict.fromkeys(branch.type for branch in entry.branches)),
+        "Base": listed([f"{info.base.name} ({info.base.family})" if info.base else "not known"]),
+        "Slice": listed(map(str, entry.slices)) or "none",
+        "Type": listed(dict.fromkeys(branch.type for branch in entry.branches)),
         "Acts": "at its own tokens" if all(branch.gate for branch in entry.branches) else "on every word",
-        "How": how,
-        "Made of": ", ".join(origin.parents),
+        "How": listed([how]),
+        "Made of": listed(origin.parents),
         "Size": markup.size_of(entry.size),
         "Date": f"{datetime.fromtimestamp(entry.path.stat().st_mtime):%d %B %Y, %H:%M}",
         "File": entry.path.name,
     }
     tokens = tokens_of(info)
-    title = f"<h3>{markup.escape(' '.join(tokens) or key)}</h3>"
+    title = f"<h3>{markup.escape(' '.join(markup.shortened(tokens)) or key)}</h3>"
     box = gr.Textbox(" ".join(tokens) or key, interactive=True)
     return key, title + markup.facts(rows), gr.Column(visible=True), box, gr.Row(visible=False), gr.File(visible=False)
 
