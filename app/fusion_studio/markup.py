@@ -129,13 +129,12 @@ def slice_map(slices: Any) -> str:
     strip, legend, parts = "", "", 0
     for number, owner in enumerate(slices.owners[:MAX_OWNERS]):
         colour, part = COLOURS[number % len(COLOURS)], owner.slice
-        for index in part.indices if part.step > 1 else (part.start,):
-            width = 1 if part.step > 1 else part.rank
-            sides = f"left:{100 * index / slices.capacity:.3f}%;width:{100 * width / slices.capacity:.3f}%"
-            if index < slices.capacity and parts < MAX_PARTS:
-                strip += f'<i style="{sides};background:{colour}" title="{escape(owner.owner[:MAX_LENGTH])}: {part}"></i>'
-                parts += 1
         (name,) = shortened([owner.owner])
+        starts, width = (part.indices, 1) if part.step > 1 else ((part.start,), part.rank)
+        for index in starts[: MAX_PARTS - parts]:
+            parts += 1
+            sides = f"left:{100 * index / slices.capacity:.3f}%;width:{100 * width / slices.capacity:.3f}%"
+            strip += f'<i style="{sides};background:{colour}" title="{escape(name)}: {part}"></i>'
         legend += f'<li><b style="background:{colour}"></b>{escape(name)} <small>{part}</small></li>'
     if others := slices.owners[MAX_OWNERS:]:
         legend += f"<li>and {len(others)} more</li>"
