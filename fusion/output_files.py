@@ -91,6 +91,8 @@ def create_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises OutputError."""
     if not folder.is_dir():
         with _one_line(folder):
+            if os.path.lexists(folder):
+                raise OSError(0, f"it is {_kind(folder)}, not a folder")
             create_folder(folder.parent)
             folder.mkdir(exist_ok=True)
             _sync(folder.parent)
@@ -100,10 +102,13 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
     """Delete what writers that died left in a folder, or move what is complete; `below`: in its folders, too."""
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
+            path = Path(entry.path)
             if _LEFTOVER.fullmatch(entry.name):
-                _remove_leftover(Path(entry.path))
-            elif below and entry.is_dir(follow_symlinks=False):
-                remove_leftovers(Path(entry.path), below=True)
+                _remove_leftover(path)
+            elif below and entry.is_dir(follow_symlinks=False) and any(path.iterdir()):
+                remove_leftovers(path, below=True)
+                with suppress(OSError):  # it has something else, most often
+                    path.rmdir()
 
 
 def carries_mark(path: Path) -> bool:

@@ -5,8 +5,13 @@ immediate. Printing belongs here and nowhere else in the library.
 """
 
 import argparse
+import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata
 
 from fusion.cli.console import Parser, UsageError, showing_logs
@@ -34,22 +39,51 @@ EXAMPLE = """a first session:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 done, 1 a FusionError (one line), 2 wrong usage, 130 interrupted."""
+    """Run one command. Returns 0 done, 1 an error of the user's or the system's (one line), 2 wrong usage.
+
+    130 after Ctrl+C and 143 after SIGTERM, which Docker, Slurm and a shutdown send: both end a command alike.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         verb = choose(words[:1])
         args = arguments(verb, words[1:])
     except SystemExit as leaving:  # argparse has printed help or an error
         return int(leaving.code or 0)
-    with showing_logs(verbose=args.verbose):
+    with showing_logs(verbose=args.verbose), sigterm_as_interrupt() as signals:
         try:
             return import_module(f"fusion.cli.{verb}").run(args) or 0
         except FusionError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
             return 2 if isinstance(error, UsageError) else 1
+        except BrokenPipeError:  # whoever read the output, such as head, has enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for the flush when Python ends)
+            return 1
+        except OSError as error:
+            place = f"'{error.filename}': " if error.filename else ""
+            print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
+            return 143 if signals else 130
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Generator[list[int]]:
+    """Raise KeyboardInterrupt on SIGTERM too, and list the signals that came."""
+    signals: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def choose(first: list[str]) -> str:

@@ -7,7 +7,7 @@ concept acts on every token.
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusion.cli.console import UsageError, add_base_arguments, example, open_base
+from fusion.cli.console import add_base_arguments, add_overwrite, example, open_base
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,21 +15,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "example: fusion bake pets.safetensors -o pets-model --gating none"
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="an adapter file, single or fused")
-    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the new base, a folder that does not exist")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the new base, a new folder")
     add("--gating", choices=("tokens", "none"), help="none: accept that baked weights act on every token")
+    add_overwrite(parser)
     add_base_arguments(parser)
 
 
 def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import load
-    from fusion.models.baking import bake
+    from fusion.models.baking import bake, check_model_output, save_model
 
-    if args.output.exists():
-        raise UsageError(f"'{args.output}' exists already; name a new folder.")
+    check_model_output(args.output, overwrite=args.overwrite)
     adapter = load(args.adapter)
     pipe = open_base(args.base, args, args.dtype)
     bake(pipe, adapter, args.gating)
-    pipe.save_pretrained(args.output)
+    save_model(pipe, args.output, overwrite=args.overwrite)
     tokens = [concept.token for concept in adapter.info.concepts]
     print(f"wrote {args.output}: {' '.join(tokens) or adapter.info.name} baked in")
     prompt = f"a {tokens[0]}" if tokens else "a photo"

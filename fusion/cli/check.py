@@ -3,7 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusion.cli.console import print_labelled
+from fusion.cli.console import add_overwrite, print_labelled
+from fusion.output_files import check_output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -13,15 +14,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("folder", type=Path, metavar="DIR", help="folder of pictures")
     add("--resolution", type=int, metavar="N", help="side of training pictures (default: pocket's)")
     add("-o", "--output", type=Path, metavar="PNG", help="also write all pictures as they will be cut, on one sheet")
+    add_overwrite(parser)
 
 
 def run(args: Namespace) -> int:
     from fusion.config import read_base_defaults
     from fusion.evaluation.sheets import contact_sheet
+    from fusion.formats.png_file import write_png
     from fusion.models.embedded_models import pocket
     from fusion.training.dataset_files import is_picture, visible
     from fusion.training.picture_checks import check_pictures
 
+    if args.output:
+        check_output(args.output, endings=(".png",), overwrite=args.overwrite)
     resolution = args.resolution or read_base_defaults(pocket(), "training").get("resolution", 512)
     checks = check_pictures([path for path in visible(args.folder) if is_picture(path)], resolution)
     for check in checks.pictures:
@@ -31,6 +36,6 @@ def run(args: Namespace) -> int:
     usable = [(check.crop, check.path.name) for check in checks.pictures if check.crop]
     print(f"{len(usable)} of {len(checks.pictures)} pictures can be used.")
     if args.output and usable:
-        contact_sheet([usable[i : i + 4] for i in range(0, len(usable), 4)]).save(args.output)
-        print(f"wrote {args.output}")
+        sheet = contact_sheet([usable[i : i + 4] for i in range(0, len(usable), 4)])
+        print(f"wrote {write_png(args.output, sheet)}")
     return 0 if usable else 1

@@ -8,7 +8,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import add_base_arguments, open_base, progress
+from fusion.cli.console import add_base_arguments, add_overwrite, open_base, progress
+from fusion.output_files import check_output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of every picture (default: 0)")
     add("--num_inference_steps", "--steps", type=int, metavar="N", help="denoising steps")
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
+    add_overwrite(parser)
     add_base_arguments(parser)
 
 
@@ -30,7 +32,9 @@ def run(args: Namespace) -> None:
     from fusion.evaluation.comparison import Cell, compare
     from fusion.evaluation.sheets import contact_sheet
     from fusion.formats.adapter_file import load
+    from fusion.formats.png_file import write_png
 
+    check_output(args.output, endings=(".png",), overwrite=args.overwrite)
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
     names = ("own_strengths", "strengths", "methods", "alone", "seed", "num_inference_steps")
@@ -43,6 +47,5 @@ def run(args: Namespace) -> None:
     for row in rows.values():
         for cell in row:
             print(cell.to_text().replace("\n", "  "))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([[(cell.picture.image, cell.to_text()) for cell in row] for row in rows.values()]).save(args.output)
-    print(f"wrote {args.output}")
+    sheet = contact_sheet([[(cell.picture.image, cell.to_text()) for cell in row] for row in rows.values()])
+    print(f"wrote {write_png(args.output, sheet)}")

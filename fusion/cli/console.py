@@ -127,6 +127,12 @@ def add_file_arguments(parser: ArgumentParser, what: str) -> None:
     add("--rank", type=int, metavar="N", help="compress to this rank (default: exact)")
     add("--energy", type=float, metavar="X", help="compress, keeping this share of each layer's energy, as 0.99")
     add("--dtype", default="float16", metavar="TYPE", choices=DTYPES, help="of the file (default: float16)")
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: ArgumentParser) -> None:
+    """What `check_output` reads."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this command has not made")
 
 
 def add_strengths(parser: ArgumentParser) -> None:

@@ -20,7 +20,10 @@ def run(args: Namespace) -> None:
     from fusion.formats.lora_export import export
 
     adapter = load(args.adapter)
-    report = export(adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype)
+    report = export(
+        adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     for path in report.files:
         print(f"wrote {path} ({file_size(Path(path))})")
     print_list(report.notes)

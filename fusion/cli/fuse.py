@@ -56,9 +56,14 @@ def methods() -> str:
 def run(args: Namespace) -> None:
     from fusion.composition.compatibility_report import compatibility
     from fusion.composition.fusing import fuse
-    from fusion.formats.adapter_file import load, save
+    from fusion.formats.adapter_file import check_adapter_output, load
+    from fusion.library.library_folder import Library
 
     adapters = renamed([load(path) for path in args.adapters], args.rename)
+    tokens = [concept.token for adapter in adapters for concept in adapter.info.concepts]
+    target = check_adapter_output(args.output, tokens, overwrite=args.overwrite)
+    if not args.overwrite and any(target.exists() and target.samefile(path) for path in args.adapters):
+        raise UsageError(f"'{target}' is one of the adapters to fuse; choose another name, or add --overwrite.")
     if args.method not in METHODS:
         raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
     pipe = open_base(args.base, args, None) if METHODS[args.method].needs_base else None
@@ -72,18 +77,18 @@ def run(args: Namespace) -> None:
         rank=args.rank,
         energy=args.energy,
         allow_overlap=args.allow_overlap,
-        name=args.output.stem,
+        name=target.stem,
     )
     report = compatibility([fuse([adapter], gating=args.gating, allow_overlap=True) for adapter in adapters])
     # What was fused in spite of a refusal, the method or --allow_overlap permits.
     print_compatibility("caution" if report.verdict == "refused" else report.verdict, report)
-    save(fused, args.output, dtype=args.dtype)
+    Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
     tokens = [concept.token for concept in fused.info.concepts]
-    print(f"wrote {args.output} ({file_size(args.output)}): {' '.join(tokens) or 'no concept tokens'}")
+    print(f"wrote {target} ({file_size(target)}): {' '.join(tokens) or 'no concept tokens'}")
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
     prompt = " beside ".join(f"a {token}" for token in tokens) or "a photo"
-    print(f"next: {example('generate', args.output, *on, '--prompt', prompt)}")
+    print(f"next: {example('generate', target, *on, '--prompt', prompt)}")
 
 
 def renamed(adapters: list[Any], renames: list[str]) -> list[Any]:

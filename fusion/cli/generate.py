@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.cli.console import (
     UsageError,
     add_base_arguments,
+    add_overwrite,
     add_settings,
     add_strengths,
     example,
@@ -27,6 +28,7 @@ from fusion.cli.console import (
 from fusion.config import MAX_SEED, TOKEN
 from fusion.errors import ConfigError, FormatError, closest
 from fusion.generation.config import GenerationConfig, Region
+from fusion.output_files import check_output
 
 if TYPE_CHECKING:  # help must be immediate
     from fusion.adapters.adapter import Adapter
@@ -49,6 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     names = ("--region", "--regions")
     add(*names, dest="regions", action="append", metavar="PROMPT: REGION", help=f"what a part of it shows: {where}")
     add_settings(parser, GenerationConfig, leave=("regions",))
+    add_overwrite(parser)
     add_base_arguments(parser)
 
 
@@ -58,6 +61,8 @@ def run(args: Namespace) -> None:
 
     recipe = recipe_of(args.source) if args.source else None
     config = configure(args, recipe)
+    again = bool(recipe) and not {"seed", "num_images"} & flags_of(args, GenerationConfig).keys()
+    check_outputs(args, config, [recipe.picture_seed] if recipe and again else config.seeds())
     adapters, files, strengths = choose_adapters(args, recipe)
     image = starting_picture(args.image, args.source, recipe)
     if recipe and recipe.base != "pocket" and not args.base:
@@ -67,9 +72,9 @@ def run(args: Namespace) -> None:
     check_words(" ".join([config.prompt, *parts]), adapters)
     with progress() as advance:
         pictures = generate(pipe, config, adapters, strengths=strengths, image=image, on_step=advance)
-    if recipe and not {"seed", "num_images"} & flags_of(args, GenerationConfig).keys():
+    if recipe and again:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
-    paths = [write(picture, files, args.output, several=len(pictures) > 1) for picture in pictures]
+    paths = [write(picture, files, args, several=len(pictures) > 1) for picture in pictures]
     on, another = ["--base", args.base] if args.base else [], (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
 
@@ -162,20 +167,30 @@ def starting_picture(path: Path | None, source: Path | None, recipe: "Recipe | N
     return image
 
 
-def write(picture: "Picture", files: list[Path], output: Path, *, several: bool) -> Path:
+def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -> None:
+    """Refuse now where pictures could not be written after they are drawn."""
+    if args.output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise UsageError(f"Pictures are PNGs, which carry their recipe; '{args.output}' should end in .png.")
+    size = 3 * len(seeds) * (config.width or 0) * (config.height or 0)
+    for seed in seeds:
+        path = path_for(args.output, config.prompt, seed, several=len(seeds) > 1)
+        check_output(path, size=size, overwrite=args.overwrite)
+
+
+def write(picture: "Picture", files: list[Path], args: Namespace, *, several: bool) -> Path:
     """Save a picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
     used = [adapter.updated({"file": str(file)}) for adapter, file in zip(picture.recipe.adapters, files, strict=True)]
     recipe = picture.recipe.updated({"adapters": used})
-    path = replace(picture, recipe=recipe).save(path_for(output, recipe, several=several))
+    path = path_for(args.output, recipe.config.prompt, recipe.picture_seed, several=several)
+    path = replace(picture, recipe=recipe).save(path, overwrite=args.overwrite)
     size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps
     print(f"wrote {path}: {size}, seed {recipe.picture_seed}, {steps} steps on {recipe.base}")
     return path
 
 
-def path_for(output: Path, recipe: "Recipe", *, several: bool) -> Path:
-    seed = recipe.picture_seed
+def path_for(output: Path, prompt: str, seed: int, *, several: bool) -> Path:
     if output.suffix.lower() == ".png":
         return output.with_stem(f"{output.stem}-{seed}") if several else output
-    words = re.sub(r"[^a-z0-9]+", "-", recipe.config.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
     candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not os.path.lexists(path))

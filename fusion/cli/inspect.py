@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import file_size, print_compatibility, print_labelled, print_table
+from fusion.cli.console import add_overwrite, file_size, print_compatibility, print_labelled, print_table
+from fusion.output_files import check_output
 
 WIDTH = 64  # characters of the slice map
 COLUMNS = 9  # how many facts the table of several adapters shows
@@ -22,12 +23,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "also draw slice map and interference as .png, .svg or .pdf"
     add("-o", "--output", "--plot", dest="plot", type=Path, metavar="FILE", help=text)
     add("--json", action="store_true", help="print everything as JSON")
+    add_overwrite(parser)
 
 
 def run(args: Namespace) -> None:
     from fusion.composition.compatibility_report import compatibility
     from fusion.formats.adapter_file import load
 
+    if args.plot:
+        from fusion.evaluation.plots import MARKS, overview, write
+
+        check_output(args.plot, endings=tuple(MARKS), overwrite=args.overwrite)
     files = list(expand(args.paths))
     adapters = [load(path) for path in files]
     report = compatibility(adapters)
@@ -35,9 +41,7 @@ def run(args: Namespace) -> None:
     slices = [branch.slices for adapter in adapters for branch in adapter.branches]
     capacity = min(min(delta.shape) for adapter in adapters for delta in adapter.deltas().values())
     if args.plot:
-        from fusion.evaluation.plots import overview, write
-
-        write(overview(measured.names, slices, measured.cosine, capacity=capacity), args.plot)
+        write(overview(measured.names, slices, measured.cosine, capacity=capacity), args.plot, overwrite=True)
     if args.json:
         contents = [describe(adapter, path) for adapter, path in zip(adapters, files, strict=True)]
         print(json.dumps({"adapters": contents, "compatibility": report.to_json()}, indent=2))

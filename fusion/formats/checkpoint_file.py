@@ -79,6 +79,14 @@ class Checkpoint:
             scaler.load_state_dict(scaler.state_dict() | changes)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl+C or SIGTERM in a training, after a checkpoint was written. `checkpoint`: the newest of its run, if any."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+
 def save_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None,
     *, run: str, step: int, loss: float, settings: Mapping[str, Any],
@@ -93,6 +101,11 @@ def save_checkpoint(
     text = CheckpointState.model_validate(state).model_dump_json()
     write_file(path / FILE, tensors, {"state": text, "digest": _digest(text, tensors)}, "float32")
     return path
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the latest step in the folder of a run."""
+    return next((path for _, path in reversed(_numbered(run))), None)
 
 
 def remove_old_checkpoints(folder: Path, step: int, limit: int) -> None:

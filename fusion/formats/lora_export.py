@@ -58,13 +58,12 @@ def export(
     if form not in LORA_FORMS:
         raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
     check_compression(rank, energy)
-    target, deltas = Path(path), adapter.deltas()
+    check = partial(check_output, endings=(".safetensors",), overwrite=overwrite)
+    target, deltas = check(path, foreign=foreign_export(adapter.info, "lora")), adapter.deltas()
     if not deltas:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
     files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
     embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
-    check = partial(check_output, endings=(".safetensors",), overwrite=overwrite)
-    check(target, foreign=foreign_export(adapter.info, "lora"))
     for concept, file in embeddings.items():
         check(file, foreign=foreign_export(_embedding_info(file, adapter.info, concept), "textual-inversion"))
     factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
@@ -19,9 +19,10 @@ from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, BaseInfo
 from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
-from fusion.library.locks import create_folder, library_lock
+from fusion.library.locks import LOCK, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
 from fusion.library.training_folders import TrainingFolder, all_training_folders
+from fusion.output_files import create_folder
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,15 @@ class Library:
         with library_lock(self.folder):
             return _save_as(adapter, self._free_path(name), dtype)
 
+    def replace(self, adapter: Adapter, name: str, dtype: str = "float16", *, overwrite: bool = False) -> Path:
+        """Save an adapter as exactly `name`: over an adapter of the same tokens, over anything with `overwrite`.
+
+        A folder that is no library yet does not become one. Raises OutputError for what is not replaced.
+        """
+        path = self.folder / f"{name}.safetensors"
+        with library_lock(self.folder) if (self.folder / LOCK).exists() else nullcontext():
+            return _save_as(adapter, path, dtype, overwrite=overwrite)
+
     def add(self, path: str | os.PathLike[str], name: str | None = None) -> Path:
         """Copy any adapter file into the library, another program's LoRA too. Raises FormatError."""
         adapter = load(path)
@@ -76,9 +86,11 @@ class Library:
             path = self.find(name)
             adapter = load(path)
             target = path if to in (None, name) else self._free_path(str(to))
-            _save_as(adapter.renamed(tokens or {}), target, _stored_dtype(adapter))
+            renamed = adapter.renamed(tokens or {})
+            # Written to its old place, then moved: there is one file of it at any time.
+            _save_as(renamed, path, _stored_dtype(adapter), name=target.stem, overwrite=True)
             if target != path:
-                path.unlink()
+                path.rename(target)
                 for ending in _BESIDE:
                     if not target.with_suffix(ending).exists():
                         with suppress(OSError):  # most adapters have none of these beside them
@@ -179,9 +191,10 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"'{name}' cannot name an adapter; use letters, digits, spaces and + - _ .")
 
 
-def _save_as(adapter: Adapter, path: Path, dtype: str) -> Path:
+def _save_as(adapter: Adapter, path: Path, dtype: str, *, name: str | None = None, overwrite: bool = False) -> Path:
     """An adapter in a library is called what its file is called."""
-    save(replace(adapter, info=replace(adapter.info, name=path.stem)), path, dtype=dtype)
+    info = replace(adapter.info, name=name or path.stem)
+    save(replace(adapter, info=info), path, dtype=dtype, overwrite=overwrite)
     return path
 
 

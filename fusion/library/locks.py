@@ -9,15 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fusion.errors import FormatError
+from fusion.errors import OutputError
 
-
-def create_folder(folder: Path) -> None:
-    """Create a library's folder. Raises FormatError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"'{folder}' cannot be a library folder: {error.strerror}.") from error
+LOCK = ".library.lock"
 
 
 @contextmanager
@@ -25,16 +19,16 @@ def library_lock(folder: Path) -> Generator[None, None, None]:
     """Wait for the library's lock and hold it. A folder that does not exist has nothing to lock.
 
     A thread that holds it may lock again: an abandoned training can be collected, and its slice released, at any time.
-    Raises FormatError where nothing can be written.
+    Raises OutputError where nothing can be written.
     """
     if not folder.is_dir():
         yield
         return
-    lock = FileLock(folder / ".library.lock", poll_interval=0.005, is_singleton=True)
+    lock = FileLock(folder / LOCK, poll_interval=0.005, is_singleton=True)
     try:
         lock.acquire()
     except OSError as error:
-        raise FormatError(f"'{folder}' cannot be locked as a library: {error.strerror}.") from error
+        raise OutputError(f"'{folder}' cannot be locked as a library: {error.strerror}.") from error
     try:
         yield
     finally:

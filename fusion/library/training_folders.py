@@ -13,7 +13,8 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from fusion.errors import FormatError
-from fusion.library.locks import create_folder, library_lock
+from fusion.library.locks import library_lock
+from fusion.output_files import create_folder, remove_leftovers
 
 UNFINISHED = ".unfinished"
 _LOCK = ".lock"
@@ -46,6 +47,7 @@ class TrainingFolder:
             with library_lock(library):
                 idle = [training for training in map(cls, folders) if training._acquire()]
                 for training in idle:
+                    remove_leftovers(training.folder, below=True)
                     training.release()
         except FormatError:
             return []  # no training can be resumed where nothing can be written

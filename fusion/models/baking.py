@@ -1,19 +1,24 @@
 """Adapters into a base's own weights and vocabulary: one-way."""
 
+import os
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 
 from fusion.adapters.adapter import Adapter
-from fusion.errors import FusionError, GatingError
+from fusion.errors import FusionError, GatingError, OutputError
 from fusion.models.attachment import effective_gates
 from fusion.models.base_check import check_base
-from fusion.models.layer_sites import sites
+from fusion.models.layer_sites import components, sites
 from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.models.tokens import make_permanent
+from fusion.output_files import check_output, output_group
 
 
 def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
-    """Add an adapter into the base's own weights and vocabulary. One-way; `pipe.save_pretrained` keeps it.
+    """Add an adapter into the base's own weights and vocabulary. One-way; `save_model` keeps it.
 
     Raises GatingError for a gated adapter unless gating="none", since a weight cannot know which token it is given;
     FusionError if this adapter is baked in already, or anything is attached.
@@ -37,3 +42,27 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
             assert isinstance(weight, torch.Tensor)
             weight.copy_(weight.float() + delta.to(weight.device).dense().reshape(weight.shape))
     state.baked.add(digest)
+
+
+def save_model(pipe: Pipeline, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Save a pipeline as a diffusers folder, whole or not at all. Raises OutputError.
+
+    A folder that exists is refused; with `overwrite` a model in it is replaced as a whole, anything else still refused.
+    """
+    models = [*components(pipe).values(), pipe.vae]
+    size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    target = check_model_output(path, size=size, overwrite=overwrite)
+    try:
+        with output_group(target) as group:
+            pipe.save_pretrained(group / target.name)
+    except SafetensorError as error:  # how its writer says that the disk is full
+        raise OutputError(f"'{target}' cannot be written: {error}.") from error
+    return target
+
+
+def check_model_output(path: str | os.PathLike[str], *, size: int = 0, overwrite: bool = False) -> Path:
+    """Raise OutputError now for a folder in which no model could be saved later."""
+    target = check_output(path, folder=True, size=size, foreign=lambda _: "it is there already", overwrite=overwrite)
+    if target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
+        raise OutputError(f"'{target}' is a folder of other files, which are not replaced; name another.")
+    return target

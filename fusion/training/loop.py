@@ -22,8 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
-from fusion.errors import FusionError
-from fusion.formats.checkpoint_file import Checkpoint, remove_old_checkpoints, save_checkpoint
+from fusion.errors import FusionError, OutputError
+from fusion.formats.checkpoint_file import (
+    Checkpoint,
+    Interrupted,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
@@ -32,6 +38,7 @@ from fusion.models.denoising import Conditioning, encode_prompts, predict
 from fusion.models.layer_sites import Site
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
+from fusion.output_files import check_output, remove_leftovers
 from fusion.training import setup
 from fusion.training.accelerator import accelerated, frozen
 from fusion.training.checkpoint import find_checkpoint, slice_of
@@ -66,10 +73,17 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
     targets, checkpoint, slice (reserved in the library for as long as training lasts). Resumed after its last step, a
     training yields that step once more, so that its adapter can be saved. Raises DatasetError, ConfigError,
-    SliceConflict, UnknownName; FormatError for a damaged checkpoint; FusionError when the loss is not finite.
+    SliceConflict, UnknownName; FormatError for a damaged checkpoint; OutputError where checkpoints cannot be written;
+    FusionError when the loss is not finite.
+
+    Ctrl+C, or a KeyboardInterrupt thrown into the generator, ends a training after a checkpoint of its last whole step:
+    it raises Interrupted. A checkpoint that cannot be written later ends nothing; a warning says so.
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     setup.check_base_name(pipe, config)
+    if config.checkpointing_steps:
+        remove_leftovers(checkpoint_folder(config), below=True)
+        check_output(checkpoint_folder(config) / "new" / f"checkpoint-{config.max_train_steps}", folder=True)
     targets, data = setup.target_sites(pipe, config), TrainingData(pipe, config)
     settings, checkpoint = lasting_settings(pipe, config, data), None
     if name := config.resume_from_checkpoint:
@@ -112,7 +126,8 @@ class _Training:
     ) -> None:  # fmt: skip
         self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
-        self.done = checkpoint.state.step if checkpoint else 0
+        self.resumed = checkpoint.state.step if checkpoint else 0
+        self.done = self.saved = self.resumed  # the step whose state the parameters have, and that of the checkpoint
         self.last_loss = checkpoint.state.loss if checkpoint else math.nan
         settings = lasting_settings(pipe, config, data, adapter)
         provenance = replace(adapter.info.provenance, run=self.run, settings=settings)
@@ -125,7 +140,7 @@ class _Training:
             group["initial_lr"] = group["lr"]  # the scheduler computes this step's rate from it
         self.scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps, last_epoch=self.done - 1,
+            num_training_steps=config.max_train_steps, last_epoch=self.resumed - 1,
         )  # fmt: skip
         self.optimizer: Any = accelerator.prepare(optimizer)
         self.scaler: Any = accelerator.scaler  # of gradients, in fp16; else None
@@ -136,36 +151,50 @@ class _Training:
         self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
         self.text_cache: dict[str, Conditioning] = {}
+        self._check_room()
         if checkpoint:
             checkpoint.restore(self.parameters, self.optimizer, self.scaler)
-            logger.info("Resuming from '%s' after %d steps.", checkpoint.path, self.done)
+            logger.info("Resuming from '%s' after %d steps.", checkpoint.path, self.resumed)
 
     def steps(self) -> Generator[TrainStep]:
-        config, began = self.config, time.monotonic()
-        # Resumed after the last step: nothing is left to train, but the adapter may never have been saved.
-        for step in range(self.done + 1, config.max_train_steps + 1) or [self.done]:
-            trained = step > self.done
-            loss = self._optimize(step) if trained else self.last_loss
-            rate = float(self.scheduler.get_last_lr()[0])
-            if config.report_to and trained:
-                self.accelerator.log({"loss": loss, "learning_rate": rate}, step=step)
-            provenance = replace(self.adapter.info.provenance, steps=step)
-            self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
-            checkpoint, images = self._checkpoint(step, loss) if trained else None, self._previews(step)
-            took = time.monotonic() - began
-            yield TrainStep(step, config.max_train_steps, loss, rate, self.adapter, took, images, checkpoint, self.done)
+        self.began = time.monotonic()
+        try:
+            # Resumed after the last step: nothing is left to train, but the adapter may never have been saved.
+            for step in range(self.resumed + 1, self.config.max_train_steps + 1) or [self.resumed]:
+                yield self._step(step)
+        except KeyboardInterrupt:
+            self._save_checkpoint()
+            raise Interrupted(newest_checkpoint(self._run_folder)) from None
 
-    def _optimize(self, step: int) -> float:
-        """One optimizer step; returns the mean loss. In fp16, gradients that overflow are computed again, scaled less.
+    def _step(self, step: int) -> TrainStep:
+        config, trained = self.config, step > self.resumed
+        if trained:
+            self._optimize(step)
+        rate = float(self.scheduler.get_last_lr()[0])
+        if config.report_to and trained:
+            self.accelerator.log({"loss": self.last_loss, "learning_rate": rate}, step=step)
+        provenance = replace(self.adapter.info.provenance, steps=step)
+        self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
+        due = config.checkpointing_steps and step % config.checkpointing_steps == 0
+        checkpoint, images = self._save_checkpoint() if due else None, self._previews(step)
+        took = time.monotonic() - self.began
+        loss, total = self.last_loss, config.max_train_steps
+        return TrainStep(step, total, loss, rate, self.adapter, took, images, checkpoint, self.resumed)
+
+    def _optimize(self, step: int) -> None:
+        """One optimizer step. In fp16, gradients that overflow are computed again, scaled less.
 
         The repetition does not count as a step: it has the same pictures, noise and learning rate.
         """
         while True:
             loss = self._gradients(step)
+            self.done = 0  # in between, the parameters have no step's state
             self.optimizer.step()
             if not self.optimizer.step_was_skipped:
                 self.scheduler.step()
-                return loss
+                self.done, self.last_loss = step, loss
+                return
+            self.done = step - 1
             if self.scaler.get_scale() < MIN_SCALE:
                 raise FusionError(
                     f"The gradients overflow in float16 at step {step}, however small they are scaled; train with "
@@ -234,18 +263,38 @@ class _Training:
                 raise
             return []
 
-    def _checkpoint(self, step: int, loss: float) -> Path | None:
-        """Every `checkpointing_steps`, keeping this run's newest `checkpoints_total_limit`."""
-        config, folder = self.config, checkpoint_folder(self.config) / self.run
-        if not config.checkpointing_steps or step % config.checkpointing_steps:
+    @property
+    def _run_folder(self) -> Path:
+        return checkpoint_folder(self.config) / self.run
+
+    def _save_checkpoint(self) -> Path | None:
+        """A checkpoint of the last whole step, unless there is one; the newest `checkpoints_total_limit` are kept."""
+        config, step = self.config, self.done
+        if step <= self.saved or not config.checkpointing_steps:
             return None
-        path = save_checkpoint(
-            folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.scaler,
-            run=self.run, step=step, loss=loss, settings=self.adapter.info.provenance.settings,
-        )  # fmt: skip
+        try:
+            path = save_checkpoint(
+                self._run_folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.scaler,
+                run=self.run, step=step, loss=self.last_loss, settings=self.adapter.info.provenance.settings,
+            )  # fmt: skip
+        except OutputError as error:
+            newest = newest_checkpoint(self._run_folder)
+            rest = f"can be resumed with --resume_from_checkpoint {self.run}/{newest.name}" if newest else "has none"
+            logger.warning("No checkpoint after step %d: %s If training ends early, it %s.", step, error, rest)
+            return None
+        self.saved = step
         if config.checkpoints_total_limit:
-            remove_old_checkpoints(folder, step, config.checkpoints_total_limit)
+            remove_old_checkpoints(self._run_folder, step, config.checkpoints_total_limit)
         return path
+
+    def _check_room(self) -> None:
+        """Raise OutputError if the disk has no room for the checkpoints to come: the adapter and two moments each."""
+        config, every = self.config, self.config.checkpointing_steps
+        if every:
+            count = (config.max_train_steps - self.resumed) // every + 1  # and the one of an interruption
+            count = min(count, (config.checkpoints_total_limit or count) + 1)
+            size = 3 * 4 * sum(parameter.numel() for parameter in self.parameters.values())
+            check_output(self._run_folder / "checkpoint", folder=True, size=count * size)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

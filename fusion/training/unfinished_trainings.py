@@ -12,6 +12,7 @@ from fusion.errors import FusionError
 from fusion.formats.adapter_file import AdapterFile
 from fusion.library.library_folder import Library
 from fusion.library.training_folders import TrainingFolder
+from fusion.output_files import write_output
 from fusion.training.config import TrainingConfig
 
 SETTINGS_FILE = "training.toml"
@@ -45,9 +46,7 @@ class UnfinishedTraining:
 
 def save_training_settings(folder: TrainingFolder, config: TrainingConfig) -> Path:
     """Write the settings into the training's folder, in the form that `fusion train --config` reads."""
-    file = folder.folder / SETTINGS_FILE
-    file.write_text(config.to_toml(), encoding="utf-8")
-    return file
+    return write_output(folder.folder / SETTINGS_FILE, config.to_toml().encode())
 
 
 def find_unfinished_trainings(library: Library) -> dict[str, UnfinishedTraining]:

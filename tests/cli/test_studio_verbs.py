@@ -97,4 +97,10 @@ def test_bake_makes_a_base_and_never_overwrites(library, base, tmp_path):
     assert main(["bake", file, "-o", folder, "--base", base]) == 1  # gated: said, not done
     assert main(["bake", file, "-o", folder, "--base", base, "--gating", "none"]) == 0
     assert main(["generate", "--base", folder, "--prompt", "a <dog>", "--steps", "1", "-o", str(tmp_path)]) == 0
-    assert main(["bake", file, "-o", folder, "--base", base, "--gating", "none"]) == 2
+    words = ["bake", file, "--base", base, "--gating", "none", "-o"]
+    assert main([*words, folder]) == 1
+    before = (tmp_path / "baked" / "model_index.json").stat().st_ino
+    assert main([*words, folder, "--overwrite"]) == 0
+    assert (tmp_path / "baked" / "model_index.json").stat().st_ino != before
+    assert main([*words, str(library), "--overwrite"]) == 1  # no model: never replaced
+    assert (library / "dog.safetensors").is_file()

@@ -293,5 +293,5 @@ def test_an_unfinished_training_owns_its_slice_and_is_found_once_nobody_works_at
     found.delete()
     assert library.unfinished() == [] and not place.folder.exists()
     (filled / "a file").write_text("")
-    with pytest.raises(FormatError, match="cannot be a library folder"):
+    with pytest.raises(FormatError, match="it is a file, not a folder"):
         Library(filled / "a file").new_training_folder("rex")

@@ -168,7 +168,7 @@ def test_text_is_encoded_once_where_nothing_upstream_trains(pictures, monkeypatc
 
 
 def test_prior_preservation_draws_what_is_missing_and_says_what_gating_makes_of_it(pictures, caplog, monkeypatch):
-    monkeypatch.setattr("fusion.training.pictures.MIN_SIDE", 8)  # the toy base draws 16 px
+    monkeypatch.setattr("fusion.formats.picture_file.MIN_SIDE", 8)  # the toy base draws 16 px
     settings = config(
         pictures,
         with_prior_preservation=True,

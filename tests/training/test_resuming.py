@@ -127,7 +127,7 @@ def test_every_setting_lasts_or_may_change():
 
 @pytest.mark.parametrize("prior", [{}, PRIOR])
 def test_resuming_under_other_settings_is_refused_by_name(prior, pictures, monkeypatch):
-    monkeypatch.setattr("fusion.training.pictures.MIN_SIDE", 8)  # the toy base draws 16 px
+    monkeypatch.setattr("fusion.formats.picture_file.MIN_SIDE", 8)  # the toy base draws 16 px
     settings, steps = interrupted(pictures, after=1, **prior)
     checkpoint, pipe, before = steps[0].checkpoint, toy(), settings.lasting_settings()
     for name, value in OTHER.items():
@@ -146,7 +146,7 @@ def test_resuming_under_other_settings_is_refused_by_name(prior, pictures, monke
 
 
 def test_resuming_with_other_pictures_masks_or_base_is_refused_by_name(pictures, monkeypatch):
-    monkeypatch.setattr("fusion.training.pictures.MIN_SIDE", 8)  # the toy base draws 16 px
+    monkeypatch.setattr("fusion.formats.picture_file.MIN_SIDE", 8)  # the toy base draws 16 px
     mask = Image.new("L", (48, 40), 0)
     mask.paste(255, (0, 0, 24, 40))
     mask.save(pictures / "masks" / "0.png")

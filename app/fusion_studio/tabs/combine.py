@@ -117,7 +117,7 @@ def bake_picked(
     fused = session.fused(picked, method, folder.name)
     copy = fusion.open_pipeline(session.base)
     fusion.bake(copy, fused, "none")
-    copy.save_pretrained(folder)
+    fusion.save_model(copy, folder)
     message = f"'{folder}' is a base of its own now: choose it above, or open it anywhere diffusers folders are read."
     fused_file = f"{folder.name}.safetensors"
     line = commands.command("bake", fused_file, "-o", folder, "--gating", "none", *session.base_flags)
