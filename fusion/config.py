@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from fusion.errors import ConfigError, closest
 
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
+NAME = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}"  # of an adapter and its file: no folder, not hidden
 MAX_SEED = 2**63 - 1  # of torch's generators
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base

@@ -151,7 +151,7 @@ def check_output(
             raise OSError(0, f"about {size / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free")
         if not overwrite and os.path.lexists(target) and (reason := foreign(target)):
             raise OSError(0, f"{reason}; choose another name, or replace it with --overwrite (overwrite=True)")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def _check_names(target: Path, parent: Path) -> None:
@@ -164,12 +164,19 @@ def _check_names(target: Path, parent: Path) -> None:
         raise OSError(0, "the whole path is too long")
 
 
-def _resolved(path: PathLike) -> Path:
-    """Absolute, `~` expanded, links followed. Raises OutputError for what can be no path."""
+def expanded(path: PathLike) -> Path:
+    """A path with `~` replaced by the home folder. Raises OutputError for what can be no path."""
     try:
-        return Path(os.path.realpath(Path(path).expanduser()))
-    except (RuntimeError, ValueError) as error:  # a user that does not exist; a NUL
-        raise OutputError(f"{_quoted(path)} cannot be written: {error}.") from None
+        if "\0" in str(path):
+            raise RuntimeError("a name cannot have a null character")
+        return Path(path).expanduser()
+    except RuntimeError as error:  # also: a user who does not exist
+        raise OutputError(f"{_quoted(path)} cannot be written: {str(error).rstrip('.')}.") from None
+
+
+def _resolved(path: PathLike) -> Path:
+    """Absolute, `~` expanded, links followed."""
+    return Path(os.path.realpath(expanded(path)))
 
 
 @contextmanager

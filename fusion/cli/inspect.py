@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import load
 
     if args.plot:
-        from fusion.evaluation.plots import MARKS, overview, write
+        from fusion.evaluation.plots import MARKS
 
         check_output(args.plot, endings=tuple(MARKS), overwrite=args.overwrite)
     files = list(expand(args.paths))
@@ -41,6 +41,8 @@ def run(args: Namespace) -> None:
     slices = [branch.slices for adapter in adapters for branch in adapter.branches]
     capacity = min(min(delta.shape) for adapter in adapters for delta in adapter.deltas().values())
     if args.plot:
+        from fusion.evaluation.plots import overview, write
+
         write(overview(measured.names, slices, measured.cosine, capacity=capacity), args.plot, overwrite=True)
     if args.json:
         contents = [describe(adapter, path) for adapter, path in zip(adapters, files, strict=True)]

@@ -5,19 +5,34 @@ defaults below, which suit Stable Diffusion 1.5. --print_config shows what appli
 """
 
 import argparse
+import logging
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_settings, example, file_size, flags_of, open_base, progress, relative
+from fusion.cli.console import (
+    UsageError,
+    add_overwrite,
+    add_settings,
+    example,
+    file_size,
+    flags_of,
+    open_base,
+    progress,
+    relative,
+)  # fmt: skip
 from fusion.config import read_base_defaults, settings_of
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, OutputError
+from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
 from fusion.training.presets import PRESETS, preset
+
+logger = logging.getLogger(__name__)
 
 PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -30,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
     how = ", ".join(f"{name} ({share:g})" for name, share in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, help=f"how much of the base's usual steps to train: {how}")
+    add_overwrite(parser)
     add_settings(parser, TrainingConfig)
 
 
@@ -58,9 +74,10 @@ def run(args: argparse.Namespace) -> None:
         base = config.pretrained_model_name_or_path or pocket_folder()
         print(as_toml(config, read_base_defaults(base, "training")))
         return
+    check_outputs(config, overwrite=args.overwrite)
     base, dtype = config.pretrained_model_name_or_path, PRECISION[config.mixed_precision]
     pipe = open_base(base, args, dtype, revision=config.revision, variant=config.variant)
-    last, target = follow(pipe, config, args.words)
+    last, target = follow(pipe, config, args)
     slices = ", ".join(map(str, last.adapter.slices))
     where = f" on slice {slices}" if slices else ""
     print(f"wrote {target} ({file_size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
@@ -70,31 +87,86 @@ def run(args: argparse.Namespace) -> None:
     print(f"next: {example('generate', target, *on, '--prompt', f'a {config.token}')}")
 
 
-def follow(pipe: Any, config: TrainingConfig, words: list[str]) -> tuple[Any, Path]:
+def check_outputs(config: TrainingConfig, *, overwrite: bool) -> None:
+    """Refuse now where the adapter or its previews could not be written at the end, or would replace another's."""
+    from fusion.formats.adapter_file import check_adapter_output
+
+    check_adapter_output(adapter_path(config), [config.token], overwrite=overwrite)
+    check_output(preview_path(config, config.max_train_steps, 0), overwrite=True)
+
+
+def adapter_path(config: TrainingConfig) -> Path:
+    return relative(config.library or config.output_dir) / f"{config.name}.safetensors"
+
+
+def preview_path(config: TrainingConfig, step: int, number: int) -> Path:
+    return relative(config.output_dir) / "samples" / f"{config.name}-{step:05d}-{number}.png"
+
+
+def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple[Any, Path]:
     """Train with a progress bar; returns the last step and the adapter's file."""
-    from fusion.formats.adapter_file import save
     from fusion.training.loop import train
 
     print(f"training {config.token} on {relative(config.instance_data_dir)}", flush=True)
     step, checkpoint, losses = None, None, deque[float](maxlen=25)
-    target = relative(config.library or config.output_dir) / f"{config.name}.safetensors"
+    target = adapter_path(config)
     training: Any = train(pipe, config)
     try:
-        with closing(training) as steps, progress() as advance:
-            for step in steps:
-                if not losses and step.resumed:
-                    print(f"resumed after step {step.resumed} of {step.total}", flush=True)
-                losses.append(step.loss)
-                advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
-                checkpoint = step.checkpoint or checkpoint
-                save_previews(step, config)
-                if step.step == step.total:  # while the slice is still reserved
-                    save(step.adapter, target, dtype=config.save_precision)
-    except KeyboardInterrupt:
+        with closing(training), progress() as advance:
+            try:
+                for step in training:
+                    if not losses and step.resumed:
+                        print(f"resumed after step {step.resumed} of {step.total}", flush=True)
+                    losses.append(step.loss)
+                    advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+                    save_previews(step, config)
+                    if step.step == step.total:  # while the slice is still reserved
+                        target = save_adapter(training, step, config, args)
+            except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):
+                checkpoint = last_checkpoint(training, config, step)
+                raise
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):
         after = step.step if step else 0
-        print(f"stopped after step {after}. {resume_hint(checkpoint, config, words)}", file=sys.stderr)
+        print(f"stopped after step {after}. {resume_hint(checkpoint, config, args.words)}", file=sys.stderr)
         raise
     return step, target
+
+
+def last_checkpoint(training: Any, config: TrainingConfig, step: Any) -> Path | None:
+    """End a training, which writes a checkpoint of its last step; returns the newest of its run."""
+    from fusion.formats.checkpoint_file import newest_checkpoint
+    from fusion.training.loop import checkpoint_folder
+
+    with suppress(KeyboardInterrupt):
+        training.throw(KeyboardInterrupt)  # where it has ended already, it does nothing
+    return newest_checkpoint(checkpoint_folder(config) / step.adapter.info.provenance.run) if step else None
+
+
+def save_adapter(training: Any, step: Any, config: TrainingConfig, args: argparse.Namespace) -> Path:
+    """Save the adapter of the last step; where that is not possible, the error says how it can be finished."""
+    from fusion.formats.adapter_file import save
+    from fusion.library.library_folder import Library
+
+    target, dtype = adapter_path(config), config.save_precision
+    library = Library(target.parent)
+    try:
+        return library.replace(step.adapter, config.name, dtype, overwrite=args.overwrite)
+    except OutputError as error:
+        problem = error
+    with suppress(OutputError):  # it became another's while this training ran
+        path = library.save(step.adapter, config.name, dtype)
+        logger.warning("%s The adapter is saved as '%s'.", problem, path)
+        return path
+    checkpoint = last_checkpoint(training, config, step)
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{step.total}":
+        raise OutputError(f"{problem} The training is done. {resume_hint(checkpoint, config, args.words)}")
+    try:
+        path = Path(tempfile.mkdtemp(prefix="fusion-adapter-")) / target.name
+        save(step.adapter, path, dtype)
+    except (OSError, OutputError):
+        raise OutputError(f"{problem} {resume_hint(checkpoint, config, args.words)}") from None
+    command = example("library", target.parent, "--add", path)
+    raise OutputError(f"{problem} The adapter is in '{path}' instead; add it to the library with: {command}")
 
 
 def write_picture(pipe: Any, config: TrainingConfig, last: Any, target: Path) -> None:
@@ -119,10 +191,13 @@ def write_picture(pipe: Any, config: TrainingConfig, last: Any, target: Path) ->
 
 def save_previews(step: Any, config: TrainingConfig) -> None:
     """Write a step's previews to the samples folder."""
-    folder = relative(config.output_dir) / "samples"
-    for number, image in enumerate(step.images):
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{config.name}-{step.step:05d}-{number}.png")
+    from fusion.formats.png_file import write_png
+
+    try:
+        for number, image in enumerate(step.images):
+            write_png(preview_path(config, step.step, number), image)
+    except OutputError as error:
+        logger.warning("%s The training goes on.", error)
 
 
 def resume_hint(checkpoint: Path | None, config: TrainingConfig, words: list[str]) -> str:

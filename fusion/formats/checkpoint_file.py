@@ -79,14 +79,6 @@ class Checkpoint:
             scaler.load_state_dict(scaler.state_dict() | changes)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl+C or SIGTERM in a training, after a checkpoint was written. `checkpoint`: the newest of its run, if any."""
-
-    def __init__(self, checkpoint: Path | None) -> None:
-        super().__init__()
-        self.checkpoint = checkpoint
-
-
 def save_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None,
     *, run: str, step: int, loss: float, settings: Mapping[str, Any],

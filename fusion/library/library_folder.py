@@ -17,16 +17,16 @@ from pathlib import Path
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, BaseInfo
+from fusion.config import NAME
 from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
 from fusion.library.locks import LOCK, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
 from fusion.library.training_folders import TrainingFolder, all_training_folders
-from fusion.output_files import create_folder
+from fusion.output_files import create_folder, expanded
 from fusion.spectral.slices import SpectralSlice, free_slice
 
 logger = logging.getLogger(__name__)
-_NAME = re.compile(r"[\w+][\w+. -]{0,99}")  # no folder, not hidden, nothing that a shell interprets
 _BESIDE = (".png", ".jpg", ".webp", ".json")  # what galleries keep beside name.safetensors
 
 
@@ -34,7 +34,7 @@ class Library:
     """A folder of adapters that hands out slices, also to trainings running side by side."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
 
     def adapters(self) -> list[AdapterFile]:
         """Every adapter in the folder, by name, from its header alone. Other files are left out with a warning."""
@@ -49,7 +49,7 @@ class Library:
     def find(self, name: str) -> Path:
         """The file of an adapter. Raises UnknownName."""
         path = self.folder / f"{name}.safetensors"
-        if not _NAME.fullmatch(name) or not path.is_file():
+        if not re.fullmatch(NAME, name) or not os.path.isfile(path):  # noqa: PTH113 (too long a name is none)
             near = closest(name, [entry.path.stem for entry in self.adapters()])
             raise UnknownName(f"'{self.folder}' has no adapter '{name}'{near}")
         return path
@@ -187,8 +187,10 @@ def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"'{name}' cannot name an adapter; use letters, digits, spaces and + - _ .")
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"'{name[:210]}' cannot name an adapter; use up to 200 letters, no / or \\, the first no dot."
+        )
 
 
 def _save_as(adapter: Adapter, path: Path, dtype: str, *, name: str | None = None, overwrite: bool = False) -> Path:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fusion.config import MAX_SEED, TOKEN, StrictModel, listing, read_toml, to_toml
+from fusion.config import MAX_SEED, NAME, TOKEN, StrictModel, listing, read_toml, to_toml
 from fusion.errors import ConfigError
 
 PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
@@ -174,7 +174,7 @@ class TrainingConfig(StrictModel):
 
     output_dir: Path = Path("out")
     """Folder for the adapter, checkpoints, previews and logs."""
-    output_name: str | None = Field(None, pattern=r"^[^/\\.][^/\\]*$")
+    output_name: str | None = Field(None, pattern=f"^{NAME}$")
     """Name of the adapter and its file. Default: the token without brackets."""
     save_precision: Literal["float16", "float32"] = "float16"
     """Precision of the adapter's file. float16 takes half the space and draws the same."""

@@ -23,13 +23,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError, OutputError
-from fusion.formats.checkpoint_file import (
-    Checkpoint,
-    Interrupted,
-    newest_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from fusion.formats.checkpoint_file import Checkpoint, newest_checkpoint, remove_old_checkpoints, save_checkpoint
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
@@ -76,8 +70,8 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     SliceConflict, UnknownName; FormatError for a damaged checkpoint; OutputError where checkpoints cannot be written;
     FusionError when the loss is not finite.
 
-    Ctrl+C, or a KeyboardInterrupt thrown into the generator, ends a training after a checkpoint of its last whole step:
-    it raises Interrupted. A checkpoint that cannot be written later ends nothing; a warning says so.
+    Ctrl+C, a KeyboardInterrupt thrown into the generator, and any error end a training after a checkpoint of its last
+    whole step. A checkpoint that cannot be written ends nothing; a warning says so.
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     setup.check_base_name(pipe, config)
@@ -162,9 +156,9 @@ class _Training:
             # Resumed after the last step: nothing is left to train, but the adapter may never have been saved.
             for step in range(self.resumed + 1, self.config.max_train_steps + 1) or [self.resumed]:
                 yield self._step(step)
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt):
             self._save_checkpoint()
-            raise Interrupted(newest_checkpoint(self._run_folder)) from None
+            raise
 
     def _step(self, step: int) -> TrainStep:
         config, trained = self.config, step > self.resumed
