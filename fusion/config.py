@@ -24,6 +24,8 @@ from fusion.errors import ConfigError, closest
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
 NAME = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}"  # of an adapter and its file: no folder, not hidden
 MAX_SEED = 2**63 - 1  # of torch's generators
+MAX_SEEDS = 10_000  # of one evaluation
+MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
 _BASE_TABLES = ("training", "generation", "example")
@@ -222,7 +224,9 @@ def listing(problems: Sequence[str], limit: int = 10) -> str:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"'{path}' is no file.")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML

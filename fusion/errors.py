@@ -46,5 +46,5 @@ class UnknownName(FusionError):
 
 def closest(word: str, options: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: `"; did you mean 'rank'?"`, or a full stop when nothing is near."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], list(options), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else "."

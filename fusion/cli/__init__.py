@@ -37,6 +37,8 @@ EXAMPLE = """a first session:
   fusion generate both.safetensors --prompt "a <owl> beside a <robot>"
 """
 
+_LONG = re.compile(r"(\S{300})\S+")  # a name of thousands of letters
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 an error of the user's or the system's (one line), 2 wrong usage.
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return import_module(f"fusion.cli.{verb}").run(args) or 0
         except FusionError as error:
-            print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+            print("error:", re.sub(r"\s*\n\s*", " ", _LONG.sub(r"\1…", str(error))), file=sys.stderr)
             return 2 if isinstance(error, UsageError) else 1
         except BrokenPipeError:  # whoever read the output, such as head, has enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for the flush when Python ends)

@@ -8,7 +8,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import add_base_arguments, add_overwrite, open_base, progress
+from fusion.cli.console import STRENGTH, add_base_arguments, add_overwrite, number, open_base, progress
+from fusion.config import MAX_SEED
 from fusion.output_files import check_output
 
 
@@ -17,12 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
     add("--prompt", required=True, metavar="TEXT", help="of every picture")
-    add("--strengths", nargs="+", type=float, default=[0.5, 1.0], metavar="X", help="rows (default: 0.5 1)")
+    add("--strengths", nargs="+", type=STRENGTH, default=[0.5, 1.0], metavar="X", help="rows (default: 0.5 1)")
     add("--methods", nargs="+", default=["direct_sum"], metavar="NAME", help="columns (default: direct_sum)")
     add("--alone", action="store_true", help="also a column for each adapter alone")
-    add("--own_strengths", nargs="+", type=float, metavar="X", help="one for each adapter, times the row's")
-    add("--seed", type=int, default=0, metavar="N", help="of every picture (default: 0)")
-    add("--num_inference_steps", "--steps", type=int, metavar="N", help="denoising steps")
+    add("--own_strengths", nargs="+", type=STRENGTH, metavar="X", help="one for each adapter, times the row's")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="of every picture (default: 0)")
+    add("--num_inference_steps", "--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
     add_overwrite(parser)
     add_base_arguments(parser)

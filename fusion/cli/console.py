@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,6 +112,21 @@ def flags_of(args: Namespace, model: type[StrictModel]) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
+def number(kind: type[int | float], least: float, most: float) -> Callable[[str], Any]:
+    """What reads a number that is no setting of a model; NaN and what is out of bounds are refused."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"needs a {'whole ' * (kind is int)}number, got '{text[:100]}'") from None
+        if not least <= value <= most:
+            raise ArgumentTypeError(f"is from {least} to {most}, got {text[:100]}")
+        return value
+
+    return read
+
+
 def add_base_arguments(parser: ArgumentParser) -> None:
     """What `open_base` reads."""
     add = parser.add_argument_group("base").add_argument
@@ -124,8 +139,13 @@ def add_file_arguments(parser: ArgumentParser, what: str) -> None:
     """Where and how an adapter is written."""
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="FILE", help=f"{what}, .safetensors")
-    add("--rank", type=int, metavar="N", help="compress to this rank (default: exact)")
-    add("--energy", type=float, metavar="X", help="compress, keeping this share of each layer's energy, as 0.99")
+    add("--rank", type=number(int, 1, 65_536), metavar="N", help="compress to this rank (default: exact)")
+    add(
+        "--energy",
+        type=number(float, 1e-6, 1),
+        metavar="X",
+        help="compress, keeping this share of each layer's energy, as 0.99",
+    )
     add("--dtype", default="float16", metavar="TYPE", choices=DTYPES, help="of the file (default: float16)")
     add_overwrite(parser)
 
@@ -138,7 +158,7 @@ def add_overwrite(parser: ArgumentParser) -> None:
 def add_strengths(parser: ArgumentParser) -> None:
     """How strongly adapters act."""
     text = "one number for each adapter (default: 1)"
-    parser.add_argument("--strength", nargs="+", type=float, metavar="X", help=text)
+    parser.add_argument("--strength", nargs="+", type=STRENGTH, metavar="X", help=text)
 
 
 def open_base(
@@ -148,6 +168,9 @@ def open_base(
     from fusion.models.pipelines import open_pipeline
 
     return open_pipeline(name, device=args.device, dtype=dtype, revision=revision, variant=variant)
+
+
+STRENGTH = number(float, -1000, 1000)
 
 
 def terminal_width() -> int:

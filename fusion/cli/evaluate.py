@@ -9,7 +9,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_base_arguments, open_base, print_compatibility, print_list, print_table
+from fusion.cli.console import (
+    UsageError,
+    add_base_arguments,
+    number,
+    open_base,
+    print_compatibility,
+    print_list,
+    print_table,
+)  # fmt: skip
+from fusion.config import MAX_SEED, MAX_SEEDS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,8 +30,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     references = "pictures of a concept: also compare drawn pictures with them; repeatable"
     add("--references", action="append", default=[], metavar="<TOKEN>=FOLDER", help=references)
     add("--judge", metavar="NAME", help="CLIP folder or hub id to judge by (default: the embedded pocket-clip)")
-    add("--seeds", type=int, default=4, metavar="N", help="pictures of each kind to judge (default: 4)")
-    add("--seed", type=int, default=0, metavar="N", help="of pictures and noise (default: 0)")
+    text = "pictures of each kind to judge (default: 4)"
+    add("--seeds", type=number(int, 1, MAX_SEEDS), default=4, metavar="N", help=text)
+    add(
+        "--seed",
+        type=number(int, 0, MAX_SEED - MAX_SEEDS),
+        default=0,
+        metavar="N",
+        help="of pictures and noise (default: 0)",
+    )
     add("--activations", action="store_true", help="also measure each one's response to the inputs of the others")
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)

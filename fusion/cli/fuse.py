@@ -66,12 +66,13 @@ def run(args: Namespace) -> None:
         raise UsageError(f"'{target}' is one of the adapters to fuse; choose another name, or add --overwrite.")
     if args.method not in METHODS:
         raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
+    options = MethodOptions(**{option.name: getattr(args, option.name) for option in fields(MethodOptions)})
     pipe = open_base(args.base, args, None) if METHODS[args.method].needs_base else None
     fused = fuse(
         adapters,
         args.strength,
         args.method,
-        options=MethodOptions(**{option.name: getattr(args, option.name) for option in fields(MethodOptions)}),
+        options=options,
         pipe=pipe,
         gating=args.gating,
         rank=args.rank,

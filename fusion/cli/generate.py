@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # help must be immediate
     from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 
 logger = logging.getLogger(__name__)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf)", re.IGNORECASE)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -141,11 +142,12 @@ def region(text: str) -> Region:
     from fusion.errors import DatasetError
     from fusion.formats.picture_file import load_mask
 
-    prompt, colon, where = text.rpartition(":")
+    drive = re.fullmatch(r"(.*?)(:)(\s*[A-Za-z]:[\\/].*)", text)  # C:\mask.png has a colon of its own
+    prompt, colon, where = drive.groups() if drive else text.rpartition(":")
     if not (colon and prompt.strip() and where.strip()):
         raise UsageError(f'--region takes "PROMPT: LEFT TOP RIGHT BOTTOM" or "PROMPT: MASK.png", got "{text}".')
-    numbers = re.findall(r"[-+.0-9eE]+", where) if re.fullmatch(r"[-+.,0-9eE\s]+", where) else []
-    if len(numbers) == 4:
+    numbers = re.split(r"[,\s]+", where.strip())
+    if len(numbers) == 4 and all(map(_NUMBER.fullmatch, numbers)):
         left, top, right, bottom = map(float, numbers)
         return Region(prompt.strip(), (left, top, right, bottom))
     try:

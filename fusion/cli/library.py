@@ -31,9 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from fusion.errors import FormatError
     from fusion.library.library_folder import Library
 
     library = Library(args.folder)
+    if not args.folder.is_dir() and not args.add:
+        raise FormatError(f"'{args.folder}' is no folder; name the library, or --add adapters to make it one.")
     if args.tokens and not args.rename:
         raise UsageError("--tokens goes with --rename OLD NEW.")
     for path in args.add:

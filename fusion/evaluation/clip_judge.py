@@ -22,7 +22,7 @@ from torch import Tensor
 from fusion.errors import BaseMismatch
 from fusion.formats.picture_file import as_picture
 from fusion.models.embedded_models import embedded
-from fusion.models.pipelines import best_device, silent_loading
+from fusion.models.pipelines import as_device, silent_loading
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
@@ -60,8 +60,9 @@ class Judge:
 def open_judge(where: str | Path | None = None, *, device: str | torch.device | None = None) -> Judge:
     """Open a CLIP model from a folder or hub id, `pocket-clip` by default. Safetensors only, no code from the hub.
 
-    Raises BaseMismatch when it cannot be opened.
+    Raises BaseMismatch when it cannot be opened, ConfigError for a device that is not here.
     """
+    device = as_device(device)
     source = str(where) if where is not None else str(embedded("pocket-clip", "config.json"))
     try:
         with silent_loading(), warnings.catch_warnings():
@@ -72,7 +73,7 @@ def open_judge(where: str | Path | None = None, *, device: str | torch.device | 
             processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseMismatch(f"'{source}' could not be opened as a CLIP model to judge by: {error}") from error
-    return Judge(Path(source).name, model.to(torch.device(device or best_device())).float().eval(), processor)
+    return Judge(Path(source).name, model.to(device).float().eval(), processor)
 
 
 def similarity(crops: Tensor, references: Sequence[Tensor]) -> Tensor:

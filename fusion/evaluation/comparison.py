@@ -73,6 +73,7 @@ def compare(
     if steps is not None:
         warnings.warn("compare(steps=) is now num_inference_steps=; the old name goes away in 0.3", FutureWarning, 2)
         num_inference_steps = steps
+    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": num_inference_steps})
     weights = checked_strengths(adapters, own_strengths)
     columns = [(method, list(adapters), method, weights) for method in methods if adapters]
     if alone:
@@ -94,7 +95,6 @@ def compare(
         for token, single in concepts_of(adapter).items()
     }
     concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed)
-    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": num_inference_steps})
     for number, (strength, column, fused) in enumerate(settings, start=1):
         (picture,) = generate(pipe, config, [fused], on_step=on_step)
         tokens = [concept.token for concept in fused.info.concepts if concept.token in references]

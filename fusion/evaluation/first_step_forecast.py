@@ -26,6 +26,7 @@ from fusion.evaluation.clip_judge import Judge, similarity
 from fusion.evaluation.identity import SINGLE
 from fusion.evaluation.output_error import concepts_of
 from fusion.models.attachment import attach
+from fusion.models.autoencoder import decode_latents
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 
@@ -83,5 +84,4 @@ def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> li
     times = torch.full((len(noise),), first, device=noise.device)
     prediction = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise)))
     latents = schedule.step(prediction, first, noise).pred_original_sample
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(pixels)
+    return decode_latents(pipe, latents)

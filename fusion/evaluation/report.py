@@ -9,6 +9,7 @@ from PIL import Image
 
 from fusion.adapters.adapter import Adapter, nouns
 from fusion.composition.compatibility_report import Compatibility, compatibility
+from fusion.config import MAX_SEED, MAX_SEEDS
 from fusion.errors import ConfigError
 from fusion.evaluation.clip_judge import Judge
 from fusion.evaluation.first_step_forecast import forecast
@@ -116,8 +117,10 @@ def evaluate(
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
-    if seeds < 1:
-        raise ConfigError(f"seeds is the number of pictures of each kind, at least 1; got {seeds}.")
+    if not 1 <= seeds <= MAX_SEEDS:
+        raise ConfigError(f"seeds is the number of pictures of each kind, 1 to {MAX_SEEDS}; got {seeds}.")
+    if not 0 <= seed <= MAX_SEED - seeds:
+        raise ConfigError(f"seed is 0 to {MAX_SEED - seeds}; got {seed}.")
     texts: dict[str, Any] = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
     identity = prediction = None
     if references:

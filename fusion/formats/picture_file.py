@@ -205,5 +205,7 @@ def _too_large(name: str) -> DatasetError:
 
 
 def _damaged(name: str, error: Exception) -> DatasetError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{error or 'broken data'}"
+    if isinstance(error, OSError) and error.strerror:
+        return DatasetError(f"{name} cannot be read: {error.strerror}.")
+    reason = f"{error or 'broken data'}"
     return DatasetError(f"{name} cannot be read: {reason}. It may be damaged; save or download it again.")

@@ -78,13 +78,16 @@ def opened(path: str | os.PathLike[str]) -> Generator[OpenFile, None, None]:
 def _check_beginning(path: Path) -> None:
     """Raise FormatError with the kind of a file that is not eight bytes of header length, then JSON."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise FormatError(f"'{path}' is no file.")
         with path.open("rb") as stream:
             start = stream.read(64)
     except FileNotFoundError:
         near = closest(path.name, [p.name for p in path.parent.glob("*.safetensors")])
         raise FormatError(f"There is no file '{path}'{near}") from None
-    except OSError as error:
-        raise FormatError(f"'{path}' cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"'{path}' cannot be read: {reason}.") from error
     if start[8:9] != b"{":
         otherwise = "not a safetensors file" if start else "empty"
         kind = next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), otherwise)

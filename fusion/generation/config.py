@@ -3,11 +3,11 @@
 import base64
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
 
-from fusion.config import MAX_SEED, SURROGATE, StrictModel
+from fusion.config import MAX_PROMPT, MAX_SEED, SURROGATE, StrictModel
 from fusion.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INSIDE = 0.5  # share of a cell that a painted mask must cover
 MAX_REGIONS = 64
+MAX_PIXELS = 2**28  # of all pictures of a drawing, which are decoded together: 256 of 1024x1024
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Region:
         if isinstance(entry, dict) and SURROGATE.search(str(entry.get("prompt"))):
             raise ConfigError("The prompt of a region has half of a surrogate pair, which is no valid text.")
         match entry:
+            case {"prompt": str(prompt)} if len(prompt) > MAX_PROMPT:
+                raise ConfigError(f"The prompt of a region has {len(prompt)} letters; the limit is {MAX_PROMPT}.")
             case {"prompt": str(prompt), "box": [left, top, right, bottom], **rest} if not rest:
                 shares = [left, top, right, bottom]
                 if all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
@@ -115,9 +118,9 @@ class GenerationConfig(StrictModel):
     users_own = ("prompt",)
     groups: ClassVar = {"picture": "prompt", "drawing": "seed"}
 
-    prompt: str
+    prompt: str = Field(max_length=MAX_PROMPT)
     """What to draw, with the adapters' tokens: "a <dog> on a beach"."""
-    negative_prompt: str = ""
+    negative_prompt: str = Field(default="", max_length=MAX_PROMPT)
     """What the picture should not show."""
     regions: Literal["auto"] | Annotated[tuple[RegionField, ...], Field(max_length=MAX_REGIONS)] = ()
     """Parts of the picture with prompts of their own; with auto, each concept has one where the base would draw it."""
@@ -128,7 +131,7 @@ class GenerationConfig(StrictModel):
     """How many pictures to draw, all at a time."""
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
     """Denoising steps."""
-    guidance_scale: float = Field(default=7.5, ge=0)
+    guidance_scale: float = Field(default=7.5, ge=0, le=1000)
     """How closely to follow the prompt."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """How much of the contrast that guidance adds is taken back, 0 to 1."""
@@ -142,6 +145,15 @@ class GenerationConfig(StrictModel):
     """How far the drawing may depart from the picture it starts from, up to 1."""
     gating: Literal["tokens", "none"] | None = None
     """How the adapters are gated. Default: as their files say."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.num_images * (self.width or 8) * (self.height or 8) > MAX_PIXELS:
+            raise ConfigError(
+                f"{self.num_images} pictures of {self.width}x{self.height} are too many at a time; the limit is "
+                f"{MAX_PIXELS // 1_000_000} megapixels in all."
+            )
+        return self
 
     def seeds(self) -> list[int]:
         """A seed for each picture."""

@@ -12,6 +12,7 @@ from PIL import Image
 from fusion.generation.config import GenerationConfig
 from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.generation.schedulers import own_scheduler
+from fusion.models.autoencoder import decode_latents
 from fusion.models.pipeline import Pipeline
 
 OnStep = Callable[[int, int, Callable[[], Image.Image]], None]
@@ -70,10 +71,8 @@ def reporting(on_step: OnStep) -> dict[str, Any]:
 
 def preview(pipe: Pipeline, latents: torch.Tensor) -> Image.Image:
     """The first picture as it is now; noisy latents (B, C, H, W) of any scheduler are brought to unit scale at most."""
-    with torch.no_grad():
-        first = latents[:1] / latents[:1].std().clamp(min=1)
-        decoded = pipe.vae.decode(first.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(decoded.float())[0]
+    first = latents[:1].float()
+    return decode_latents(pipe, first / first.std().clamp(min=1))[0]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Pictures with their recipes: everything that made a picture, in a text chunk of its PNG."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,10 @@ class Picture:
 
 def recipe_of(path: str | Path) -> Recipe:
     """The recipe in a PNG. Raises FormatError when there is none, or it is not ours."""
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for names that are too long)
+        raise FormatError(f"There is no file '{str(path)[:200]}'.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             text = getattr(image, "text", {}).get(RECIPE_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error

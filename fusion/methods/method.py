@@ -11,6 +11,7 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
+from fusion.config import MAX_SEED
 from fusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ class MethodOptions:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is a share, above 0 and at most 1; got {self.density}.")
-        if self.neutral < 0 or self.ridge <= 0 or self.iterations < 1:
+        if not (0 <= self.neutral <= 1e6 and 0 < self.ridge <= 1e6 and 1 <= self.iterations <= 1_000_000):
             raise ConfigError(
-                f"neutral is 0 or more, ridge above 0 and iterations 1 or more; got {self.neutral}, {self.ridge} and "
-                f"{self.iterations}."
+                f"neutral is 0 to 1e6, ridge above 0 and at most 1e6, iterations 1 to 1000000; got {self.neutral}, "
+                f"{self.ridge} and {self.iterations}."
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is 0 to {MAX_SEED}; got {self.seed}.")
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,14 @@ def open_pipeline(
     """A Stable Diffusion pipeline from a folder or hub id, `pocket` by default, ready on `device`.
 
     Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU;
-    dtype: float16 on a GPU, else float32, one for all components. Raises BaseMismatch when it cannot be opened.
+    dtype: float16 on a GPU, else float32, one for all components. Raises BaseMismatch when it cannot be opened,
+    ConfigError for a device that is not here.
     """
+    device = as_device(device)
     where = Path(base) if base is not None else pocket()
-    source: str | Path = where if where.exists() else str(base)
+    source: str | Path = where if os.path.exists(where) else str(base)  # noqa: PTH110 (Path.exists raises for long names)
     if isinstance(source, Path):
         check_folder(source)
-    device = torch.device(device or best_device())
     try:
         with silent_loading():
             import diffusers
@@ -99,6 +100,20 @@ def check_folder(folder: Path) -> None:
         raise BaseMismatch(f"'{index}' is damaged: {_first_line(error)}") from error
     if name not in _PIPELINES:
         raise BaseMismatch(f"'{folder}' is a {name}; spectral-fusion works on {' or '.join(_PIPELINES)}.")
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device that can be used here; None: the best there is. Raises ConfigError."""
+    try:
+        usable = torch.device(device or best_device())
+        if usable.type == "meta":
+            raise ValueError("meta holds no numbers")
+        torch.empty(1, device=usable)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError, ValueError, TypeError):
+        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        devices += ["mps"] * torch.backends.mps.is_available()
+        raise ConfigError(f"There is no device '{str(device)[:100]}' here; there is {', '.join(devices)}.") from None
+    return usable
 
 
 def best_device() -> str:

@@ -3,13 +3,18 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fusion.config import MAX_SEED, NAME, TOKEN, StrictModel, listing, read_toml, to_toml
+from fusion.config import MAX_PROMPT, MAX_SEED, NAME, TOKEN, StrictModel, listing, read_toml, to_toml
 from fusion.errors import ConfigError
 
+MAX_STEPS = 10_000_000
+MAX_RESOLUTION = 4096  # pixels
+MAX_REPEATS = 10_000
+MAX_WEIGHT = 1e6  # of a part of the loss; also a learning rate that nothing survives
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
 
 # What may be another when a training is resumed; every other setting shapes the adapter (`lasting_settings`).
@@ -41,7 +46,12 @@ class TrainingConfig(StrictModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
     names_or_paths = ("pretrained_model_name_or_path", "resume_from_checkpoint")
     aliases: ClassVar = {"base": "pretrained_model_name_or_path", "placeholder_token": "token"}
-    users_own = ("token", "noun", "revision", "variant", "output_name", "report_to")
+    users_own = (
+        *("token", "noun", "revision", "variant", "output_name", "report_to"),
+        # What is written, drawn and deleted beside the adapter.
+        *("checkpointing_steps", "checkpoints_total_limit", "save_precision", "validation_prompt"),
+        *("num_validation_images", "with_prior_preservation", "class_prompt", "num_class_images"),
+    )
     groups: ClassVar = {
         "base": "pretrained_model_name_or_path",
         "concept": "token",
@@ -64,18 +74,18 @@ class TrainingConfig(StrictModel):
 
     token: str
     """The concept's word in prompts, in angle brackets: <dog>."""
-    noun: str = ""
+    noun: str = Field("", max_length=200)
     """Ordinary word whose embedding initialises the token's, such as dog. Recommended."""
     num_vectors: int = Field(1, ge=1, le=75)
     """Embedding rows, and so text positions, the token takes."""
 
     instance_data_dir: Path
     """Folder of pictures of the concept, with captions in name.txt or metadata.jsonl if there are any."""
-    instance_prompt: str = "a {token}"
+    instance_prompt: str = Field("a {token}", max_length=MAX_PROMPT)
     """Caption of the pictures that have none; {token} stands for the token."""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=MAX_REPEATS)
     """How often each picture is used per epoch, times N in folders called N_name."""
-    resolution: int | None = Field(None, ge=1, le=4096)
+    resolution: int | None = Field(None, ge=1, le=MAX_RESOLUTION)
     """Side of the square training pictures, in pixels. Default: the base's own."""
     center_crop: bool = True
     """Crop the middle of each picture; if false, a random part each time."""
@@ -107,35 +117,35 @@ class TrainingConfig(StrictModel):
     library: Path | None = None
     """Folder of adapters whose slices are taken; the next free one is reserved there. Default: output_dir."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=MAX_WEIGHT)
     """Learning rate of the UNet's layers."""
-    text_encoder_lr: float = Field(1e-5, ge=0)
+    text_encoder_lr: float = Field(1e-5, ge=0, le=MAX_WEIGHT)
     """Learning rate of the text encoders' layers; 0 freezes them."""
-    token_lr: float = Field(1e-3, ge=0)
+    token_lr: float = Field(1e-3, ge=0, le=MAX_WEIGHT)
     """Learning rate of the token's embedding; 0 freezes it."""
     lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "linear"
     """How learning rates fall; linear reaches zero at the last step."""
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0, le=MAX_STEPS)
     """Steps over which learning rates rise from zero."""
-    max_train_steps: int = Field(1250, ge=1)
+    max_train_steps: int = Field(1250, ge=1, le=MAX_STEPS)
     """Optimizer steps in all."""
-    train_batch_size: int = Field(2, ge=1)
+    train_batch_size: int = Field(2, ge=1, le=1024)
     """Pictures per forward pass."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=10_000)
     """Forward passes per step: larger batches for time instead of memory."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's decay rate of the mean of gradients."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW's decay rate of the mean of squared gradients."""
-    adam_weight_decay: float = Field(1e-2, ge=0)
+    adam_weight_decay: float = Field(1e-2, ge=0, le=MAX_WEIGHT)
     """AdamW's weight decay; not on the token."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0, le=1)
     """AdamW's epsilon, against division by zero."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, le=MAX_WEIGHT)
     """Gradients are clipped to this norm; 0 does not clip."""
-    snr_gamma: float | None = Field(None, gt=0)
+    snr_gamma: float | None = Field(None, gt=0, le=MAX_WEIGHT)
     """Min-SNR weighting (arXiv 2303.09556), usually 5. Default: all timesteps weigh the same."""
-    noise_offset: float = Field(0.0, ge=0)
+    noise_offset: float = Field(0.0, ge=0, le=10)
     """Noise added per channel, for very dark or bright pictures. The paper uses 0.01."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts. Default: what its scheduler says."""
@@ -146,16 +156,16 @@ class TrainingConfig(StrictModel):
     """Also train on the base's own pictures of class_prompt, so that the noun keeps its meaning."""
     class_data_dir: Path | None = None
     """Folder of class pictures; missing ones are drawn into it. Default: a folder in output_dir."""
-    class_prompt: str | None = None
+    class_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     """What class pictures show, without the token, such as "a dog"."""
     num_class_images: int = Field(100, ge=1, le=100_000)
     """Number of class pictures."""
-    prior_loss_weight: float = Field(1.0, ge=0)
+    prior_loss_weight: float = Field(1.0, ge=0, le=MAX_WEIGHT)
     """Weight of class pictures in the loss."""
     sample_batch_size: int = Field(4, ge=1, le=256)
     """Class pictures drawn at a time."""
 
-    quiet_loss_weight: float = Field(0.0, ge=0)
+    quiet_loss_weight: float = Field(0.0, ge=0, le=MAX_WEIGHT)
     """Weight of the quiet loss: ΔW is penalised on prompts without the concept, for exports without gates. Try 10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -165,11 +175,11 @@ class TrainingConfig(StrictModel):
     cache_latents: bool = True
     """Encode each picture once, before training; not done with random crops or flips."""
 
-    validation_prompt: str | list[str] | None = None
+    validation_prompt: Prompt | Annotated[list[Prompt], Field(max_length=64)] | None = None
     """Prompts of previews, such as "a {token} on a beach". Default: one picture, of the finished adapter."""
     num_validation_images: int = Field(4, ge=0, le=256)
     """Previews per prompt; with 0 the finished adapter gets no picture either."""
-    validation_steps: int = Field(250, ge=1)
+    validation_steps: int = Field(250, ge=1, le=MAX_STEPS)
     """Steps from one set of previews to the next."""
 
     output_dir: Path = Path("out")
@@ -178,9 +188,9 @@ class TrainingConfig(StrictModel):
     """Name of the adapter and its file. Default: the token without brackets."""
     save_precision: Literal["float16", "float32"] = "float16"
     """Precision of the adapter's file. float16 takes half the space and draws the same."""
-    checkpointing_steps: int = Field(500, ge=0)
+    checkpointing_steps: int = Field(500, ge=0, le=MAX_STEPS)
     """Steps from one checkpoint to the next; 0 writes none."""
-    checkpoints_total_limit: int | None = Field(None, ge=1)
+    checkpoints_total_limit: int | None = Field(None, ge=1, le=MAX_STEPS)
     """How many checkpoints to keep, the newest. Default: all."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to continue from, or "latest"."""

@@ -23,13 +23,14 @@ from fusion.config import listing
 from fusion.errors import DatasetError
 from fusion.formats.picture_file import SUFFIXES, decode, is_transparent, load_mask, load_picture
 from fusion.training import dataset_files as files
-from fusion.training.config import TrainingConfig
+from fusion.training.config import MAX_REPEATS, TrainingConfig
 from fusion.training.dataset_files import MASKS, METADATA, some, visible
 from fusion.training.pictures import Cut, cut
 
 logger = logging.getLogger(__name__)
 
-_REPEATED = re.compile(r"([1-9]\d*)_(.+)")  # kohya's folder names
+_REPEATED = re.compile(r"([1-9]\d{0,99})_(.+)")  # kohya's folder names
+MAX_USES = 1_000_000  # pictures of an epoch, repeats counted
 _WARNINGS = {  # by kind; {} is the instance prompt
     "captionless": "Without a caption, so '{}' is used",
     "tokenless": "Captions that do not name the token",
@@ -141,6 +142,8 @@ class _Reader:
         if self.config and not self.examples and not self.problems:
             kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
             self.problems.append(f"there are no pictures in it; put some there ({kinds})")
+        if (uses := sum(example.repeats for example in self.examples)) > MAX_USES:
+            self.problems.append(f"its pictures are repeated to {uses} an epoch; the limit is {MAX_USES}")
         if self.problems:
             raise DatasetError(f"'{self.folder.name}': {listing(self.problems)}")
         for kind in ("captionless", "maskless"):  # a warning only where others in the folder have one
@@ -164,6 +167,10 @@ class _Reader:
         self.names["unused"] += [f"{self._name(path)}/" if path.is_dir() else self._name(path) for path in unused]
         match = _REPEATED.fullmatch(folder.name) if folder != self.folder else None
         repeats, trigger = (int(match[1]), match[2].strip()) if match else (1, "")
+        if repeats > MAX_REPEATS:
+            limit = f"folders repeat their pictures at most {MAX_REPEATS} times"
+            self.problems.append(f"{self._name(folder)}/: {limit}; rename it.")
+            return
         for stem, paths in pictures.items():
             own_masks = masks[stem] if self.config and self.config.use_masks else []
             with self._collected():

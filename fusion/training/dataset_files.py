@@ -82,6 +82,8 @@ def caption_for(text: str, token: str, trigger: str = "") -> str:
 
 def read_text(file: Path, name: str) -> str:
     """A text file in UTF-8. Raises DatasetError calling it `name`."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise DatasetError(f"{name} is no file.")
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion.errors import DatasetError
+from fusion.errors import ConfigError, DatasetError
 from fusion.formats.picture_file import load_picture
+from fusion.training.config import MAX_RESOLUTION
 from fusion.training.pictures import cut
 
 MIN_PICTURES = 3
@@ -33,7 +34,9 @@ class PictureChecks:
 
 
 def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureChecks:
-    """Check picture files for a training at `resolution`. Problems are warnings; nothing is raised."""
+    """Check picture files for a training at `resolution`; problems are warnings. Raises ConfigError."""
+    if not 1 <= resolution <= MAX_RESOLUTION:
+        raise ConfigError(f"resolution is 1 to {MAX_RESOLUTION} pixels; got {resolution}.")
     checks: list[PictureCheck] = []
     thumbnails: dict[str, np.ndarray] = {}
     for path in map(Path, paths):

@@ -11,8 +11,10 @@ PRESETS = {"quick": 0.4, "standard": 1.0, "careful": 2.0}
 
 
 def preset(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a preset, where `base` is [training] of the base's `fusion.toml`. Raises UnknownName."""
+    """The settings of a preset, where `base` is [training] of the base's `fusion.toml`. Raises UnknownName,
+    ConfigError for a table that is wrong.
+    """
     if name not in PRESETS:
         raise UnknownName(f"No preset is called '{name}'{closest(name, PRESETS)} There are: {', '.join(PRESETS)}.")
-    usual = base.get("max_train_steps", TrainingConfig.model_fields["max_train_steps"].default)
-    return {"max_train_steps": max(1, round(usual * PRESETS[name]))}
+    usual = TrainingConfig.from_values({"token": "<a>", "instance_data_dir": "."}).with_base_defaults(base)
+    return {"max_train_steps": max(1, round(usual.max_train_steps * PRESETS[name]))}

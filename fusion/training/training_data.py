@@ -15,6 +15,7 @@ from torch import Tensor
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
+from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
@@ -85,23 +86,11 @@ class TrainingData:
         return Batch(torch.stack(latents), torch.stack(masks), list(time_ids), captions, latents[0].new_tensor(weights))
 
     def _encode(self, example: Example, generator: torch.Generator | None) -> Encoded:
-        """Pixels to scaled latents, by an autoencoder in float32 where half precision overflows.
-
-        The latents are the mode: the autoencoder's variance is far below the noise of training.
-        """
         picture = prepare(example, self.resolution, self.config, generator)
-        vae, device = self.pipe.vae, self.pipe.unet.device
-        stored = vae.dtype
-        if stored == torch.float16 and vae.config.force_upcast:
-            vae.to(torch.float32)
-        with torch.no_grad():
-            mode = vae.encode(picture.pixels[None].to(device, vae.dtype)).latent_dist.mode()
-        if vae.dtype != stored:
-            vae.to(stored)
-        latents = mode[0].float() * vae.config.scaling_factor
+        latents = encode_pixels(self.pipe, picture.pixels[None])[0].to(self.pipe.unet.device)
         mask, outside = torch.ones_like(latents[:1]), self.config.unmasked_weight
         if picture.mask is not None:
-            inside = F.interpolate(picture.mask[None].to(device), latents.shape[-2:], mode="area")[0]
+            inside = F.interpolate(picture.mask[None].to(latents.device), latents.shape[-2:], mode="area")[0]
             mask = outside + (1 - outside) * inside
         return latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2)
 

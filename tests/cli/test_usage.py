@@ -1,9 +1,12 @@
 """What a mistake at the keyboard gets: one line, a suggestion, an exit code."""
 
 import pytest
+from PIL import Image
 
 from fusion.cli import main
 from fusion.errors import FusionError
+
+WHITE = Image.new("L", (8, 8), 255)
 
 
 def said(capsys) -> str:
@@ -44,6 +47,59 @@ def test_unknown_words_are_usage_errors_with_a_suggestion(words, suggestion, cap
 def test_incomplete_or_impossible_commands_are_usage_errors(words, capsys):
     assert main(words) == 2
     assert capsys.readouterr().err
+
+
+BOUNDED = {
+    "evaluate a --seeds": "0 -1 10001 nan 1e3",
+    "evaluate a --seed": f"-1 {2**63} nan inf x",
+    "compare a --prompt x -o x.png --steps": "0 1001 nan",
+    "compare a --prompt x -o x.png --seed": f"-1 {2**63}",
+    "compare a --prompt x -o x.png --strengths": "nan inf 1e9",
+    "fuse a -o b.safetensors --rank": "0 -1 1000000 nan",
+    "fuse a -o b.safetensors --energy": "0 2 nan",
+    "export a --to kohya -o b.safetensors --energy": "-1 nan",
+    "generate a --prompt x --strength": "nan inf 1e30",
+    "generate --prompt x --steps": "0 1001 nan",
+    "generate --prompt x --seed": f"-1 {2**63}",
+    "generate --prompt x --width": "0 -8 8193 nan",
+    "generate --prompt x --num_images": "0 257",
+    "generate --prompt x --image_strength": "0 1.1 nan",
+    "train --token <a> --instance_data_dir . --max_train_steps": "0 nan 100000000",
+    "train --token <a> --instance_data_dir . --resolution": "0 80000",
+}
+
+
+@pytest.mark.parametrize("command", BOUNDED)
+def test_a_number_out_of_bounds_is_one_line_before_anything_is_read(command, capsys):
+    for value in BOUNDED[command].split():
+        assert main([*command.split(), value]) == 2
+        line = said(capsys)
+        assert command.split("-")[-1] in line and value[:5].lower() in line.lower(), line
+
+
+@pytest.mark.parametrize(
+    ("text", "box", "mask"),
+    [
+        ("a <dog>: 0 0 .5 1", (0, 0, 0.5, 1), None),
+        ("a: b: 0,0, 5e-1 1", (0, 0, 0.5, 1), None),
+        ("a <dog>: nan 0 0.5 1", None, "nan 0 0.5 1"),
+        ("a <dog>: C:\\masks\\m.png", None, "C:\\masks\\m.png"),
+        ("a <dog>:d:/m.png", None, "d:/m.png"),
+        ("time 10:30: m.png", None, "m.png"),
+    ],
+)
+def test_a_region_is_a_prompt_with_a_box_or_a_file(text, box, mask, monkeypatch):
+    from fusion.cli.generate import region
+
+    files = []
+    monkeypatch.setattr("fusion.formats.picture_file.load_mask", lambda path: files.append(path) or WHITE)
+    if mask == "nan 0 0.5 1":
+        with pytest.raises(FusionError, match=r"has the box nan 0 0\.5 1"):
+            region(text)
+    else:
+        part = region(text)
+        assert (part.box, files) == (box, [mask] * (mask is not None))
+        assert part.prompt == text[: len(part.prompt)] and part.prompt[-1] not in ": "
 
 
 def test_abbreviations_are_not_guessed(capsys):

@@ -7,8 +7,9 @@ from torch import nn
 
 import tiny
 from fusion.adapters.adapter import BaseInfo
-from fusion.errors import BaseMismatch
-from fusion.models.pipelines import base_info
+from fusion.errors import BaseMismatch, ConfigError
+from fusion.evaluation.clip_judge import open_judge
+from fusion.models.pipelines import base_info, open_pipeline
 from fusion.models.pipelines import family as family_of
 
 
@@ -33,3 +34,16 @@ def test_other_pipelines_are_refused_by_name():
     with pytest.raises(BaseMismatch, match=r"Nothing has no UNet with a CLIP text encoder; .*1\.x, 2\.x and XL"):
         family_of(Nothing())
     assert torch.is_tensor(Nothing.unet.weight)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x", "x" * 1000])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_opened(device, tmp_path):
+    for opener in (open_pipeline, open_judge):
+        with pytest.raises(ConfigError, match=rf"^There is no device '{device[:100]}' here; there is cpu"):
+            opener(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("base", ["x" * 5000, "~nobody/x", "a\0b"])
+def test_a_base_of_an_impossible_name_is_refused(base):
+    with pytest.raises(BaseMismatch, match="could not be opened"):
+        open_pipeline(base, device="cpu")

@@ -11,8 +11,9 @@ from PIL import Image
 
 import tiny
 from fusion.adapters import ADAPTERS
-from fusion.config import read_base_defaults
+from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError
+from fusion.generation.config import GenerationConfig
 from fusion.training.config import TrainingConfig
 from fusion.training.training_data import TrainingData
 
@@ -109,6 +110,12 @@ def test_a_name_is_no_path(name):
         ({"seed": 2**63}, "seed must be less than or equal to 9223372036854775807"),
         ({"seed": -1}, "seed must be greater than or equal to 0"),
         ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf."),
+        ({"train_batch_size": 10**6}, "train_batch_size must be less than or equal to 1024, got 1000000."),
+        ({"repeats": 10**9}, "repeats must be less than or equal to 10000"),
+        ({"instance_prompt": "a {token}" * 2000}, "instance_prompt must have at most 10000 characters"),
+        ({"validation_prompt": ["a {token}"] * 65}, "validation_prompt must have at most 64 items"),
+        ({"learning_rate": 1e30}, "learning_rate must be less than or equal to 1000000"),
+        ({"output_name": "x" * 300}, "output_name"),
         ({"unmasked_weight": float("nan")}, "unmasked_weight must be a finite number, got nan."),
     ],
 )
@@ -144,6 +151,17 @@ def test_a_resolution_must_suit_the_base(tmp_path):
             TrainingData(pipe, settings)
 
 
+def test_every_number_of_every_setting_has_a_bound_that_a_machine_can_bear():
+    for model in (TrainingConfig, GenerationConfig):
+        needed = NEEDED if model is TrainingConfig else {"prompt": "a dog"}
+        for setting in settings_of(model):
+            if kinds := {int, float} & setting.kinds:
+                huge = [10**30, -(10**30)] if int in kinds else [1e30, -1e30, float("nan"), float("inf")]
+                for value in huge:
+                    with pytest.raises(ConfigError, match=f"^{setting.name} must be "):
+                        model(**needed | {setting.name: value})
+
+
 def test_placeholders_become_the_token():
     made = config(validation_prompt=["a {token}", "[trigger] asleep"])
     assert made.validation_prompts() == ("a <dog>", "<dog> asleep")
@@ -170,6 +188,7 @@ def test_base_defaults_are_checked_as_the_users_are():
     [
         *("token", "placeholder_token", "output_name", "report_to", "base"),
         *("output_dir", "instance_data_dir", "resume_from_checkpoint", "library"),
+        *("checkpointing_steps", "checkpoints_total_limit", "save_precision", "validation_prompt", "class_prompt"),
     ],
 )
 def test_a_base_may_not_choose_files_or_tokens(name):
