@@ -44,6 +44,7 @@ from fusion.library.slice_maps import slice_map as slice_map
 from fusion.methods import METHODS as METHODS
 from fusion.methods import MethodOptions as MethodOptions
 from fusion.models.attachment import attach as attach
+from fusion.models.attachment import detached as detached
 from fusion.models.baking import bake as bake
 from fusion.models.baking import save_model as save_model
 from fusion.models.embedded_models import pocket as pocket

@@ -9,8 +9,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ class Session:
             self.trainings.close()
         self._temporary.remove()
 
+    @contextmanager
+    def pipeline(self, activity: str) -> Generator[None]:
+        """Wait for the pipeline, and have it for the block without the adapter that is being taught."""
+        with self.queue.acquire(activity), self.without_training():
+            yield
+
+    def without_training(self) -> AbstractContextManager[None]:
+        """For whoever has the pipeline: a concept that is stopped and resumed can be drawn while it learns."""
+        return fusion.detached(self.pipe) if self.is_open else nullcontext()
+
     @property
     def base_flags(self) -> list[str]:
         """The base as flags of the command line."""
@@ -141,7 +151,7 @@ class Session:
             raise fusion.FusionError("Pick at least one concept first.")
         adapters, strengths = self.adapters(list(picked)), list(picked.values())
         runs_base = method in fusion.METHODS and fusion.METHODS[method].needs_base
-        with self.queue.acquire("Concepts are being fused") if runs_base else nullcontext():
+        with self.pipeline("Concepts are being fused") if runs_base else nullcontext():
             return fusion.fuse(adapters, strengths, method, pipe=self.pipe if runs_base else None, name=name)
 
     def store_picture(self, picture: fusion.Picture) -> str:

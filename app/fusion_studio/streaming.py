@@ -67,7 +67,9 @@ def stream_results(session: Session, activity: str, work: Callable[[ProgressStre
 
     def run() -> None:
         try:
-            stream.updates.put(Result(work(stream)))
+            with session.without_training():
+                result = work(stream)
+            stream.updates.put(Result(result))
         except BaseException as error:  # raised again in the thread that reads
             stream.updates.put(error)
 

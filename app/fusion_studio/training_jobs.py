@@ -51,7 +51,6 @@ class TrainingJob:
         self.state, self.error = "waiting", ""  # then preparing, learning, and learned, stopped or failed
         self.stop, self.unpaused = threading.Event(), threading.Event()  # `stop` ends it after its step
         self.unpaused.set()
-        self.replaces: Path | None = None  # the library's file of it, if this resumes a stopped training
         self.saved: Path | None = None
 
     @property
@@ -64,6 +63,7 @@ class TrainingJob:
 
     def record(self, last: fusion.TrainStep) -> None:
         self.state, self.step, self.total, self.seconds = "learning", last.step, last.total, last.seconds
+        self.start = last.resumed
         self.losses.append(last.loss)
         self.previews += [(image, f"step {last.step}") for image in last.images]
 
@@ -135,8 +135,6 @@ def resume_job(session: Session, name: str) -> TrainingJob:
         training.folder.release()
         raise
     job.start = job.step = training.steps
-    same_slice = [e for e in session.entries().values() if training.adapter and e.slices == training.adapter.slices]
-    job.replaces = next((entry.path for entry in same_slice if tokens_of(entry.info) == [job.token]), None)
     return job
 
 
@@ -213,7 +211,7 @@ class TrainingQueue:
 
     def _train(self, job: TrainingJob) -> None:
         if job.start == job.total:  # the studio ended after the last step, before the library had the adapter
-            job.saved = job.replaces or fusion.Library(self.session.library).add(job.checkpoint, safe_name(job.token))
+            job.saved = self._save(job, fusion.load(job.checkpoint))
             return
         ungated = job.config.gating == "none"  # then the pipeline is held to the end
         pipeline = partial(self.session.queue.acquire, f"{job.token} is being taught")
@@ -229,17 +227,19 @@ class TrainingQueue:
                     while not job.unpaused.wait(0.2) and not job.stop.is_set():
                         pass
                 if last is not None:  # saved while its slice is still reserved
-                    job.saved = self._save(job, last)
+                    job.saved = self._save(job, last.adapter)
             finally:
                 with nullcontext() if ungated else pipeline():
                     steps.close()
 
-    def _save(self, job: TrainingJob, last: fusion.TrainStep) -> Path:
-        """Into the library, with the latest preview beside it."""
-        library, dtype = fusion.Library(self.session.library), job.config.save_precision
-        path = job.replaces or library.save(last.adapter, safe_name(job.token), dtype)
-        if job.replaces:
-            fusion.save(last.adapter, path, dtype=dtype)
+    def _save(self, job: TrainingJob, adapter: fusion.Adapter) -> Path:
+        """Into the library, with the latest preview beside it; in place of what this training has left there before."""
+        dtype, settings = job.config.save_precision, adapter.info.provenance.settings
+        entries = [e for e in self.session.entries().values() if tokens_of(e.info) == [job.token]]
+        earlier = next((e.path for e in entries if e.info.provenance.settings == settings), None)
+        path = earlier or fusion.Library(self.session.library).save(adapter, safe_name(job.token), dtype)
+        if earlier:
+            fusion.save(adapter, path, dtype=dtype)
         if job.previews:
             fusion.save_adapter_picture(path, job.previews[-1][0])
         return path

@@ -5,7 +5,8 @@ Knows nothing of files or of training; the training loop attaches live layers by
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -16,7 +17,7 @@ from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
 from fusion.models.base_check import check_base
 from fusion.models.layer_sites import sites
-from fusion.models.model_state import AttachedState, state_of
+from fusion.models.model_state import AttachedState, attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta
 
@@ -29,8 +30,10 @@ _lock = threading.RLock()  # threads attach and detach one after another
 class Attachment:
     """An adapter in a pipeline. `detach()` restores the same module objects; also a context manager."""
 
+    _is_in = False  # not while `detached` has it out
+
     def __init__(self, pipe: Pipeline, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
-        self.adapter = adapter
+        self.adapter, self._gates, self._live = adapter, gates, live
         self._strengths = {branch.name: Strength(branch.strength) for branch in adapter.branches}
         self._branches: list[tuple[str, int]] = []
         self._key = next(_keys)
@@ -41,14 +44,31 @@ class Attachment:
             check_base(pipe, adapter, state.checks)
             state.open(pipe)
             self._state: AttachedState | None = state
+            state.handles.append(self)
             try:
-                state.denoiser_gates += self._denoiser_gates
-                state.tokens.add(self._key, adapter.info.concepts, adapter.tokens)
-                for branch in adapter.branches:
-                    self._add(pipe, state, branch, gates[branch.name], live=live)
+                self._put_in(pipe)
             except BaseException:
                 self.detach()
                 raise
+
+    def _put_in(self, pipe: Pipeline) -> None:
+        if (state := self._state) is None:
+            return
+        state.denoiser_gates += self._denoiser_gates
+        self._is_in = True
+        state.tokens.add(self._key, self.adapter.info.concepts, self.adapter.tokens)
+        for branch in self.adapter.branches:
+            self._add(pipe, state, branch, self._gates[branch.name], live=self._live)
+
+    def _take_out(self) -> None:
+        state, names, self._branches = self._state, self._branches, []
+        if state is None or not self._is_in:
+            return
+        self._is_in = False
+        for name, key in names:
+            state.remove_branch(name, key)
+        state.tokens.remove(self._key)
+        state.denoiser_gates -= self._denoiser_gates
 
     def _add(self, pipe: Pipeline, state: AttachedState, branch: Branch, gate: tuple[str, ...], *, live: bool) -> None:
         key, table = next(_keys), sites(pipe)
@@ -77,13 +97,11 @@ class Attachment:
     def detach(self) -> None:
         """Take the adapter out again, exactly. A second call does nothing."""
         with _lock:
-            state, self._state = self._state, None
-            if state is None:
+            if (state := self._state) is None:
                 return
-            for name, key in self._branches:
-                state.remove_branch(name, key)
-            state.tokens.remove(self._key)
-            state.denoiser_gates -= self._denoiser_gates
+            self._take_out()
+            self._state = None
+            state.handles.remove(self)
             state.close()
 
     def __enter__(self) -> "Attachment":
@@ -101,6 +119,26 @@ def attach(pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live:
     Raises BaseMismatch for a foreign base, TokenConflict for a token in use, GatingError where a gate is impossible.
     """
     return Attachment(pipe, adapter, effective_gates(adapter, gating), live=live)
+
+
+@contextmanager
+def detached(pipe: Pipeline) -> Generator[None]:
+    """For the block, the pipeline without the adapters that are attached to it; then the same are attached again.
+
+    So others can use a pipeline between two steps of a training, with an adapter of the same token too. The prompts
+    that the attached adapters have been given stay known.
+    """
+    state = attached_state(pipe)
+    attachments: list[Attachment] = list(state.handles) if state else []
+    with _lock:
+        for attachment in attachments:
+            attachment._take_out()  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        with _lock:
+            for attachment in attachments:
+                attachment._put_in(pipe)  # pyright: ignore[reportPrivateUsage]
 
 
 def effective_gates(adapter: Adapter, gating: str | None) -> dict[str, tuple[str, ...]]:

@@ -43,6 +43,7 @@ class AttachedState:
         states = [state for module in self.components.values() if (state := module.__dict__.get(_STATE))]
         self.baked: set[str] = set().union(*(state.baked for state in states))  # digests of adapters
         self.attachments = 0
+        self.handles: list[Any] = []  # an Attachment for each
         self.denoiser_gates = 0  # attachments with gates in the UNet: without any, its prompts need not be recognised
         self.tokens = ConceptTokens(text_encoders(pipe))
         self._unet = uncompiled(pipe.unet)

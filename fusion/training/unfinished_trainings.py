@@ -40,7 +40,9 @@ class UnfinishedTraining:
         """Lock its folder; returns the settings to resume with. Raises FusionError where it is locked."""
         if not self.folder.acquire():
             raise FusionError("This training is running already, in another program or page.")
-        resumed = {"resume_from_checkpoint": "latest"} if self.adapter else {}
+        # A program may have ended after a checkpoint and before the adapter beside it.
+        checkpoints = (self.folder.folder / "checkpoints").glob("**/checkpoint-*/*")
+        resumed = {"resume_from_checkpoint": "latest"} if self.adapter or any(checkpoints) else {}
         return self.config and self.config.updated(resumed)
 
 

@@ -364,6 +364,42 @@ def test_a_stopped_training_is_resumed_or_discarded(session, files):
     assert session.entries().keys() == {"rex"} and not list(session.library.glob(".unfinished/*"))
 
 
+def test_a_resumed_concept_is_drawn_while_it_learns_and_learns_the_same(session, files, taught):
+    def picture():
+        picks = {"picked": {"rex": 1}}
+        draw.selection_views(session, picks, "", "", None)
+        *_, last = draw.draw_pictures(session, (), Controls(picks, "a <rex>", "", 3, False))
+        with Image.open(last[0]) as image:
+            return image.tobytes()
+
+    begin(session, files, "rex", 12, text_encoder_lr="0")
+    until(lambda: session.trainings.current and session.trainings.current.step >= 3)
+    teach.pause_teaching(session), teach.stop_teaching(session)
+    *_, last = teach.watch(session)
+    assert "Stopped after" in last[0]
+    before = picture()
+    _, which, _ = teach.unfinished_trainings(session)
+    teach.resume_teaching(session, which.value)
+    learning(session, "<rex>")
+    assert picture() == before and not session.trainings.current.paused
+    *_, last = teach.watch(session)
+    assert "Learned in 12 steps" in last[0] and picture() != before
+    assert session.entries().keys() == {"rex"} and session.trainings.current.start
+
+
+def test_a_checkpoint_without_an_adapter_beside_it_is_resumed(session, files):
+    begin(session, files, "rex", 12)
+    until(lambda: session.trainings.current and session.trainings.current.step >= 4)
+    teach.stop_teaching(session)
+    list(teach.watch(session))
+    (name,) = training_jobs.unfinished_jobs(session)
+    (session.library / ".unfinished" / name / "rex.safetensors").unlink()  # killed between the two
+    teach.resume_teaching(session, name)
+    *_, last = teach.watch(session)
+    assert "Learned in 12 steps" in last[0] and session.trainings.current.start >= 4
+    assert session.entries().keys() == {"rex"} and session.entries()["rex"].info.provenance.steps == 12
+
+
 def test_what_cannot_be_resumed_says_why(session, files, base):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")

@@ -13,7 +13,7 @@ import tiny
 from fusion.adapters import ADAPTERS
 from fusion.errors import BaseMismatch, ConfigError, FusionError, GatingError, TokenConflict, UnknownName
 from fusion.layer_names import TOKENIZERS
-from fusion.models.attachment import attach
+from fusion.models.attachment import attach, detached
 from fusion.models.layer_sites import components, sites
 from trained import attached, draw, everywhere, fresh_adapter, trained_adapter
 
@@ -109,6 +109,24 @@ def test_a_with_block_detaches_even_when_it_fails(pipe):
     with pytest.raises(ZeroDivisionError), attach(pipe, trained_adapter(pipe)):
         draw(pipe, "a <rex>", num_inference_steps=1)
         raise ZeroDivisionError
+    assert state(pipe) == before
+
+
+def test_others_use_a_pipeline_between_the_steps_of_one_who_has_adapters_attached(pipe):
+    prompts = ["a <rex>", "a dog"]
+    before, base = state(pipe), draw(pipe, prompts[1:])
+    with attach(pipe, trained_adapter(pipe)), attach(pipe, trained_adapter(pipe, "<tom>", k=1)) as other:
+        expected = draw(pipe, prompts)
+        with detached(pipe):
+            assert torch.equal(draw(pipe, prompts[1:]), base)
+            with attached(pipe, trained_adapter(pipe, k=1)):  # the same token
+                assert not torch.equal(draw(pipe, prompts)[:1], expected[:1])
+        assert torch.equal(draw(pipe, prompts), expected)
+        with detached(pipe):
+            other.detach()  # stays detached
+        assert torch.equal(draw(pipe, prompts), expected) and len(pipe.tokenizer("a <tom>").input_ids) > 4
+    with detached(pipe):
+        assert state(pipe) == before
     assert state(pipe) == before
 
 
