@@ -79,7 +79,11 @@ def output_group(path: PathLike) -> Generator[Path]:
                     _sync(entry)
             partial = partial.rename(partial.with_suffix(".moving"))
             _sync(target.parent)
-            _move_entries(partial, last=target.name)
+            try:
+                _move_entries(partial, last=target.name)
+            except KeyboardInterrupt:  # what is complete is not left half moved
+                _move_entries(partial, last=target.name)
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if descriptor is not None:

@@ -237,9 +237,11 @@ class TrainingQueue:
         dtype, settings = job.config.save_precision, adapter.info.provenance.settings
         entries = [e for e in self.session.entries().values() if tokens_of(e.info) == [job.token]]
         earlier = next((e.path for e in entries if e.info.provenance.settings == settings), None)
-        path = earlier or fusion.Library(self.session.library).save(adapter, safe_name(job.token), dtype)
+        library = fusion.Library(self.session.library)
         if earlier:
-            fusion.save(adapter, path, dtype=dtype)
+            path = library.replace(adapter, earlier.stem, dtype)
+        else:
+            path = library.save(adapter, safe_name(job.token), dtype)
         if job.previews:
             fusion.save_adapter_picture(path, job.previews[-1][0])
         return path

@@ -62,14 +62,14 @@ def overview(
     return figure
 
 
-def write(figure: Figure, path: str | Path, *, overwrite: bool = False) -> Path:
+def write(figure: Figure, path: str | Path, *, dpi: int = 160, overwrite: bool = False) -> Path:
     """Save as PNG, SVG or PDF, by the name's ending; an earlier plot is replaced, other files with `overwrite` only.
 
     Raises OutputError.
     """
     target, data = check_output(path, endings=tuple(MARKS), overwrite=overwrite), io.BytesIO()
     with rc_context(STYLE):
-        figure.savefig(data, dpi=160, format=target.suffix[1:].lower(), metadata={MARKS[target.suffix.lower()]: MARK})
+        figure.savefig(data, dpi=dpi, format=target.suffix[1:].lower(), metadata={MARKS[target.suffix.lower()]: MARK})
     return write_output(target, data.getbuffer())
 
 

@@ -82,7 +82,6 @@ def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16",
     An adapter of the same tokens is replaced, other files with `overwrite` only. Raises OutputError for a path that
     cannot be written, FormatError for values that are not finite or do not fit `dtype`.
     """
-    check_adapter_output(path, [concept.token for concept in adapter.info.concepts], overwrite=overwrite)
     tensors: dict[str, Tensor] = {}
     for number, branch in enumerate(adapter.branches):
         prefix = f"{number}." if len(adapter.branches) > 1 else ""
@@ -101,10 +100,14 @@ def save(adapter: Adapter, path: str | os.PathLike[str], dtype: str = "float16",
     metadata = {"format": FORMAT, "format_version": VERSION, **entries.model_dump(round_trip=True)}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _layout(Path(path), metadata, shapes)  # never write what load would refuse
+    size = sum(tensor.numel() for tensor in tensors.values()) * (4 if dtype == "float32" else 2)
+    check_adapter_output(path, [concept.token for concept in info.concepts], size=size, overwrite=overwrite)
     write_file(path, tensors, metadata | modelspec(info, FORMAT), dtype)
 
 
-def check_adapter_output(path: str | os.PathLike[str], tokens: Iterable[str], *, overwrite: bool = False) -> Path:
+def check_adapter_output(
+    path: str | os.PathLike[str], tokens: Iterable[str], *, size: int = 0, overwrite: bool = False
+) -> Path:
     """Raise OutputError now for a path where an adapter of these tokens could not be saved later."""
 
     def foreign(existing: Path) -> str:
@@ -115,7 +118,7 @@ def check_adapter_output(path: str | os.PathLike[str], tokens: Iterable[str], *,
         known = [concept.token for concept in concepts]
         return "" if known and set(known) == set(tokens) else f"it is the adapter of {' '.join(known) or 'no token'}"
 
-    return check_output(path, endings=(".safetensors",), foreign=foreign, overwrite=overwrite)
+    return check_output(path, endings=(".safetensors",), size=size, foreign=foreign, overwrite=overwrite)
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:

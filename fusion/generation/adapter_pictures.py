@@ -1,22 +1,21 @@
 """The picture of an adapter: name.png beside name.safetensors, where the studio and other programs look for it."""
 
-import io
 import os
 from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from fusion.adapters.adapter import Adapter
+from fusion.formats.png_file import MARK_KEY, write_png
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.generation.pipeline_call import OnStep
 from fusion.generation.recipe import RECIPE_KEY
 from fusion.models.pipeline import Pipeline
-from fusion.output_files import MARK, write_output
+from fusion.output_files import MARK
 
 MAX_SIDE = 256  # pixels
-MARK_KEY = "Software"  # PNG text chunk
 
 
 def draw_adapter_picture(
@@ -37,11 +36,9 @@ def save_adapter_picture(file: str | os.PathLike[str], image: Image.Image) -> Pa
     target = Path(file).with_suffix(".png")
     if os.path.lexists(target) and not _is_adapter_picture(target):
         return None
-    small, chunks, data = image.convert("RGB"), PngImagePlugin.PngInfo(), io.BytesIO()
+    small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE))
-    chunks.add_text(MARK_KEY, MARK)
-    small.save(data, "PNG", pnginfo=chunks)
-    return write_output(target, data.getvalue())
+    return write_png(target, small)
 
 
 def _is_adapter_picture(path: Path) -> bool:

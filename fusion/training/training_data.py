@@ -18,6 +18,7 @@ from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
+from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
 
@@ -95,8 +96,9 @@ class TrainingData:
         return latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2)
 
     def _draw_class_pictures(self, missing: int) -> None:
-        """Class pictures by the base itself, as no adapter is attached yet."""
+        """Class pictures by the base itself, as no adapter is attached yet. Raises OutputError."""
         config, folder, seed = self.config, self.config.class_folder(), 0
+        check_output(folder / "drawn-00000.png", size=missing * 3 * self.resolution**2, overwrite=True)
         while missing > 0:
             drawing = GenerationConfig(prompt=config.class_prompt or "", seed=seed, num_images=config.sample_batch_size)
             for picture in generate(self.pipe, drawing):

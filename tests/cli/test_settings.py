@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+from PIL import Image
 
 from fusion.cli import arguments, main
 from fusion.cli.train import configure
@@ -108,3 +109,21 @@ def test_every_verb_that_opens_a_base_takes_both_names_of_it(verb, words):
 def test_a_placeholder_token_is_a_token():
     config = settings("--placeholder_token", "<dog>", "--instance_data_dir", ".", "--base", "runwayml/sd")
     assert (config.token, config.pretrained_model_name_or_path) == ("<dog>", "runwayml/sd")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "place"),
+    [
+        (r"a <dog>: C:\masks\dog.png", "a <dog>", r"C:\masks\dog.png"),
+        ("a <dog>:D:/dog.png", "a <dog>", "D:/dog.png"),
+        ("style a: a <dog>: masks/dog.png", "style a: a <dog>", "masks/dog.png"),
+    ],
+)
+def test_a_mask_of_a_region_may_be_on_a_drive(text, prompt, place, monkeypatch):
+    from fusion.cli.generate import region
+    from fusion.formats import picture_file
+
+    paths = []
+    monkeypatch.setattr(picture_file, "load_mask", lambda path: paths.append(path) or Image.new("L", (8, 8), 255))
+    assert region(text).prompt == prompt and paths == [place]
+    assert region("a dog: 0 0 .5 1").box == (0, 0, 0.5, 1)

@@ -87,7 +87,8 @@ def draw_grid(
             cells.append(cell)
             stream.send(cell)
         path = session.folder / f"comparison-{secrets.token_hex(4)}.png"
-        fusion.contact_sheet([[(c.picture.image, c.to_text()) for c in row] for row in by_row(cells)]).save(path)
+        sheet = fusion.contact_sheet([[(c.picture.image, c.to_text()) for c in row] for row in by_row(cells)])
+        fusion.write_png(path, sheet)
         return str(path)
 
     files = [commands.file_of(session, key) for key in picked]
