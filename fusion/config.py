@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from fusion.errors import ConfigError, closest
 
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
+_ANY_TOKEN = re.compile(TOKEN.pattern, re.IGNORECASE)
 NAME = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}"  # of an adapter and its file: no folder, not hidden
 MAX_SEED = 2**63 - 1  # of torch's generators
 MAX_SEEDS = 10_000  # of one evaluation
@@ -29,6 +30,11 @@ MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
 _BASE_TABLES = ("training", "generation", "example")
+
+
+def lower_tokens(text: str, tokens: Container[str]) -> str:
+    """A prompt in which the concepts' `tokens` are in lower case: to a tokenizer, <Dog> is <dog>."""
+    return _ANY_TOKEN.sub(lambda match: match[0].lower() if match[0].lower() in tokens else match[0], text)
 
 
 class StrictModel(BaseModel):

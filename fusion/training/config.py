@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fusion.config import MAX_PROMPT, MAX_SEED, NAME, TOKEN, StrictModel, listing, read_toml, to_toml
+from fusion.config import MAX_PROMPT, MAX_SEED, NAME, TOKEN, StrictModel, listing, lower_tokens, read_toml, to_toml
 from fusion.errors import ConfigError
 
 MAX_STEPS = 10_000_000
@@ -31,10 +31,10 @@ MAY_CHANGE = {
 
 
 def with_token(text: str, token: str) -> str:
-    """A prompt with every placeholder replaced by the token."""
+    """A prompt with every placeholder replaced by the token, and the token in lower case."""
     for placeholder in PLACEHOLDERS:
         text = text.replace(placeholder, token)
-    return text
+    return lower_tokens(text, (token,))
 
 
 class TrainingConfig(StrictModel):

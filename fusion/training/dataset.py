@@ -29,6 +29,7 @@ from fusion.training.pictures import Cut, cut
 
 logger = logging.getLogger(__name__)
 
+_UNMASKED = TrainingConfig.model_fields["unmasked_weight"].default
 _REPEATED = re.compile(r"([1-9]\d{0,99})_(.+)")  # kohya's folder names
 MAX_USES = 1_000_000  # pictures of an epoch, repeats counted
 _WARNINGS = {  # by kind; {} is the instance prompt
@@ -36,6 +37,7 @@ _WARNINGS = {  # by kind; {} is the instance prompt
     "tokenless": "Captions that do not name the token",
     "maskless": "Without a mask, so learned whole",
     "transparent": "With transparent parts, which are filled with white",
+    "unmasking": "Masks that are white everywhere, so nothing is masked",
     "unused": "Not used",
 }
 
@@ -109,6 +111,15 @@ def instance_dataset(config: TrainingConfig) -> Dataset:
     return _Reader(config.instance_data_dir, config.with_token(config.instance_prompt), config).dataset()
 
 
+def check_dataset(config: TrainingConfig) -> tuple[Dataset, list[Path], list[str]]:
+    """What instance_dataset reads, all pictures that it looks at, and the problems for which it would refuse them.
+
+    Raises DatasetError only where there is no folder.
+    """
+    reader = _Reader(config.instance_data_dir, config.with_token(config.instance_prompt), config)
+    return reader.read(), reader.paths, reader.problems
+
+
 def class_dataset(config: TrainingConfig) -> Dataset:
     """The class pictures there are, all with the class prompt; none at all is no error, as they can be drawn."""
     folder = config.class_folder()
@@ -128,13 +139,20 @@ class _Reader:
         self.problems: list[str] = []
         self.names = defaultdict[str, list[str]](list)  # of files, by kind of warning
         self.examples: list[Example] = []
-        self.texts = files.read_metadata(folder, self.problems) if config else {}
+        self.paths: list[Path] = []  # of all pictures
+        self.texts = files.read_metadata(folder, self.problems, self.names["unused"]) if config else {}
 
     def dataset(self) -> Dataset:
-        """The examples of the folder, of its repeated sub-folders and of those that metadata names.
+        """What `read` gives; its warnings are logged, and problems raised as one DatasetError."""
+        dataset = self.read()
+        if self.problems:
+            raise DatasetError(f"'{self.folder.name}': {listing(self.problems)}")
+        for warning in dataset.warnings:
+            logger.warning("'%s': %s", self.folder.name, warning)
+        return dataset
 
-        What the user may not expect is logged as warnings; problems are raised as one DatasetError.
-        """
+    def read(self) -> Dataset:
+        """The examples of the folder, of its repeated sub-folders and of those that metadata names."""
         folders = {self.folder, *(path.parent for path in self.texts)}
         folders |= {path for path in visible(self.folder) if path.is_dir() and _REPEATED.fullmatch(path.name)}
         for folder in sorted(folders):
@@ -144,17 +162,16 @@ class _Reader:
             self.problems.append(f"there are no pictures in it; put some there ({kinds})")
         if (uses := sum(example.repeats for example in self.examples)) > MAX_USES:
             self.problems.append(f"its pictures are repeated to {uses} an epoch; the limit is {MAX_USES}")
-        if self.problems:
-            raise DatasetError(f"'{self.folder.name}': {listing(self.problems)}")
+        maskless = len(self.names["maskless"]) >= len(self.examples)
+        if self.config and self.config.unmasked_weight != _UNMASKED and maskless:
+            self.names["unused"].append("the setting unmasked_weight, as no masks are")
         for kind in ("captionless", "maskless"):  # a warning only where others in the folder have one
-            if len(self.names[kind]) == len(self.examples):
+            if len(self.names[kind]) >= len(self.examples):
                 del self.names[kind]
         warnings = tuple(
-            f"{text.format(self.prompt)}: {some(self.names[kind])}."
+            f"{text.format(self.prompt)}: {some({*self.names[kind]})}."
             for kind, text in _WARNINGS.items() if self.names[kind]
         )  # fmt: skip
-        for warning in warnings:
-            logger.warning("'%s': %s", self.folder.name, warning)
         return Dataset(tuple(self.examples), warnings)
 
     def _read(self, folder: Path, folders: set[Path]) -> None:
@@ -172,6 +189,7 @@ class _Reader:
             self.problems.append(f"{self._name(folder)}/: {limit}; rename it.")
             return
         for stem, paths in pictures.items():
+            self.paths += paths
             own_masks = masks[stem] if self.config and self.config.use_masks else []
             with self._collected():
                 if len(paths) > 1:
@@ -195,7 +213,8 @@ class _Reader:
         if is_transparent(image):
             self.names["transparent"].append(self._name(path))
         if mask:
-            load_mask(mask, image.size, self._name(mask))
+            if load_mask(mask, image.size, self._name(mask)).getextrema() == (255, 255):
+                self.names["unmasking"].append(self._name(mask))
         else:
             self.names["maskless"].append(self._name(path))
         return image.size

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import dropwhile
 from pathlib import Path
 
 from fusion.errors import DatasetError
@@ -13,6 +14,9 @@ from fusion.training.config import with_token
 
 METADATA = "metadata.jsonl"
 MASKS = "masks"
+_CAPTION_KEYS = ("text", "caption", "prompt")  # in metadata.jsonl, the first that is there
+_FORM = 'it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.'
+_ARTICLES = ("a", "an", "the", "my", "one")
 _MASK_ENDINGS = ("-masklabel", ".mask")
 # Files that may be in a dataset folder without being part of it.
 _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "notice", "thumbs.db", "desktop.ini"}
@@ -71,12 +75,14 @@ def caption_for(text: str, token: str, trigger: str = "") -> str:
     """A caption as training uses it: one line, the token in place of placeholders.
 
     `trigger` is the concept's name in another trainer's data, "sks dog": where the token is missing, the whole phrase
-    or else its first word becomes the token.
+    becomes the token, or else its first word, if that stands there once. Articles before the name are no part of it.
     """
     text = " ".join(with_token(text, token).split())
-    for phrase in (trigger, trigger.partition(" ")[0]) if trigger else ():
-        if token not in text:
-            text = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", token, text)
+    words = list(dropwhile(lambda word: word.lower() in _ARTICLES, trigger.split()))
+    for phrase in (" ".join(words), words[0]) if words else ():
+        pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+        if token not in text and (phrase == " ".join(words) or len(pattern.findall(text)) == 1):
+            text = pattern.sub(token, text)
     return text
 
 
@@ -92,17 +98,18 @@ def read_text(file: Path, name: str) -> str:
         raise DatasetError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
 
 
-def read_metadata(folder: Path, problems: list[str]) -> dict[Path, str | None]:
+def read_metadata(folder: Path, problems: list[str], unused: list[str]) -> dict[Path, str | None]:
     """Pictures and their captions from the folder's metadata.jsonl, if there is one.
 
-    Each line is {"file_name": "dog.png", "text": "a {token} asleep"}, the text optional, other keys ignored: the
-    ImageFolder form of Hugging Face datasets. What is wrong is appended to `problems`, with its line.
+    Each line is {"file_name": "dog.png", "text": "a {token} asleep"}, the text optional: the ImageFolder form of
+    Hugging Face datasets. Without a text, "caption" or "prompt" is the caption; what else a line without a caption
+    holds is appended to `unused`. What is wrong is appended to `problems`, with its line.
     """
     file, texts = folder / METADATA, dict[Path, str | None]()
     # Not splitlines: JSON strings may hold other line separators of Unicode.
     for number, line in enumerate(read_text(file, METADATA).split("\n") if file.exists() else [], start=1):
         try:
-            path, text = _entry(folder, line) if line.strip() else (None, None)
+            path, text = _entry(folder, line, unused) if line.strip() else (None, None)
             if path in texts:
                 raise DatasetError(f"'{path.name}' stands in an earlier line already.")
         except DatasetError as error:
@@ -112,22 +119,35 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[Path, str | None]:
     return texts
 
 
-def _entry(folder: Path, line: str) -> tuple[Path, str | None]:
+def _entry(folder: Path, line: str, unused: list[str]) -> tuple[Path, str | None]:
     """One line: a picture inside the folder, and its caption if it has one."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"not valid JSON: {error}.") from None
-    name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(entry, dict):
+        raise DatasetError(_FORM)
+    name, keys = entry.get("file_name"), [key for key in _CAPTION_KEYS if entry.get(key) is not None]
+    if not {"text"} & {*keys} and len({str(entry[key]) for key in keys}) > 1:
+        raise DatasetError(f"it has {' and '.join(map(repr, keys))}, which differ; call the caption 'text'.")
+    text = entry[keys[0]] if keys else None
     if not isinstance(name, str) or not isinstance(text, str | None):
-        raise DatasetError('it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.')
+        raise DatasetError(_FORM)
+    if text is None:
+        unused += [f"'{key}' in {METADATA}" for key in entry if key not in ("file_name", *_CAPTION_KEYS)]
     path = folder / name
     try:
         # A downloaded folder must not make us read files elsewhere.
-        inside = path.resolve().is_relative_to(folder.resolve()) and ".." not in Path(name).parts
-        usable = inside and is_picture(path) and path.is_file()
+        usable = _is_inside(path, folder) and ".." not in Path(name).parts and is_picture(path) and path.is_file()
     except (OSError, ValueError):  # a name no file can have
         usable = False
     if not usable:
         raise DatasetError(f"'{name}' is no picture in this folder; put it inside, not hidden, and not as a mask.")
     return path, text
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in the folder; the links of the hub's cache lead from snapshots to the blobs beside them."""
+    root, target = folder.resolve(), path.resolve()
+    blobs = [parent.parent.parent / "blobs" for parent in (root, *root.parents) if parent.parent.name == "snapshots"]
+    return any(target.is_relative_to(place) for place in (root, *blobs))

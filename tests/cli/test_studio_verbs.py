@@ -9,6 +9,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.cli import main
+from fusion.training.dataset import instance_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +51,22 @@ def width(path) -> int:
 
 
 def test_check_says_what_is_wrong_and_shows_the_cuts(photos, tmp_path, capsys):
-    assert main(["check", str(photos), "--resolution", "64", "-o", str(tmp_path / "cut.png")]) == 0
+    assert main(["check", str(photos), "--resolution", "64", "-o", str(tmp_path / "cut.png")]) == 1  # as train would
     said = capsys.readouterr().out
     assert "fake.png is no PNG" in said and "Nearly the same as one.png" in said and "is enlarged to 64" in said
     assert "Long: much of it" in said and "4 of 5 pictures can be used." in said
     assert width(tmp_path / "cut.png") > 400
+    (photos / "fake.png").unlink()
+    (photos / "one.txt").write_text("a <Rex> asleep")
+    (photos / "5_a rex").mkdir()
+    (photos / "two.png").rename(photos / "5_a rex" / "two.png")
+    (photos / "5_a rex" / "two.txt").write_text("a photo of rex on a table")
+    assert main(["check", "--instance_data_dir", str(photos), "--token", "<rex>"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert '"a <rex> asleep"' in said and '"a photo of <rex> on a table", 5 times an epoch' in said
+    assert "4 of 4 pictures can be used." in said and "Without a caption, so 'a <rex>' is used" in said
+    dataset = instance_dataset(fusion.TrainingConfig(token="<rex>", instance_data_dir=photos))
+    assert all(f'"{example.caption}"' in said for example in dataset.examples)
 
 
 def test_a_preset_is_a_share_of_the_usual_steps(library):

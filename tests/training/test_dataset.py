@@ -24,7 +24,9 @@ def paint(path: Path, size=(48, 40), colour=(200, 60, 20), mode="RGB") -> Path:
 
 
 def mask(path: Path, size=(48, 40)) -> Path:
-    return paint(path, size, 255, "L")
+    paint(path, size, 0, "L")
+    Image.linear_gradient("L").resize(size).save(path)
+    return path
 
 
 def config(folder: Path, **values) -> TrainingConfig:
@@ -197,6 +199,8 @@ def test_captions_that_cannot_be_read_are_named(tmp_path):
         ({"text": "a <dog>"}, "it needs the form"),
         ({"file_name": 3, "text": "a <dog>"}, "it needs the form"),
         ({"file_name": "a.png", "text": 3}, "it needs the form"),
+        ({"file_name": "a.png", "caption": ["a <dog>"]}, "it needs the form"),
+        ({"file_name": "a.png", "caption": "a <dog>", "prompt": "b"}, "it has 'caption' and 'prompt', which differ"),
         ({"file_name": "gone.png"}, "'gone.png' is no picture"),
         ({"file_name": "notes.md"}, "'notes.md' is no picture"),
         ({"file_name": "."}, "is no picture"),
@@ -225,6 +229,49 @@ def test_metadata_problems_name_their_line(tmp_path, line, said):
     text = problems(folder)
     assert said in text
     assert "metadata.jsonl, line 2" in text
+
+
+def test_captions_in_metadata_under_another_key_are_taken_or_told(tmp_path):
+    for name in "abcd":
+        paint(tmp_path / f"{name}.png")
+    metadata(
+        tmp_path,
+        {"file_name": "a.png", "caption": "a <dog> asleep"},
+        {"file_name": "b.png", "prompt": "a <dog> awake", "caption": "a <dog> awake"},
+        {"file_name": "c.png", "text": "a <dog> in snow", "caption": "a walk", "label": 3},
+        {"file_name": "d.png", "description": "a <dog> on sand"},
+    )
+    assert {name: caption for name, (caption, _) in told(tmp_path).items()} == {
+        "a.png": "a <dog> asleep", "b.png": "a <dog> awake", "c.png": "a <dog> in snow", "d.png": "a <dog>",
+    }  # fmt: skip
+    assert "Not used: 'description' in metadata.jsonl." in read(tmp_path).warnings
+
+
+def test_a_snapshot_in_the_hubs_cache_is_read_with_and_without_metadata(tmp_path):
+    snapshot, blobs = tmp_path / "datasets--me--dogs" / "snapshots" / "0f", tmp_path / "datasets--me--dogs" / "blobs"
+    snapshot.mkdir(parents=True)
+    paint(blobs / "x.png").rename(blobs / "12ab")
+    (snapshot / "a.png").symlink_to(blobs / "12ab")
+    assert told(snapshot) == {"a.png": ("a <dog>", 1)}
+    metadata(snapshot, {"file_name": "a.png", "text": "a <dog> asleep"})
+    assert told(snapshot) == {"a.png": ("a <dog> asleep", 1)}
+
+
+def test_masks_that_mask_nothing_are_told(tmp_path):
+    paint(tmp_path / "a.png")
+    paint(tmp_path / "masks" / "a.png", colour=255, mode="L")
+    assert read(tmp_path).warnings == ("Masks that are white everywhere, so nothing is masked: masks/a.png.",)
+    Image.new("L", (48, 40)).save(tmp_path / "masks" / "a.png")
+    assert "masks/a.png is all black" in problems(tmp_path)
+    (tmp_path / "masks" / "a.png").unlink()
+    told_of = "Not used: the setting unmasked_weight, as no masks are."
+    assert told_of in read(tmp_path, unmasked_weight=0.5).warnings and read(tmp_path).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["20000_rex", "9" * 60 + "_rex"])
+def test_more_repeats_than_a_machine_can_bear_are_refused(tmp_path, name):
+    paint(tmp_path / name / "a.png")
+    assert f"{name}/: folders repeat their pictures at most 10000 times" in problems(tmp_path)
 
 
 def test_metadata_may_not_contradict_a_caption_file(tmp_path):
@@ -309,6 +356,12 @@ def test_class_pictures_take_the_class_prompt_and_may_be_missing(tmp_path):
         ("a dog, hotdog", "dog", "a <dog>, hotdog"),
         ("a.b c", "a.b c", "<dog>"),
         ("nothing", "sks dog", "nothing"),
+        ("a photo of rex on a table", "a rex", "a photo of <dog> on a table"),
+        ("a photo of a rex", "the rex", "a photo of a <dog>"),
+        ("a big tree and a big rex", "big dog", "a big tree and a big rex"),  # which of the two it is, nobody says
+        ("Sks Dog runs", "sks dog", "<dog> runs"),
+        ("a <Dog> asleep", "", "a <dog> asleep"),
+        ("a photo", "a", "a photo"),
     ],
 )
 def test_captions_name_the_token(text, trigger, made):
