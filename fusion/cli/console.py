@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,14 +79,17 @@ def showing_logs(*, verbose: bool) -> Generator[None]:
             logger.setLevel(level)
 
 
-def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequence[str] = ()) -> None:
-    """A flag for every setting of a model but those of `leave`; `flags_of` reads what was given."""
+def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequence[str] = (), prefix: str = "") -> None:
+    """A flag for every setting of a model but those of `leave`; `flags_of` reads what was given.
+
+    `prefix` begins the titles of the groups in help.
+    """
     groups: dict[str, Any] = {}
     for setting in settings_of(model):
         if setting.name in leave:
             continue
         if setting.group not in groups:
-            groups[setting.group] = parser.add_argument_group(setting.group)
+            groups[setting.group] = parser.add_argument_group(f"{prefix}{setting.group}")
         default = "" if setting.default in (None, "") else f" (default: {json.dumps(setting.default, default=str)})"
         others = f" Also {', '.join(f'--{other}' for other in setting.aliases)}." if setting.aliases else ""
         text = f"{setting.help}{others}{default}".replace("%", "%%")
@@ -205,6 +209,20 @@ def progress() -> Generator[Callable[..., None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+def resume_hint(checkpoint: Path | None, resumed: str | None, words: Sequence[str]) -> str:
+    """How to continue after `checkpoint`, the run's latest, with the command that `words` are.
+
+    The command names the checkpoint: "latest" may be another run's by then. `resumed`: what this run was resumed from.
+    """
+    if checkpoint is None and resumed:
+        return f"There is no new checkpoint yet; continue from the same one with:\n  {example(*words)}"
+    if checkpoint is None:
+        return "There is no checkpoint yet; --checkpointing_steps N writes one every N steps."
+    flag, name = "--resume_from_checkpoint", f"{checkpoint.parent.name}/{checkpoint.name}"
+    again = [word for before, word in pairwise(["", *words]) if flag not in (before, word.partition("=")[0])]
+    return f"Continue after {checkpoint.name} with:\n  {example(*again, flag, name)}"
 
 
 def print_list(lines: Sequence[str]) -> None:

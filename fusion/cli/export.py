@@ -1,9 +1,16 @@
-"""Write an adapter as a LoRA that kohya's tools, A1111, ComfyUI, InvokeAI or diffusers read."""
+"""Write an adapter as a LoRA that kohya's tools, A1111, ComfyUI, InvokeAI or diffusers read.
+
+A plain LoRA cannot be gated. With --distill a LoRA learns what the gated adapter does, and leaves prompts without its
+words alone as the gates do: that takes minutes, and the base. Such files can be used together.
+"""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from fusion.cli.console import add_file_arguments, example, file_size, print_list
+from fusion.cli.console import BASE_NAMES, add_file_arguments, example, file_size, open_base, print_list
+from fusion.cli.distillation import add_distillation_settings, distill_adapters, refuse_distillation_settings
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -13,19 +20,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     forms = ("diffusers", "kohya")
     add("--to", required=True, metavar="FORM", choices=forms, help="diffusers/PEFT, or kohya (A1111, ComfyUI)")
     add_file_arguments(parser, "the LoRA")
+    add("--distill", action="store_true", help="learn a LoRA of --rank that leaves other words alone")
+    add(*BASE_NAMES, dest="base", metavar="NAME", help="for --distill: diffusers folder or hub id (default: pocket)")
+    add("--device", metavar="NAME", help="for --distill: cpu, cuda, mps, ... (default: the best there is)")
+    add_distillation_settings(parser)
 
 
 def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import load
-    from fusion.formats.lora_export import export
+    from fusion.formats.lora_export import check_export_outputs, export
 
-    adapter = load(args.adapter)
-    report = export(
-        adapter, args.output, args.to, rank=args.rank, energy=args.energy, dtype=args.dtype,
-        overwrite=args.overwrite,
-    )  # fmt: skip
+    adapter, compression = load(args.adapter), {"rank": args.rank, "energy": args.energy}
+    if args.distill:
+        check_export_outputs(named(adapter, args.output.stem), args.output, overwrite=args.overwrite)
+        adapter, compression = distill_adapters(lambda: open_base(args.base, args, None), [adapter], args), {}
+    else:
+        refuse_distillation_settings(args, "--distill")
+    report = export(adapter, args.output, args.to, **compression, dtype=args.dtype, overwrite=args.overwrite)
     for path in report.files:
         print(f"wrote {path} ({file_size(Path(path))})")
     print_list(report.notes)
     if adapter.gated:
         print(f"next: {example('evaluate', args.adapter)}  # measures what the missing gates cost")
+
+
+def named(adapter: Any, name: str) -> Any:
+    """The adapter with the name that a distilled one will have, by which earlier exports are recognised."""
+    return replace(adapter, info=replace(adapter.info, name=name))

@@ -1,7 +1,8 @@
 """Fuse several adapters into one, and report whether they are compatible.
 
 direct_sum, average and energy_balanced keep every adapter with its gate. The other methods, --rank and --energy merge
-all of them into one LoRA, which acts on every token.
+all of them into one LoRA, which acts on every token. distill learns one LoRA that leaves other words alone as the gates
+do, for other programs; it takes minutes, and `--rank` is the rank that it learns.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -19,8 +20,10 @@ from fusion.cli.console import (
     open_base,
     print_compatibility,
 )
+from fusion.cli.distillation import add_distillation_settings, distill_adapters, refuse_distillation_settings
 from fusion.errors import closest
 from fusion.methods import METHODS, MethodOptions
+from fusion.methods.method import AdapterMerge
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,6 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "diffusers folder or hub id, where a method needs it (default: pocket)"
     add(*BASE_NAMES, dest="base", metavar="NAME", help=text)
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+    add_distillation_settings(parser, leave=["seed"])
 
 
 def methods() -> str:
@@ -67,20 +71,25 @@ def run(args: Namespace) -> None:
     if args.method not in METHODS:
         raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
     options = MethodOptions(**{option.name: getattr(args, option.name) for option in fields(MethodOptions)})
-    pipe = open_base(args.base, args, None) if METHODS[args.method].needs_base else None
-    fused = fuse(
-        adapters,
-        args.strength,
-        args.method,
-        options=options,
-        pipe=pipe,
-        gating=args.gating,
-        rank=args.rank,
-        energy=args.energy,
-        allow_overlap=args.allow_overlap,
-        name=target.stem,
-    )
-    report = compatibility([fuse([adapter], gating=args.gating, allow_overlap=True) for adapter in adapters])
+    singles = [fuse([adapter], gating=args.gating, allow_overlap=True) for adapter in adapters]
+    if isinstance(METHODS[args.method], AdapterMerge):
+        parts = adapters if args.gating is None else singles
+        fused = distill_adapters(lambda: open_base(args.base, args, None), parts, args, args.strength)
+    else:
+        refuse_distillation_settings(args, "--method distill", leave=["seed"])
+        fused = fuse(
+            adapters,
+            args.strength,
+            args.method,
+            options=options,
+            pipe=open_base(args.base, args, None) if METHODS[args.method].needs_base else None,
+            gating=args.gating,
+            rank=args.rank,
+            energy=args.energy,
+            allow_overlap=args.allow_overlap,
+            name=target.stem,
+        )
+    report = compatibility(singles)
     # What was fused in spite of a refusal, the method or --allow_overlap permits.
     print_compatibility("caution" if report.verdict == "refused" else report.verdict, report)
     Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
@@ -89,7 +98,11 @@ def run(args: Namespace) -> None:
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
     prompt = " beside ".join(f"a {token}" for token in tokens) or "a photo"
-    print(f"next: {example('generate', target, *on, '--prompt', prompt)}")
+    if isinstance(METHODS[args.method], AdapterMerge):
+        file = target.with_name(f"{target.stem}_lora.safetensors")
+        print(f"next: {example('export', target, '--to', 'kohya', '-o', file)}")
+    else:
+        print(f"next: {example('generate', target, *on, '--prompt', prompt)}")
 
 
 def renamed(adapters: list[Any], renames: list[str]) -> list[Any]:

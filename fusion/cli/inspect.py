@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.cli.console import add_overwrite, file_size, print_compatibility, print_labelled, print_table
+from fusion.distillation.held_out_errors import HeldOutErrors
 from fusion.output_files import check_output
 
 WIDTH = 64  # characters of the slice map
@@ -91,6 +92,7 @@ def describe(adapter: Any, path: Path) -> dict[str, Any]:
 def facts(adapter: Any, path: Path) -> dict[str, str]:
     """The contents of a file, for people."""
     info, provenance, branches = adapter.info, adapter.info.provenance, adapter.branches
+    errors = HeldOutErrors.from_json(provenance.settings.get("errors"))
     layers = Counter(name.partition(".")[0] for name in adapter.layer_names)
     return {
         "adapter": info.name,
@@ -109,7 +111,8 @@ def facts(adapter: Any, path: Path) -> dict[str, str]:
         "numbers": f"{sum(p.numel() for p in adapter.parameters()):,} trained",
         "steps": f"{provenance.steps}, seed {provenance.seed}" if provenance.steps else "",
         "parents": ", ".join(provenance.parents),
-        "settings": ", ".join(f"{key} {value}" for key, value in provenance.settings.items()),
+        "distilled": errors.sentence(len(info.concepts)) if errors else "",
+        "settings": ", ".join(f"{key} {value}" for key, value in provenance.settings.items() if key != "errors"),
         "contents": adapter.digest()[:12],
     }
 

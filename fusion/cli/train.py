@@ -11,7 +11,6 @@ import tempfile
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fusion.cli.console import (
     open_base,
     progress,
     relative,
+    resume_hint,
 )  # fmt: skip
 from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError, OutputError
@@ -126,8 +126,8 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
                 checkpoint = last_checkpoint(training, config, step)
                 raise
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):
-        after = step.step if step else 0
-        print(f"stopped after step {after}. {resume_hint(checkpoint, config, args.words)}", file=sys.stderr)
+        hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
+        print(f"stopped after step {step.step if step else 0}. {hint}", file=sys.stderr)
         raise
     return step, target
 
@@ -198,17 +198,6 @@ def save_previews(step: Any, config: TrainingConfig) -> None:
             write_png(preview_path(config, step.step, number), image)
     except OutputError as error:
         logger.warning("%s The training goes on.", error)
-
-
-def resume_hint(checkpoint: Path | None, config: TrainingConfig, words: list[str]) -> str:
-    """How to continue. The command names this run's checkpoint: "latest" may be another run's by then."""
-    if checkpoint is None and config.resume_from_checkpoint:
-        return f"There is no new checkpoint yet; continue from the same one with:\n  {example(*words)}"
-    if checkpoint is None:
-        return "There is no checkpoint yet; --checkpointing_steps N writes one every N steps."
-    flag, name = "--resume_from_checkpoint", f"{checkpoint.parent.name}/{checkpoint.name}"
-    again = [word for before, word in pairwise(["", *words]) if flag not in (before, word.partition("=")[0])]
-    return f"Continue after {checkpoint.name} with:\n  {example(*again, flag, name)}"
 
 
 def as_toml(config: TrainingConfig, base: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Decoys: words with random embeddings that stand for other people's concepts, which a LoRA has to leave alone.
 
-An embedding starts at an ordinary word's, and is moved in a random direction, as far as the trained concepts are from
-the words that they started from.
+An embedding starts at an ordinary word's, and is moved as far as the trained concepts are from the words that they
+started from. Training moves embeddings where words differ, and the vectors of one concept alike; so do these: the
+directions are mixed of differences between words, some of them common to a decoy's vectors.
 
 Shapes: V vectors of a concept, D embedding width.
 """
@@ -16,7 +17,9 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 from fusion.models.tokens import embedding_of, initial_rows, text_encoders
 
-DISTANCES = 0.5, 1.5  # times that of a concept
+DISTANCES = 0.6, 1.4  # times that of a concept
+COMMON = 0.6  # share of a direction that all vectors of a decoy have; the squares of the shares add up to 1
+MIXED = 8  # differences between words in one direction
 
 
 def decoys_for(pipe: Pipeline, adapters: Sequence[Adapter], count: int, seed: int) -> Adapter:
@@ -34,7 +37,17 @@ def decoys_for(pipe: Pipeline, adapters: Sequence[Adapter], count: int, seed: in
             table = embedding_of(encoder).weight.detach()
             word = table[int(torch.randint(len(table), (1,), generator=generator))].float().cpu()
             moved = (trained[component].float().cpu() - start[component].cpu()).norm(dim=1, keepdim=True)  # (V, 1)
-            direction = torch.randn(trained[component].shape, generator=generator)  # (V, D)
+            common, own = _direction(table, 1, generator), _direction(table, concept.vectors, generator)
+            direction = COMMON * common + (1 - COMMON**2) ** 0.5 * own  # (V, D)
             rows[decoy.token][component] = word + direction / direction.norm(dim=1, keepdim=True) * moved * share
         concepts.append(decoy)
     return Adapter(AdapterInfo("decoys", base_info(pipe), tuple(concepts)), (), rows)
+
+
+def _direction(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors (count, D), each mixed of differences between words of the embedding `table`."""
+    words = torch.randint(len(table), (2, count, MIXED), generator=generator)
+    one, two = table[words.to(table.device)].float().cpu()  # (count, MIXED, D) each
+    weights = torch.randn(count, MIXED, 1, generator=generator)
+    mixed = ((one - two) * weights).sum(dim=1)
+    return mixed / mixed.norm(dim=1, keepdim=True)

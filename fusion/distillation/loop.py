@@ -45,6 +45,7 @@ from fusion.spectral.delta import Delta
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
 HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
 TARGET_STEPS = 50  # steps from one comparison with target_error to the next
+WHOLE_STEPS = 3  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
 LEAST_RATE = 0.02  # what is left of the learning rate at the end
 
 
@@ -215,6 +216,8 @@ class _Distillation:
     def _optimize(self, step: int) -> float:
         """One optimizer step; returns the loss."""
         answers = self.pools.batch(step)
+        if step % WHOLE_STEPS:
+            answers = answers.cut(self.teacher.length(answers.ids))
         errors, pooled = self._errors(answers)
         scales = prompt_scales(self.scales, self.teacher.presence(answers.owners))  # (B, layers)
         loss = distillation_loss(errors, scales[:, : len(errors)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch, Concept, float32
+from fusion.errors import ConfigError
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import gated_change
 from fusion.models.attachment import attach
@@ -32,6 +33,11 @@ class Answers(NamedTuple):
     def select(self, index: Tensor | slice) -> "Answers":
         ids = {name: tensor[index] for name, tensor in self.ids.items()}
         return Answers(ids, self.states[index], None if self.pooled is None else self.pooled[index], self.owners[index])
+
+    def cut(self, length: int) -> "Answers":
+        """The first positions alone, which do not depend on those behind them."""
+        ids = {name: tensor[:, :length] for name, tensor in self.ids.items()}
+        return Answers(ids, self.states[:, :length], self.pooled, self.owners[..., :length])
 
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
@@ -58,6 +64,7 @@ class Teacher:
         self.pipe, self.adapters, self.decoys, self.clip_skip = pipe, adapters, decoys, clip_skip
         self.concepts: list[Concept] = [concept for adapter in adapters for concept in adapter.info.concepts]
         self.vocabulary = {name: embedding_of(encoder).num_embeddings for name, encoder in text_encoders(pipe).items()}
+        self._ends = {name: int(getattr(pipe, TOKENIZERS[name]).eos_token_id) for name in self.vocabulary}
         self._branches: list[Branch] = [branch for adapter in adapters for branch in adapter.branches]
         tokens = [concept.token for concept in self.concepts]
         gates = [[float(token in branch.gate) for token in tokens] for branch in self._branches]
@@ -74,7 +81,12 @@ class Teacher:
     @torch.no_grad()
     def answer(self, prompts: Sequence[str]) -> Answers:
         """The answers to prompts, in half precision. The teacher has to be attached."""
-        encoded = encode_prompts(self.pipe, prompts, self.clip_skip)
+        try:
+            encoded = encode_prompts(self.pipe, prompts, self.clip_skip)
+        except AttributeError as error:  # diffusers 0.42 looks for a level that transformers 5.6 took out
+            if not self.clip_skip:
+                raise
+            raise ConfigError(f"diffusers and transformers as installed have no clip_skip here: {error}.") from error
         ids, owners = dict[str, Tensor](), list[Tensor]()
         for component, size in self.vocabulary.items():
             ids[component], owner = self._ids(component, prompts, size)
@@ -99,6 +111,11 @@ class Teacher:
                     owner[ids == word] = number
         device = self.pipe.unet.device
         return result.to(device), owner.to(device)
+
+    def length(self, ids: Mapping[str, Tensor]) -> int:
+        """The length of the longest of prompts (P, T), with the first position of padding."""
+        ends = [(tensor == self._ends[name]).int().argmax(dim=1).max() for name, tensor in ids.items()]
+        return int(torch.stack(ends).max()) + 2
 
     def presence(self, owners: Tensor) -> Tensor:
         """Which concepts the prompts hold, (P, concepts), 1 or 0."""

@@ -58,14 +58,10 @@ def export(
     if form not in LORA_FORMS:
         raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
     check_compression(rank, energy)
-    check = partial(check_output, endings=(".safetensors",), overwrite=overwrite)
-    target, deltas = check(path, foreign=foreign_export(adapter.info, "lora")), adapter.deltas()
+    target, embeddings = check_export_outputs(adapter, path, overwrite=overwrite)
+    deltas = adapter.deltas()
     if not deltas:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
-    files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
-    embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
-    for concept, file in embeddings.items():
-        check(file, foreign=foreign_export(_embedding_info(file, adapter.info, concept), "textual-inversion"))
     factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
     with output_group(target) as group:
         write_lora(LORA_FORMS[form], adapter.info, factors, group / target.name, dtype)
@@ -77,6 +73,19 @@ def export(
     notes = [] if exact else [f"Compressed to rank {largest}; {share:.2%} of the change's energy is kept."]
     notes += _notes(adapter, target, embeddings)
     return ExportReport(target, [target, *embeddings.values()], notes, largest, exact, share)
+
+
+def check_export_outputs(
+    adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> tuple[Path, dict[Concept, Path]]:
+    """The LoRA's file and those of the embeddings. Raises OutputError now for what could not be written later."""
+    check = partial(check_output, endings=(".safetensors",), overwrite=overwrite)
+    target = check(path, foreign=foreign_export(adapter.info, "lora"))
+    files = {c: target.with_name(f"{target.stem}_{c.token.strip('<>')}.safetensors") for c in adapter.info.concepts}
+    embeddings = {concept: file for concept, file in files.items() if concept.token in adapter.tokens}
+    for concept, file in embeddings.items():
+        check(file, foreign=foreign_export(_embedding_info(file, adapter.info, concept), "textual-inversion"))
+    return target, embeddings
 
 
 def _compressed(delta: Delta, rank: int | None, energy: float | None) -> Delta:
@@ -109,8 +118,8 @@ def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -
         tokens = ", ".join(dict.fromkeys(token for branch in adapter.branches for token in branch.gate))
         notes.append(
             f"A plain LoRA cannot be gated: '{adapter.info.name}' acts only at its own tokens ({tokens}), the export "
-            "on every word of every prompt. It will disturb prompts without them, and several concepts each other; "
-            "lower its strength where it does."
+            "on every word of every prompt. It will disturb prompts without them, and several concepts each other. "
+            "With --distill (method 'distill' of fuse) a LoRA learns to leave them alone as the gates do."
         )
         if not adapter.info.provenance.settings.get("quiet_loss_weight"):
             notes.append("Concepts taught with quiet_loss_weight = 10 disturb far less when they are exported.")

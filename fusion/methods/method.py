@@ -26,7 +26,7 @@ class MethodOptions:
     """The options of all methods; each reads its own."""
 
     density: float = field(default=0.2, metadata={"help": "ties, dare, magnitude_prune, knots: share of numbers kept"})
-    seed: int = field(default=0, metadata={"help": "dare: which numbers are kept"})
+    seed: int = field(default=0, metadata={"help": "dare: which numbers are kept; distill: prompts and start"})
     neutral: float = field(default=1.0, metadata={"help": "regression, gradient: weight of inputs to be left alone"})
     ridge: float = field(
         default=1e-4, metadata={"help": "regression, gradient: pull to no change, in mean squares of inputs"}

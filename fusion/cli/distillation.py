@@ -1,0 +1,67 @@
+"""What `fuse --method distill` and `export --distill` share: settings, progress, Ctrl+C and the line of the result."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from fusion.cli.console import UsageError, add_settings, flags_of, progress, relative, resume_hint
+from fusion.distillation.config import DistillationConfig
+from fusion.errors import ConfigError
+
+# What the verbs have flags of their own for: --rank, and --output, which says where checkpoints go.
+OF_THE_VERBS = ("rank", "output_dir", "output_name")
+
+
+def add_distillation_settings(parser: ArgumentParser, leave: Sequence[str] = ()) -> None:
+    """A flag for every setting of a distillation but those of `leave`."""
+    add_settings(parser, DistillationConfig, (*OF_THE_VERBS, *leave), prefix="distill: ")
+
+
+def refuse_distillation_settings(args: Namespace, instead: str, leave: Sequence[str] = ()) -> None:
+    """Raise UsageError for settings of a distillation where there is none."""
+    if flags := flags_of(args, DistillationConfig).keys() - {*OF_THE_VERBS, *leave}:
+        raise UsageError(f"--{sorted(flags)[0]} is a setting of {instead}; add that, or leave it out.")
+
+
+def distill_adapters(
+    open_pipe: Callable[[], Any], adapters: Sequence[Any], args: Namespace, strengths: Sequence[float] | None = None
+) -> Any:
+    """The distilled adapter, learned with a progress bar. Raises UsageError for a wrong setting."""
+    from fusion.distillation.loop import distill
+
+    config = distillation_config(args)
+    concepts = [concept.token for adapter in adapters for concept in adapter.info.concepts]
+    print(f"distilling {' '.join(concepts)}", flush=True)
+    step, checkpoint, losses = None, None, deque[float](maxlen=25)
+    try:
+        with closing(distill(open_pipe(), adapters, config, strengths=strengths)) as steps, progress() as advance:
+            for step in steps:
+                if not losses and step.resumed:
+                    print(f"resumed after step {step.resumed} of {step.total}", flush=True)
+                losses.append(step.loss)
+                advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+                checkpoint = step.checkpoint or checkpoint
+    except KeyboardInterrupt:
+        hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
+        print(f"stopped after step {step.step if step else 0}. {hint}", file=sys.stderr)
+        raise
+    assert step is not None and step.adapter is not None and step.errors is not None
+    print(f"{step.step} steps in {step.seconds:.0f} s: {step.errors.sentence(len(concepts))}")
+    return step.adapter
+
+
+def distillation_config(args: Namespace) -> DistillationConfig:
+    """The settings of the command line; checkpoints go beside the output. Raises UsageError."""
+    output: Path = relative(args.output.absolute())
+    if args.energy is not None:
+        raise UsageError("--energy compresses finished changes; a distilled LoRA has the rank that --rank says.")
+    values = {name: value for name, value in flags_of(args, DistillationConfig).items() if value is not None}
+    places = {"output_dir": output.parent, "output_name": output.stem}
+    try:
+        return DistillationConfig.from_values({**values, **places})
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
