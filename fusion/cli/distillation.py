@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,30 @@ def distill_adapters(
 ) -> Any:
     """The distilled adapter, learned with a progress bar. Raises UsageError for a wrong setting."""
     from fusion.distillation.loop import distill
+    from fusion.formats.checkpoint_file import newest_checkpoint
 
     config = distillation_config(args)
     concepts = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     print(f"distilling {' '.join(concepts)}", flush=True)
-    step, checkpoint, losses = None, None, deque[float](maxlen=25)
+    step, losses, distillation = (
+        None,
+        deque[float](maxlen=25),
+        distill(open_pipe(), adapters, config, strengths=strengths),
+    )
     try:
-        with closing(distill(open_pipe(), adapters, config, strengths=strengths)) as steps, progress() as advance:
-            for step in steps:
-                if not losses and step.resumed:
-                    print(f"resumed after step {step.resumed} of {step.total}", flush=True)
-                losses.append(step.loss)
-                advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
-                checkpoint = step.checkpoint or checkpoint
+        with closing(distillation), progress() as advance:
+            try:
+                for step in distillation:
+                    if not losses and step.resumed:
+                        print(f"resumed after step {step.resumed} of {step.total}", flush=True)
+                    losses.append(step.loss)
+                    advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+            except KeyboardInterrupt:
+                with suppress(KeyboardInterrupt):  # which writes a checkpoint of the last step
+                    distillation.throw(KeyboardInterrupt())
+                raise
     except KeyboardInterrupt:
+        checkpoint = newest_checkpoint(config.checkpoint_folder / step.run) if step else None
         hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
         print(f"stopped after step {step.step if step else 0}. {hint}", file=sys.stderr)
         raise

@@ -158,13 +158,14 @@ def save_adapter(training: Any, step: Any, config: TrainingConfig, args: argpars
         logger.warning("%s The adapter is saved as '%s'.", problem, path)
         return path
     checkpoint = last_checkpoint(training, config, step)
+    hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{step.total}":
-        raise OutputError(f"{problem} The training is done. {resume_hint(checkpoint, config, args.words)}")
+        raise OutputError(f"{problem} The training is done. {hint}")
     try:
         path = Path(tempfile.mkdtemp(prefix="fusion-adapter-")) / target.name
         save(step.adapter, path, dtype)
     except (OSError, OutputError):
-        raise OutputError(f"{problem} {resume_hint(checkpoint, config, args.words)}") from None
+        raise OutputError(f"{problem} {hint}") from None
     command = example("library", target.parent, "--add", path)
     raise OutputError(f"{problem} The adapter is in '{path}' instead; add it to the library with: {command}")
 

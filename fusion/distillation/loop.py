@@ -28,13 +28,7 @@ from fusion.distillation.requirements import check_distillable, own_captions, un
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import FusionError
-from fusion.formats.checkpoint_file import (
-    Checkpoint,
-    find_checkpoint,
-    read_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, read_checkpoint
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
 from fusion.models.pipeline import Pipeline
@@ -62,6 +56,7 @@ class DistillationStep:
     errors: HeldOutErrors | None = None  # at the last step, and where they are compared with target_error
     checkpoint: Path | None = None  # written at this step
     resumed: int = 0  # steps that were done before, by the checkpoint this distillation was resumed from
+    run: str = ""  # the id of the run, which is the folder of its checkpoints
 
 
 def distill(
@@ -75,7 +70,8 @@ def distill(
 
     It can be exported as it is, and leaves prompts without its concepts alone without any gate. Everything is checked
     before the first step. Raises BaseMismatch, TokenConflict, GatingError for adapters without gates, ConfigError,
-    FormatError for a damaged checkpoint; FusionError when the loss is not finite.
+    FormatError for a damaged checkpoint; FusionError when the loss is not finite. An error, Ctrl+C or a
+    KeyboardInterrupt thrown into the generator end it after a checkpoint of its last whole step.
     """
     values = checked_strengths(adapters, strengths)
     check_distillable(pipe, adapters)
@@ -99,7 +95,11 @@ class _Distillation:
         if name:
             checkpoint = find_checkpoint(name, config.checkpoint_folder, lambda p: read_checkpoint(p, self.settings))
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
-        self.done = checkpoint.state.step if checkpoint else 0
+        self.resumed = checkpoint.state.step if checkpoint else 0
+        self.done = self.resumed  # the step whose state the parameters have
+        self.checkpoints = RunCheckpoints(
+            config.checkpoint_folder / self.run, config.checkpointing_steps, config.checkpoints_total_limit, self.done
+        )
         self.last_loss = checkpoint.state.loss if checkpoint else math.nan
 
         self.teacher = Teacher(pipe, ordered, decoys_for(pipe, ordered, config.decoys, config.seed), config.clip_skip)
@@ -189,23 +189,32 @@ class _Distillation:
         return errors, (encoded.pooled.float() - answers.pooled.float()).square().mean(dim=1)
 
     def steps(self) -> Generator[DistillationStep]:
-        config, began = self.config, time.monotonic()
-        total = config.max_train_steps if self.learns else 0
-        for step in range(self.done + 1, total + 1) or [self.done]:
-            trained = step > self.done
-            loss = self._optimize(step) if trained else self.last_loss
-            compare = config.target_error is not None and step % TARGET_STEPS == 0
-            errors = self._held_out() if compare or step == total else None
-            reached = errors is not None and config.target_error is not None and errors.within(config.target_error)
-            finished = step == total or reached
-            checkpoint = self._checkpoint(step, loss) if trained else None
-            adapter = self._adapter(step, errors) if finished and errors else None
-            yield DistillationStep(
-                step, total, loss, self._rate(step) * config.learning_rate, time.monotonic() - began, adapter, errors,
-                checkpoint, self.done,
-            )  # fmt: skip
-            if finished:
-                return
+        self.began = time.monotonic()
+        total = self.config.max_train_steps if self.learns else 0
+        try:
+            for number in range(self.resumed + 1, total + 1) or [self.resumed]:
+                step = self._step(number, total)
+                yield step
+                if step.adapter is not None:
+                    return
+        except (Exception, KeyboardInterrupt):
+            self._save_checkpoint()
+            raise
+
+    def _step(self, step: int, total: int) -> DistillationStep:
+        config = self.config
+        if step > self.resumed:
+            self.last_loss = self._optimize(step)
+            self.done = step
+        compare = config.target_error is not None and step % TARGET_STEPS == 0
+        errors = self._held_out() if compare or step == total else None
+        reached = errors is not None and config.target_error is not None and errors.within(config.target_error)
+        checkpoint = self._save_checkpoint() if self.checkpoints.due(step) else None
+        adapter = self._adapter(step, errors) if errors and (reached or step == total) else None
+        rate, took = self._rate(step) * config.learning_rate, time.monotonic() - self.began
+        return DistillationStep(
+            step, total, self.last_loss, rate, took, adapter, errors, checkpoint, self.resumed, self.run
+        )
 
     def _rate(self, step: int) -> float:
         """The factor of the learning rates: warm-up, then a cosine."""
@@ -268,17 +277,11 @@ class _Distillation:
                     shares.append(_mean_ratio([pooled.sum()], [pooled_whole]))
         return HeldOutErrors(ratios[0], ratios[1] if len(ratios) > 2 else None, ratios[-1], next(iter(shares), None))
 
-    def _checkpoint(self, step: int, loss: float) -> Path | None:
-        config, folder = self.config, self.config.checkpoint_folder / self.run
-        if not config.checkpointing_steps or step % config.checkpointing_steps:
-            return None
-        path = save_checkpoint(
-            folder / f"checkpoint-{step}", self._stored(), self.optimizer, None,
-            run=self.run, step=step, loss=loss, settings=self.settings,
-        )  # fmt: skip
-        if config.checkpoints_total_limit:
-            remove_old_checkpoints(folder, step, config.checkpoints_total_limit)
-        return path
+    def _save_checkpoint(self) -> Path | None:
+        """A checkpoint of the last whole step, unless there is one."""
+        return self.checkpoints.save(
+            self._stored(), self.optimizer, None, step=self.done, loss=self.last_loss, settings=self.settings
+        )
 
     def _adapter(self, step: int, errors: HeldOutErrors) -> Adapter:
         """The averages as an adapter, beside the branches that prompts do not feed."""

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from fusion.adapters.adapter import content
 from fusion.config import StrictModel
-from fusion.errors import ConfigError, FormatError, FusionError
+from fusion.errors import ConfigError, FormatError, FusionError, OutputError
 from fusion.formats.safetensors_file import opened, write_file
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,41 @@ def save_checkpoint(
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the latest step in the folder of a run."""
     return next((path for _, path in reversed(_numbered(run))), None)
+
+
+class RunCheckpoints:
+    """The checkpoints that a run writes: one of a step, every so many steps and at its end; the newest are kept."""
+
+    def __init__(self, folder: Path, every: int, limit: int | None, resumed: int) -> None:
+        """`folder` is the run's own, named by its id. `every` 0 writes none, `limit` None keeps all."""
+        self.folder, self.every, self.limit = folder, every, limit
+        self._saved = resumed  # the step of the latest
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+    def save(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None,
+        *, step: int, loss: float, settings: Mapping[str, Any],
+    ) -> Path | None:  # fmt: skip
+        """A checkpoint of this step, unless there is one. One that cannot be written is a warning."""
+        if step <= self._saved or not self.every:
+            return None
+        try:
+            path = save_checkpoint(
+                self.folder / f"checkpoint-{step}", parameters, optimizer, scaler,
+                run=self.folder.name, step=step, loss=loss, settings=settings,
+            )  # fmt: skip
+        except OutputError as error:
+            newest = newest_checkpoint(self.folder)
+            name = f"{self.folder.name}/{newest.name}" if newest else ""
+            rest = f"can be resumed with --resume_from_checkpoint {name}" if newest else "has none"
+            logger.warning("No checkpoint after step %d: %s If training ends early, it %s.", step, error, rest)
+            return None
+        self._saved = step
+        if self.limit:
+            remove_old_checkpoints(self.folder, step, self.limit)
+        return path
 
 
 def remove_old_checkpoints(folder: Path, step: int, limit: int) -> None:

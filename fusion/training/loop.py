@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
-from fusion.errors import FusionError, OutputError
-from fusion.formats.checkpoint_file import Checkpoint, newest_checkpoint, remove_old_checkpoints, save_checkpoint
+from fusion.errors import FusionError
+from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
@@ -121,7 +121,10 @@ class _Training:
         self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
         self.resumed = checkpoint.state.step if checkpoint else 0
-        self.done = self.saved = self.resumed  # the step whose state the parameters have, and that of the checkpoint
+        self.done = self.resumed  # the step whose state the parameters have
+        self.checkpoints = RunCheckpoints(
+            checkpoint_folder(config) / self.run, config.checkpointing_steps, config.checkpoints_total_limit, self.done
+        )
         self.last_loss = checkpoint.state.loss if checkpoint else math.nan
         settings = lasting_settings(pipe, config, data, adapter)
         provenance = replace(adapter.info.provenance, run=self.run, settings=settings)
@@ -169,8 +172,8 @@ class _Training:
             self.accelerator.log({"loss": self.last_loss, "learning_rate": rate}, step=step)
         provenance = replace(self.adapter.info.provenance, steps=step)
         self.adapter = replace(self.adapter, info=replace(self.adapter.info, provenance=provenance))
-        due = config.checkpointing_steps and step % config.checkpointing_steps == 0
-        checkpoint, images = self._save_checkpoint() if due else None, self._previews(step)
+        checkpoint = self._save_checkpoint() if self.checkpoints.due(step) else None
+        images = self._previews(step)
         took = time.monotonic() - self.began
         loss, total = self.last_loss, config.max_train_steps
         return TrainStep(step, total, loss, rate, self.adapter, took, images, checkpoint, self.resumed)
@@ -257,29 +260,12 @@ class _Training:
                 raise
             return []
 
-    @property
-    def _run_folder(self) -> Path:
-        return checkpoint_folder(self.config) / self.run
-
     def _save_checkpoint(self) -> Path | None:
-        """A checkpoint of the last whole step, unless there is one; the newest `checkpoints_total_limit` are kept."""
-        config, step = self.config, self.done
-        if step <= self.saved or not config.checkpointing_steps:
-            return None
-        try:
-            path = save_checkpoint(
-                self._run_folder / f"checkpoint-{step}", self.parameters, self.optimizer, self.scaler,
-                run=self.run, step=step, loss=self.last_loss, settings=self.adapter.info.provenance.settings,
-            )  # fmt: skip
-        except OutputError as error:
-            newest = newest_checkpoint(self._run_folder)
-            rest = f"can be resumed with --resume_from_checkpoint {self.run}/{newest.name}" if newest else "has none"
-            logger.warning("No checkpoint after step %d: %s If training ends early, it %s.", step, error, rest)
-            return None
-        self.saved = step
-        if config.checkpoints_total_limit:
-            remove_old_checkpoints(self._run_folder, step, config.checkpoints_total_limit)
-        return path
+        """A checkpoint of the last whole step, unless there is one."""
+        return self.checkpoints.save(
+            self.parameters, self.optimizer, self.scaler,
+            step=self.done, loss=self.last_loss, settings=self.adapter.info.provenance.settings,
+        )  # fmt: skip
 
     def _check_room(self) -> None:
         """Raise OutputError if the disk has no room for the checkpoints to come: the adapter and two moments each."""
@@ -288,7 +274,7 @@ class _Training:
             count = (config.max_train_steps - self.resumed) // every + 1  # and the one of an interruption
             count = min(count, (config.checkpoints_total_limit or count) + 1)
             size = 3 * 4 * sum(parameter.numel() for parameter in self.parameters.values())
-            check_output(self._run_folder / "checkpoint", folder=True, size=count * size)
+            check_output(self.checkpoints.folder / "checkpoint", folder=True, size=count * size)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -76,9 +76,9 @@ def test_export_distills_in_one_go_and_recommends_it(files, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fuse", "rex.safetensors", "-o", "a.safetensors", "--kv_rank", 3], "--kv_rank is a setting of --method distill"),
+        (["fuse", "rex.safetensors", "-o", "a.safetensors", "--kv_rank", 3], "a setting of --method distill"),
         (["fuse", "rex.safetensors", "-o", "a.safetensors", "--method", "distill", "--energy", 0.9], "--energy"),
-        (["export", "rex.safetensors", "--to", "kohya", "-o", "a.safetensors", "--decoys", 3], "is a setting of --distill"),
+        (["export", "rex.safetensors", "--to", "kohya", "-o", "a.safetensors", "--decoys", 3], "of --distill"),
         (["export", "rex.safetensors", "--to", "kohya", "--distill", "-o", "a.safetensors", "--rank", 0], "rank"),
     ],
 )  # fmt: skip
