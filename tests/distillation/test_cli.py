@@ -79,7 +79,7 @@ def test_export_distills_in_one_go_and_recommends_it(files, capsys):
         (["fuse", "rex.safetensors", "-o", "a.safetensors", "--kv_rank", 3], "a setting of --method distill"),
         (["fuse", "rex.safetensors", "-o", "a.safetensors", "--method", "distill", "--energy", 0.9], "--energy"),
         (["export", "rex.safetensors", "--to", "kohya", "-o", "a.safetensors", "--decoys", 3], "of --distill"),
-        (["export", "rex.safetensors", "--to", "kohya", "--distill", "-o", "a.safetensors", "--rank", 0], "rank"),
+        (["export", "rex.safetensors", "--to", "kohya", "--distill", "-o", "a.safetensors", "--decoys", -1], "decoys"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_in_one_line_before_the_base_is_opened(files, capsys, words, said):
