@@ -14,6 +14,7 @@ from fusion.distillation.config import DistillationConfig as DistillationConfig
 from fusion.distillation.held_out_errors import HeldOutErrors as HeldOutErrors
 from fusion.distillation.loop import DistillationStep as DistillationStep
 from fusion.distillation.loop import distill as distill
+from fusion.distillation.requirements import check_distillable as check_distillable
 from fusion.errors import FusionError as FusionError
 from fusion.evaluation.clip_judge import open_judge as open_judge
 from fusion.evaluation.comparison import Cell as Cell

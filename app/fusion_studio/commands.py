@@ -47,6 +47,22 @@ def generate(
     return command("generate", *used(session, picked), *flags, *session.base_flags)
 
 
+def distill(
+    session: Session, picked: Mapping[str, float], name: str, settings: Mapping[str, object], *, own_prompts: bool
+) -> str:
+    """One export of one file: several concepts are fused before."""
+    first, file = [], file_of(session, next(iter(picked)))
+    if len(picked) > 1 or set(picked.values()) != {1}:
+        file = Path(f"{name}.safetensors")
+        first = [command("fuse", *used(session, picked), "-o", file)]
+    flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    flags += ["--prompts", "PROMPTS.txt"] * own_prompts
+    export = command(
+        "export", file, "--to", "kohya", "--distill", "-o", f"{name}_lora.safetensors", *flags, *session.base_flags
+    )
+    return " && ".join([*first, export])
+
+
 def train(session: Session, token: str, noun: str, preset: str, settings: Mapping[str, str], folder: object) -> str:
     base = ["--pretrained_model_name_or_path", session.base] if session.base else []
     further = [word for name, text in settings.items() for word in (f"--{name}", *text.splitlines())]

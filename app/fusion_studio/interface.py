@@ -10,6 +10,7 @@ from fusion_studio import markup
 from fusion_studio.errors import bind, warn
 from fusion_studio.session import LIFETIME, Session, error_sentence, tokens_of
 from fusion_studio.tabs import LATEST, PRIVATE, STREAM, combine, compare, draw, history, library, picked_of, teach
+from fusion_studio.training_jobs import current_training
 
 HEADER = (
     '<div id="title"><h1>spectral<span>fusion</span></h1>'
@@ -49,6 +50,7 @@ def build(session: Session) -> gr.Blocks:
         page.load(bind(base_ready, session), None, base_views, **PRIVATE)
         page.load(bind(draw.first_picture, session), None, drawing.outputs, **STREAM | PRIVATE)
         page.load(*teaching.unfinished, **PRIVATE)
+        page.load(*combining.watching, **STREAM | PRIVATE)
         page.load(bind(teach.watch, session), None, teaching.views, **STREAM | PRIVATE).then(*refresh, **PRIVATE)
         opening = base.input(lambda: gr.Dropdown(info="opening …"), None, base, **PRIVATE)
         changed = opening.then(bind(Session.open_base, session), base, None, api_name="base", **STREAM)
@@ -75,7 +77,7 @@ def connect(session: Session, parts: tuple[Any, ...], tabs: gr.Tabs, pages: tupl
     suggestion = (bind(compare.suggest_prompt, session), [comparing.picks, comparing.prompt], comparing.prompt)
     compare_tab.select(*update, **PRIVATE).then(*suggestion, **PRIVATE)
     library_tab.select(shelf.refreshed, [shelf.search, shelf.chosen], [shelf.cards, shelf.slices], **PRIVATE)
-    for event in (*teaching.watching, *shelf.changed, combining.saved):
+    for event in (*teaching.watching, *shelf.changed, *combining.saved):
         event.then(*refresh, **PRIVATE)
 
     def link_to_draw(button: Any, handler: Any, inputs: Any) -> None:
@@ -92,7 +94,7 @@ def connect(session: Session, parts: tuple[Any, ...], tabs: gr.Tabs, pages: tupl
 
 def latest_concept(session: Session) -> dict[str, float]:
     """The concept that was taught last, picked."""
-    job = session.trainings.current if session.trainings else None
+    job = current_training(session)
     return {job.saved.stem: 1.0} if job and job.saved else {}
 
 

@@ -169,3 +169,7 @@ def pictures_row(title: str, images: Sequence[Image.Image]) -> str:
 
 def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def time_left(seconds: float) -> str:
+    return f"about {in_time(seconds)} left"

@@ -27,7 +27,9 @@ class Session:
 
     def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
         self.base, self.library = base, Path(library)
-        self.trainings: Any = None  # the TrainingQueue of this session, once something is taught
+        from fusion_studio.jobs import JobQueue  # which knows sessions
+
+        self.jobs = JobQueue(self)
         self._temporary = TemporaryFolder()
         self.folder = self._temporary.path  # pictures and downloads
         self.uploads = self.folder / "uploads"
@@ -80,20 +82,26 @@ class Session:
         except fusion.FusionError:
             return fusion.GenerationConfig(prompt="")
 
+    def example_prompt(self, tokens: Sequence[str]) -> str:
+        """A first prompt for a selection, in words that a small base too understands; the base's own for none."""
+        if len(tokens) < 2:
+            return f"a {tokens[0]} on a blue background" if tokens else self.example().prompt
+        rest = "".join(f" and a {token}" for token in tokens[2:])
+        return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
+
     def open_base(self, name: str) -> None:
         """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
         base = None if name.strip().lower() in ("", "pocket") else name.strip()
         if base == self.base:
             return
-        if self.trainings and (tokens := self.trainings.tokens()):
-            raise fusion.FusionError(f"{tokens[0]} is being taught on this base; wait until that is done.")
+        if jobs := self.jobs.unfinished:
+            raise fusion.FusionError(f"{jobs[0].activity} on this base; wait until that is done.")
         with self.queue.acquire("The base is being changed"), self._opening:
             self._pipe, self.base = fusion.open_pipeline(base), base
 
     def close(self) -> None:
         """End the training under way, so that it can be resumed, and delete all temporary files."""
-        if self.trainings:
-            self.trainings.close()
+        self.jobs.close()
         self._temporary.remove()
 
     @contextmanager

@@ -1,13 +1,12 @@
-"""Concepts that are taught one after the other, in a thread of their own, whether or not a page is open.
+"""Concepts that are taught.
 
-A training asks for the pipeline anew at every step, so that others draw in between. It is gated by its own tokens, so
-that their pictures are the same as without it; an ungated training keeps the pipeline to its end.
+While others draw in between, a training is gated by its own tokens, so that their pictures are the same as without it;
+an ungated training keeps the pipeline to its end.
 """
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,12 +16,11 @@ from typing import Any
 from PIL import Image
 
 import fusion
-from fusion_studio.session import Session, error_sentence, safe_name, tokens_of
+from fusion_studio.jobs import Job
+from fusion_studio.session import Session, safe_name, tokens_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PICTURES = 100
-MAX_FINISHED = 20  # trainings that are over and still shown
-CLOSING_TIME = 8  # seconds for the step under way when the studio ends; Docker kills after ten
 PREVIEWS = 5  # of a whole training
 CHECKPOINTS = 20  # of a whole training, and at least one every MAX_LOST_STEPS steps
 MAX_LOST_STEPS = 50
@@ -35,37 +33,65 @@ PAGE_SETTINGS = {
 }
 
 
-class TrainingJob:
-    """One concept to be taught, being taught, or done. Written by one thread, read by many."""
+class TrainingJob(Job):
+    """One concept to be taught, being taught, or done."""
 
     def __init__(self, session: Session, config: fusion.TrainingConfig, place: Any) -> None:
+        super().__init__(config.token, config.max_train_steps)
         self.config, self.token = config, config.token
         self.place = place  # its TrainingFolder in the library, locked
         pictures = sorted(path for path in config.instance_data_dir.iterdir() if path.suffix != ".txt")
         checks = fusion.check_pictures(pictures[:REFERENCES], config.resolution or session.resolution())
         self.references, self.pictures = [check.crop for check in checks.pictures if check.crop], len(pictures)
         self.checkpoint = place.folder / f"{config.name}.safetensors"  # the adapter at the latest checkpoint
-        self.start, self.step, self.total, self.seconds = 0, 0, config.max_train_steps, 0.0
-        self.losses: list[float] = []
         self.previews: list[tuple[Image.Image, str]] = []
-        self.state, self.error = "waiting", ""  # then preparing, learning, and learned, stopped or failed
-        self.stop, self.unpaused = threading.Event(), threading.Event()  # `stop` ends it after its step
-        self.unpaused.set()
-        self.saved: Path | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.state in ("preparing", "learning")
-
-    @property
-    def paused(self) -> bool:
-        return not self.unpaused.is_set()
 
     def record(self, last: fusion.TrainStep) -> None:
         self.state, self.step, self.total, self.seconds = "learning", last.step, last.total, last.seconds
         self.start = last.resumed
         self.losses.append(last.loss)
         self.previews += [(image, f"step {last.step}") for image in last.images]
+
+    def run(self, session: Session) -> None:
+        if self.start == self.total:  # the studio ended after the last step, before the library had the adapter
+            self.saved = self._save(session, fusion.load(self.checkpoint))
+            return
+        ungated = self.config.gating == "none"  # then the pipeline is held to the end
+        pipeline = partial(session.queue.acquire, self.activity)
+        with pipeline() if ungated else nullcontext():
+            last, steps = None, fusion.train(session.pipe, self.config)
+            try:
+                while not self.stop.is_set() and (last is None or last.step < last.total):
+                    with nullcontext() if ungated else pipeline():
+                        last = next(steps)
+                    self.record(last)
+                    if last.checkpoint:  # an adapter beside it owns the slice even when the studio has ended
+                        fusion.save(last.adapter, self.checkpoint, dtype=self.config.save_precision)
+                    while not self.unpaused.wait(0.2) and not self.stop.is_set():
+                        pass
+                if last is not None:  # saved while its slice is still reserved
+                    self.saved = self._save(session, last.adapter)
+            finally:
+                with nullcontext() if ungated else pipeline():
+                    steps.close()
+
+    def _save(self, session: Session, adapter: fusion.Adapter) -> Path:
+        """Into the library, with the latest preview beside it; in place of what this training has left there before."""
+        dtype, settings = self.config.save_precision, adapter.info.provenance.settings
+        entries = [e for e in session.entries().values() if tokens_of(e.info) == [self.token]]
+        earlier = next((e.path for e in entries if e.info.provenance.settings == settings), None)
+        library = fusion.Library(session.library)
+        if earlier:
+            path = library.replace(adapter, earlier.stem, dtype)
+        else:
+            path = library.save(adapter, safe_name(self.token), dtype)
+        if self.previews:
+            fusion.save_adapter_picture(path, self.previews[-1][0])
+        return path
+
+    def release(self, state: str) -> None:
+        """What failed keeps its pictures and captions, too: it can be resumed, or changed and taught anew."""
+        (self.place.delete if state == "learned" else self.place.release)()
 
 
 def new_job(
@@ -84,7 +110,7 @@ def new_job(
         count = f"{len(usable)} pictures" if usable else "No pictures"
         raise fusion.FusionError(f"{count} cannot be learned from; four to eight are good, {MAX_PICTURES} the limit.")
     known = [token for entry in session.entries().values() for token in tokens_of(entry.info)]
-    if token in [*known, *(session.trainings.tokens() if session.trainings else ())]:
+    if token in [*known, *taught_tokens(session)]:
         raise fusion.FusionError(f"{token} is in the library already, or being taught; give this one another name.")
     if token in [training.config.token for training in unfinished_jobs(session).values() if training.config]:
         raise fusion.FusionError(f"{token} is not learned to the end yet; resume or discard that training first.")
@@ -153,95 +179,17 @@ def _config(
     return fusion.TrainingConfig.model_validate({"validation_prompt": "a {token}", **previews, **values, **page})
 
 
-class TrainingQueue:
-    """The trainings of a session, one after the other."""
+def trainings(session: Session) -> list[TrainingJob]:
+    """All trainings of the session."""
+    return session.jobs.of(TrainingJob)
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.jobs = session, list[TrainingJob]()
-        self.changed = threading.Event()
-        self._closed = False
-        self._lock, self._thread = threading.Lock(), None
 
-    @property
-    def current(self) -> TrainingJob | None:
-        """The training under way, or else the latest."""
-        begun = [job for job in self.jobs if job.state != "waiting"]
-        return next((job for job in begun if job.active), begun[-1] if begun else None)
+def current_training(session: Session) -> TrainingJob | None:
+    """The training under way, or else the latest."""
+    begun = [job for job in trainings(session) if job.state != "waiting"]
+    return next((job for job in begun if job.active), begun[-1] if begun else None)
 
-    def tokens(self) -> list[str]:
-        """The concepts that are being taught, or will be."""
-        return [job.token for job in self.jobs if job.active or job.state == "waiting"]
 
-    def add(self, job: TrainingJob) -> None:
-        with self._lock:
-            over = [job for job in self.jobs if not job.active and job.state != "waiting"][:-MAX_FINISHED]
-            self.jobs = [*(job for job in self.jobs if job not in over), job]
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="teaching", daemon=True)
-                self._thread.start()
-
-    def close(self) -> None:
-        """End the training under way after its step; it and those that wait can be resumed by the next studio."""
-        with self._lock:
-            self._closed, thread = True, self._thread
-            for job in self.jobs:
-                job.stop.set()
-        if thread is not None:
-            thread.join(CLOSING_TIME)
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                job = next((job for job in self.jobs if job.state == "waiting"), None)
-                if job is None or self._closed:
-                    self._thread = None
-                    return
-                job.state = "preparing"
-            state = "failed"
-            try:
-                self._train(job)
-                state = "learned" if job.step == job.total else "stopped"
-            except Exception as error:
-                job.error = error_sentence(error)
-            finally:
-                # What failed keeps its pictures and captions, too: it can be resumed, or changed and taught anew.
-                (job.place.delete if state == "learned" else job.place.release)()
-                job.state = state
-                self.changed.set()
-
-    def _train(self, job: TrainingJob) -> None:
-        if job.start == job.total:  # the studio ended after the last step, before the library had the adapter
-            job.saved = self._save(job, fusion.load(job.checkpoint))
-            return
-        ungated = job.config.gating == "none"  # then the pipeline is held to the end
-        pipeline = partial(self.session.queue.acquire, f"{job.token} is being taught")
-        with pipeline() if ungated else nullcontext():
-            last, steps = None, fusion.train(self.session.pipe, job.config)
-            try:
-                while not job.stop.is_set() and (last is None or last.step < last.total):
-                    with nullcontext() if ungated else pipeline():
-                        last = next(steps)
-                    job.record(last)
-                    if last.checkpoint:  # an adapter beside it owns the slice even when the studio has ended
-                        fusion.save(last.adapter, job.checkpoint, dtype=job.config.save_precision)
-                    while not job.unpaused.wait(0.2) and not job.stop.is_set():
-                        pass
-                if last is not None:  # saved while its slice is still reserved
-                    job.saved = self._save(job, last.adapter)
-            finally:
-                with nullcontext() if ungated else pipeline():
-                    steps.close()
-
-    def _save(self, job: TrainingJob, adapter: fusion.Adapter) -> Path:
-        """Into the library, with the latest preview beside it; in place of what this training has left there before."""
-        dtype, settings = job.config.save_precision, adapter.info.provenance.settings
-        entries = [e for e in self.session.entries().values() if tokens_of(e.info) == [job.token]]
-        earlier = next((e.path for e in entries if e.info.provenance.settings == settings), None)
-        library = fusion.Library(self.session.library)
-        if earlier:
-            path = library.replace(adapter, earlier.stem, dtype)
-        else:
-            path = library.save(adapter, safe_name(job.token), dtype)
-        if job.previews:
-            fusion.save_adapter_picture(path, job.previews[-1][0])
-        return path
+def taught_tokens(session: Session) -> list[str]:
+    """The concepts that are being taught, or will be."""
+    return [job.token for job in session.jobs.unfinished if isinstance(job, TrainingJob)]

@@ -27,10 +27,11 @@ from fusion.distillation.prompt_distribution import PromptDistribution, words_of
 from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
-from fusion.errors import FusionError
+from fusion.errors import ConfigError, FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, read_checkpoint
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
+from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 from fusion.models.tokens import embedding_of, text_encoders
@@ -75,6 +76,8 @@ def distill(
     """
     values = checked_strengths(adapters, strengths)
     check_distillable(pipe, adapters)
+    if attached_state(pipe) is not None:
+        raise ConfigError("This pipeline has adapters attached, which a teacher would include; detach them first.")
     distillation = _Distillation(pipe, adapters, values, config or DistillationConfig.model_validate({}))
     yield from distillation.steps()
 

@@ -9,7 +9,6 @@ from fusion.adapters.combination_checks import check_bases, check_tokens
 from fusion.errors import BaseMismatch, ConfigError, GatingError, TokenConflict
 from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
 from fusion.models.base_check import check_base
-from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
 
@@ -17,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_distillable(pipe: Pipeline, adapters: Sequence[Adapter]) -> None:
-    """Raise for adapters that cannot be distilled together on this pipeline, before anything is computed."""
+    """Raise for adapters that cannot be distilled together on this base, before anything is computed.
+
+    Others may be attached meanwhile; not when the distillation begins.
+    """
     if not adapters:
         raise ConfigError("There is nothing to distill; give at least one adapter.")
     check_bases(adapters)
@@ -41,8 +43,6 @@ def check_distillable(pipe: Pipeline, adapters: Sequence[Adapter]) -> None:
                 "distill on the adapter's own base: --base."
             )
         check_base(pipe, adapter)
-    if attached_state(pipe) is not None:
-        raise ConfigError("This pipeline has adapters attached, which a teacher would include; detach them first.")
     if unfed := [layer for adapter in adapters for layer in adapter.layer_names if not _fed(layer)]:
         logger.warning(
             "%d layers are not fed by the prompt alone (%s, …): their changes are kept as they are, without gates.",

@@ -18,6 +18,7 @@ from gradio_client.exceptions import AppError
 
 from fusion_studio.interface import build
 from fusion_studio.theme import launch_options
+from fusion_studio.training_jobs import current_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The copy keyword is deprecated")]  # gradio's pandas
 
@@ -76,7 +77,7 @@ def test_teach_draw_compare_and_take_along(client, session, files):
 
 def test_stop_ends_a_training(client, session, files):
     job = teach(client, files, steps=5000)
-    until(lambda: session.trainings.current and session.trainings.current.step >= 2)
+    until(lambda: current_training(session) and current_training(session).step >= 2)
     client.predict(api_name="/pause_teaching"), client.predict(api_name="/pause_teaching")
     client.predict(api_name="/stop_teaching")
     progress, *_ = job.result(timeout=60)
@@ -102,7 +103,7 @@ def test_two_at_once_do_not_disturb_each_other(served, session, files):
     assert Path(short.result(timeout=60)[0]).read_bytes() == Path(alone).read_bytes()
     assert long.result(timeout=60)[0].endswith(".png")  # the first came first, whole
     watching = teach(anna, files, steps=5000)
-    until(lambda: session.trainings.current and session.trainings.current.step >= 2)
+    until(lambda: current_training(session) and current_training(session).step >= 2)
     meanwhile = draw(bert, "a dog", seed=5).result(timeout=60)[0]  # while a concept is being taught
     assert Path(meanwhile).read_bytes() == Path(alone).read_bytes()
     assert not watching.done()

@@ -19,6 +19,7 @@ from fusion_studio.pipeline_queue import PipelineQueue
 from fusion_studio.session import Session, safe_name
 from fusion_studio.streaming import StepProgress
 from fusion_studio.tabs import Controls, combine, compare, draw, history, library, picked_of, progress
+from fusion_studio.training_jobs import current_training
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -462,5 +463,5 @@ def test_nothing_in_the_library_is_left_out_silently(session, taught):
 
 def test_steps_are_not_read_aloud_but_the_end_is(session, taught):
     assert 'role="status"' in taught("rex")[0]
-    session.trainings.current.state = "learning"
-    assert 'role="status"' not in progress.state_html(session.trainings.current)
+    current_training(session).state = "learning"
+    assert 'role="status"' not in progress.state_html(current_training(session))

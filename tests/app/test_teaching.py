@@ -17,6 +17,7 @@ from fusion_studio import settings, training_jobs
 from fusion_studio.markup import loss_svg
 from fusion_studio.session import Session
 from fusion_studio.tabs import Controls, draw, library, progress, teach
+from fusion_studio.training_jobs import current_training
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -49,9 +50,9 @@ def until(condition):
 def learning(session, token):
     until(
         lambda: (
-            session.trainings.current
-            and session.trainings.current.token == token
-            and session.trainings.current.step >= 2
+            current_training(session)
+            and current_training(session).token == token
+            and current_training(session).step >= 2
         )
     )
 
@@ -109,7 +110,7 @@ def test_every_setting_is_reachable_and_checked(session, files):
         "random_flip": True, "snr_gamma": 5, "targets": ["unet.attn2.to_k", "unet.attn2.to_v"], "slice": 3,
     }  # fmt: skip
     begin(session, files, "rex", 2, output_dir="/", base="/etc", placeholder_token="<tom>")  # not a visitor's to set
-    made = session.trainings.jobs[-1].config
+    made = session.jobs.jobs[-1].config
     assert (made.token, made.pretrained_model_name_or_path) == ("<rex>", session.base_path)
     assert made.output_dir.is_relative_to(session.library.absolute())
     *_, last = teach.watch(session)
@@ -146,9 +147,9 @@ def test_others_draw_while_a_concept_is_taught_and_get_the_same_picture(session,
     before = picture()
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
-    step = session.trainings.current.step
+    step = current_training(session).step
     assert picture() == before  # not a bit of what is being taught leaks into it
-    until(lambda: session.trainings.current.step > step)
+    until(lambda: current_training(session).step > step)
     with pytest.raises(fusion.FusionError, match="<rex> is being taught on this base"):
         session.open_base("pocket")
     teach.stop_teaching(session)
@@ -160,12 +161,12 @@ def test_pause_and_go_on(session, files):
     learning(session, "<rex>")
     assert teach.pause_teaching(session).value == "Go on"
     threading.Event().wait(0.3)
-    step = session.trainings.current.step
+    step = current_training(session).step
     assert "paused" in next(teach.watch(session))[0]
     *_, last = draw.draw_pictures(session, (), Controls({}, "a dog"))
-    assert Path(last[0]).is_file() and session.trainings.current.step == step
+    assert Path(last[0]).is_file() and current_training(session).step == step
     assert teach.pause_teaching(session).value == "Pause"
-    until(lambda: session.trainings.current.step > step)
+    until(lambda: current_training(session).step > step)
     teach.stop_teaching(session)
     list(teach.watch(session))
 
@@ -178,7 +179,7 @@ def test_several_concepts_wait_in_a_queue_and_an_ungated_one_has_the_pipeline_al
     views = list(teach.watch(session))
     assert any("&lt;cat&gt;" in view[6] and "Everyone who has this page" in view[6] for view in views)
     assert "&lt;cat&gt;" in views[-1][0] and session.entries().keys() == {"rex", "cat"}
-    assert [own.state for own in session.trainings.jobs] == ["learned", "learned"]
+    assert [own.state for own in session.jobs.jobs] == ["learned", "learned"]
 
 
 def test_watching_nothing_changes_nothing(session):
@@ -200,7 +201,7 @@ def test_what_cannot_be_taught_is_told_in_a_sentence(session, files, change, sen
     wanted = {"pictures": pictures, "token": "rex", "noun": "dog", "preset": "quick"} | change
     with pytest.raises(fusion.FusionError, match=sentence):
         teach.teach_concept(session, **wanted)
-    assert session.entries() == {} and session.trainings is None
+    assert session.entries() == {} and not session.jobs.jobs
     assert {path.name for path in session.folder.iterdir()} <= {"uploads", "gradio"}
 
 
@@ -301,7 +302,7 @@ session = Session(base, library)
 _, pictures, _ = teach.add_pictures(session, files)
 filled = {"filled": {"max_train_steps": "40", "random_flip": "true", "gating": "tokens"}}
 teach.teach_concept(session, pictures, "rex", "dog", "standard", filled)
-own = session.trainings.current or session.trainings.jobs[0]
+own = session.jobs.jobs[0]
 while own.step < 9:
     time.sleep(0.01)
 os._exit(1)  # as a power cut would
@@ -330,7 +331,7 @@ def test_a_training_that_ended_with_the_app_is_resumed_exactly(session, files, b
     cli = teach.resume_teaching(lost, name)
     assert "--resume_from_checkpoint latest" in cli.value and "training.toml" in cli.value
     *_, last = teach.watch(lost)
-    assert "Learned in 40 steps" in last[0] and len(lost.trainings.current.losses) == 40 - done
+    assert "Learned in 40 steps" in last[0] and len(current_training(lost).losses) == 40 - done
     begin(session, files, "rex", 40, random_flip="true", gating="tokens")  # in one go
     list(teach.watch(session))
     assert [str(part) for part in lost.entries()["rex"].slices] == ["0-3"]
@@ -342,7 +343,7 @@ def test_a_stopped_training_is_resumed_or_discarded(session, files):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
     assert not teach.unfinished_trainings(session)[0].visible  # it is under way
-    until(lambda: session.trainings.current.step >= 51)
+    until(lambda: current_training(session).step >= 51)
     teach.stop_teaching(session)
     list(teach.watch(session))
     before = session.entries()["rex"].info.provenance.steps
@@ -352,7 +353,7 @@ def test_a_stopped_training_is_resumed_or_discarded(session, files):
     learning(session, "<rex>")
     with pytest.raises(fusion.FusionError, match="not unfinished any more"):
         teach.discard_teaching(session, which.value)  # somebody is at it
-    until(lambda: session.trainings.current.step > before)
+    until(lambda: current_training(session).step > before)
     teach.stop_teaching(session)
     list(teach.watch(session))
     assert session.entries().keys() == {"rex"}  # gone on with, not beside it
@@ -373,7 +374,7 @@ def test_a_resumed_concept_is_drawn_while_it_learns_and_learns_the_same(session,
             return image.tobytes()
 
     begin(session, files, "rex", 12, text_encoder_lr="0")
-    until(lambda: session.trainings.current and session.trainings.current.step >= 3)
+    until(lambda: current_training(session) and current_training(session).step >= 3)
     teach.pause_teaching(session), teach.stop_teaching(session)
     *_, last = teach.watch(session)
     assert "Stopped after" in last[0]
@@ -381,22 +382,22 @@ def test_a_resumed_concept_is_drawn_while_it_learns_and_learns_the_same(session,
     _, which, _ = teach.unfinished_trainings(session)
     teach.resume_teaching(session, which.value)
     learning(session, "<rex>")
-    assert picture() == before and not session.trainings.current.paused
+    assert picture() == before and not current_training(session).paused
     *_, last = teach.watch(session)
     assert "Learned in 12 steps" in last[0] and picture() != before
-    assert session.entries().keys() == {"rex"} and session.trainings.current.start
+    assert session.entries().keys() == {"rex"} and current_training(session).start
 
 
 def test_a_checkpoint_without_an_adapter_beside_it_is_resumed(session, files):
     begin(session, files, "rex", 12)
-    until(lambda: session.trainings.current and session.trainings.current.step >= 4)
+    until(lambda: current_training(session) and current_training(session).step >= 4)
     teach.stop_teaching(session)
     list(teach.watch(session))
     (name,) = training_jobs.unfinished_jobs(session)
     (session.library / ".unfinished" / name / "rex.safetensors").unlink()  # killed between the two
     teach.resume_teaching(session, name)
     *_, last = teach.watch(session)
-    assert "Learned in 12 steps" in last[0] and session.trainings.current.start >= 4
+    assert "Learned in 12 steps" in last[0] and current_training(session).start >= 4
     assert session.entries().keys() == {"rex"} and session.entries()["rex"].info.provenance.steps == 12
 
 

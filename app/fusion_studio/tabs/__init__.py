@@ -59,6 +59,11 @@ def widget(name: str, value: Any, **about: Any) -> gr.HTML:
     return gr.HTML(value, html_template=place, js_on_load=script, apply_default_css=False, **about)
 
 
+def at_once() -> dict[str, Any]:
+    """The fusion methods that take no minutes: those have a panel of their own."""
+    return {name: row for name, row in fusion.METHODS.items() if row.moments or not row.needs_base}
+
+
 def picked_of(picks: Picks | None) -> dict[str, float]:
     """Which concepts are picked, and how strong."""
     return {str(key): float(value) for key, value in ((picks or {}).get("picked") or {}).items()}

@@ -13,7 +13,7 @@ import fusion
 from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name
-from fusion_studio.tabs import LATEST, Picks, cli_box, command_line, picked_of, widget
+from fusion_studio.tabs import LATEST, Picks, at_once, cli_box, command_line, one_lora, picked_of, widget
 
 NOTHING_PICKED = markup.empty("Pick concepts to combine", "Their compatibility is shown here, before any picture.")
 METHOD_HINT = "Sums keep every concept at its own tokens. Methods that merge cannot: they act on every word."
@@ -29,13 +29,14 @@ def build(session: Session) -> SimpleNamespace:
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=300):
             picks = widget("concepts", {}, inserts=False, elem_id="combine-picks")
-            choices = [(f"{name}: {row.about}", name) for name, row in fusion.METHODS.items()]
+            choices = [(f"{name}: {row.about}", name) for name, row in at_once().items()]
             options: dict[str, Any] = {"value": "direct_sum", "info": METHOD_HINT, "elem_id": "method"}
             method = gr.Dropdown(choices, label="Fusion method", **options)
             name = gr.Textbox("", label="Name of the result", placeholder="made of the concepts' names", elem_id="name")
             with gr.Row():
                 draw = gr.Button("Draw with these", variant="primary", elem_id="combine-draw", min_width=120)
                 save = gr.Button("Save as one adapter", elem_id="save", min_width=120)
+            lora_form = one_lora.build_form()
             with gr.Accordion("Export for other programs", open=False, elem_id="export-part"):
                 form = gr.Radio(list(FORMATS.items()), value="native", label="Format", elem_classes="radio-chips")
                 rank = gr.Number(0, label="Compress to rank", precision=0, minimum=0, info="0: exact")
@@ -47,13 +48,18 @@ def build(session: Session) -> SimpleNamespace:
                 bake = gr.Button("Bake", size="sm", elem_id="bake")
         with gr.Column(scale=6, min_width=300):
             verdict = gr.HTML(NOTHING_PICKED, elem_id="combined")
+            lora = one_lora.build_views()
             notes, cli = gr.HTML(elem_id="combine-notes"), cli_box("combine")
     gr.on([picks.input, method.input], bind(verdict_html, session), [picks, method], verdict, **LATEST)
     inputs = [picks, method, name]
     saved = save.click(bind(save_as_one, session), inputs, [notes, cli], api_name="fuse", **SPINNER)
     export.click(bind(export_picked, session), [*inputs, form, rank], [files, notes, cli], api_name="export", **SPINNER)
     bake.click(bind(bake_picked, session), [*inputs, accept], [notes, cli], api_name="bake", **SPINNER)
-    return SimpleNamespace(picks=picks, method=method, draw=draw, verdict=verdict, saved=saved)
+    distilled = one_lora.connect(session, picks, name, lora_form, lora, cli)
+    return SimpleNamespace(
+        picks=picks, method=method, draw=draw, verdict=verdict, saved=[saved, *distilled.finished],
+        watching=distilled.watching,
+    )  # fmt: skip
 
 
 def verdict_html(session: Session, picks: Picks, method: str) -> str:

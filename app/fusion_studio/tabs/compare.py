@@ -15,8 +15,8 @@ from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Picks, cli_box, command_line, picked_of, widget
-from fusion_studio.tabs.draw import STOPPED, button_states, example_prompt
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Picks, at_once, cli_box, command_line, picked_of, widget
+from fusion_studio.tabs.draw import STOPPED, button_states
 
 NO_GRID = markup.empty("A grid of pictures", "One prompt and seed; rows are strengths, columns methods and adapters.")
 LEGEND = (
@@ -31,9 +31,7 @@ def build(session: Session) -> SimpleNamespace:
             picks = widget("concepts", {}, inserts=False, elem_id="compare-picks")
             prompt = gr.Textbox("", label="Prompt", lines=2, elem_id="compare-prompt")
             strengths = gr.Textbox("0.5 1", label="Strengths", info="Rows of the grid", elem_id="strengths")
-            methods = gr.CheckboxGroup(
-                [*fusion.METHODS], value=["direct_sum"], label="Methods", elem_classes="radio-chips"
-            )
+            methods = gr.CheckboxGroup([*at_once()], value=["direct_sum"], label="Methods", elem_classes="radio-chips")
             alone = gr.Checkbox(True, label="Also each concept alone", container=False)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             with gr.Row():
@@ -61,7 +59,7 @@ def suggest_prompt(session: Session, picks: Picks, prompt: str) -> Any:
     if prompt.strip() and not suggested:
         return gr.skip()
     adapters = session.adapters(list(picked_of(picks)))
-    return example_prompt(session, [token for adapter in adapters for token in tokens_of(adapter.info)])
+    return session.example_prompt([token for adapter in adapters for token in tokens_of(adapter.info)])
 
 
 def draw_grid(

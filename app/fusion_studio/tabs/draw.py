@@ -44,7 +44,7 @@ def build(session: Session) -> SimpleNamespace:
                 teach_first = gr.Button("Teach the first one", variant="primary", elem_id="teach-first")
             picks = widget("concepts", {}, inserts=True, elem_id="picks")
             verdict = gr.HTML(NOTHING_PICKED, elem_id="verdict")
-            first = example_prompt(session, [])
+            first = session.example_prompt([])
             prompt = gr.Textbox(first, label="Prompt", lines=2, placeholder="What should it show?", elem_id="prompt")
             example = gr.Button(
                 f"{EXAMPLE_LABEL}{first}", visible=False, size="sm", elem_id="example", elem_classes="quiet"
@@ -143,7 +143,7 @@ def selection_views(
     keys = list(picked_of(picks))
     tokens = [token for adapter in session.adapters(keys) for token in tokens_of(adapter.info)]
     suggestion, own_words = (
-        example_prompt(session, tokens),
+        session.example_prompt(tokens),
         bool(prompt.strip()) and prompt != example.removeprefix(EXAMPLE_LABEL),
     )
     button = gr.Button(f"{EXAMPLE_LABEL}{suggestion}", visible=own_words and bool(suggestion))
@@ -220,14 +220,6 @@ def draw_pictures(
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
             yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
-
-
-def example_prompt(session: Session, tokens: Sequence[str]) -> str:
-    """A first prompt for a selection, in words that a small base too understands; the base's own for none."""
-    if len(tokens) < 2:
-        return f"a {tokens[0]} on a blue background" if tokens else session.example().prompt
-    rest = "".join(f" and a {token}" for token in tokens[2:])
-    return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
 
 def in_words(recipe: fusion.Recipe) -> str:

@@ -7,7 +7,7 @@ import gradio as gr
 
 from fusion_studio import markup
 from fusion_studio.session import Session
-from fusion_studio.training_jobs import TrainingJob, TrainingQueue
+from fusion_studio.training_jobs import TrainingJob, current_training, taught_tokens, trainings
 
 REFRESH = 0.4  # seconds
 SHARED_HINT = "Everyone who has this page open sees what is being taught, and can pause or stop it."
@@ -15,21 +15,20 @@ SHARED_HINT = "Everyone who has this page open sees what is being taught, and ca
 
 def watch(session: Session) -> Iterator[tuple[Any, ...]]:
     """The trainings until all are done; a page opened in the middle joins in."""
-    trainings: TrainingQueue | None = session.trainings
     on_page: tuple[Any, int] = (None, 0)
-    while trainings is not None and trainings.tokens():
-        job = trainings.current
+    while taught_tokens(session):
+        job = current_training(session)
         previews = (job, len(job.previews) if job else 0)
-        yield view(trainings, new_previews=previews != on_page)
+        yield view(session, new_previews=previews != on_page)
         on_page = previews
-        trainings.changed.wait(REFRESH)
-        trainings.changed.clear()
-    yield (gr.skip(),) * 9 if trainings is None else view(trainings, new_previews=True)
+        session.jobs.changed.wait(REFRESH)
+        session.jobs.changed.clear()
+    yield view(session, new_previews=True)
 
 
-def view(trainings: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
+def view(session: Session, *, new_previews: bool) -> tuple[Any, ...]:
     """Values for the views; pictures only when there are new ones, so that they do not flicker."""
-    job = trainings.current
+    job = current_training(session)
     if job is None:
         return (gr.skip(),) * 9
     stopping, paused = job.stop.is_set(), job.paused
@@ -41,7 +40,7 @@ def view(trainings: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
         gr.Gallery(previews, visible=bool(previews)) if new_previews else gr.skip(),
         result_html(job),
         gr.Button(f"Draw with {job.token}", visible=job.saved is not None),
-        queue_html(trainings),
+        queue_html(session),
         gr.Button("Go on" if paused else "Pause"),
         gr.Button("Stopping …" if stopping and job.active else "Stop and keep", interactive=not stopping),
     )
@@ -49,11 +48,10 @@ def view(trainings: TrainingQueue, *, new_previews: bool) -> tuple[Any, ...]:
 
 def state_html(job: TrainingJob, *, paused: bool = False) -> str:
     outcome = "what it knows so far is in the library." if job.saved else "it had learned nothing yet."
-    left = job.seconds / max(1, job.step - job.start) * (job.total - job.step)
     text = {
         "waiting": "waits for its turn",
         "preparing": "Reading the pictures …",
-        "learning": f"Step {job.step} of {job.total}, {'paused' if paused else f'about {markup.in_time(left)} left'}",
+        "learning": f"Step {job.step} of {job.total}, {'paused' if paused else markup.time_left(job.time_left)}",
         "learned": f"Learned in {job.step} steps and {markup.in_time(job.seconds)}; it is in the library now.",
         "stopped": f"Stopped after {job.step} steps; {outcome}",
         "failed": job.error,
@@ -86,8 +84,8 @@ def advice(job: TrainingJob) -> str:
     return "Looks weak? Try Careful, a higher strength when drawing, or captions that name all else in a picture."
 
 
-def queue_html(trainings: TrainingQueue) -> str:
+def queue_html(session: Session) -> str:
     """The trainings that wait."""
-    waiting = [job for job in trainings.jobs if job.state == "waiting"]
+    waiting = [job for job in trainings(session) if job.state == "waiting"]
     rows = "".join(f"<li>{markup.escape(job.token)} <small>{job.total} steps</small></li>" for job in waiting)
     return f'<div class="queue"><h4>Next</h4><ol>{rows}</ol>{markup.hint(SHARED_HINT)}</div>' if waiting else ""

@@ -15,7 +15,7 @@ from fusion_studio.session import Session
 from fusion_studio.settings import form_html
 from fusion_studio.tabs import PRIVATE, STREAM, cli_box, command_line, widget
 from fusion_studio.tabs.progress import watch
-from fusion_studio.training_jobs import SUFFIXES, TrainingQueue
+from fusion_studio.training_jobs import SUFFIXES
 
 CROP_SIDE = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
@@ -128,13 +128,8 @@ def teach_concept(
     """Put a concept into the queue of those to be taught. Returns an empty form, and the command line."""
     filled: Any = (settings or {}).get("filled") or {}
     job = training_jobs.new_job(session, pictures, suggest_token(noun, token), noun, preset, filled)
-    _enqueue(session, job)
+    session.jobs.add(job)
     return [], "", "", "", command_line(commands.train(session, job.token, noun, preset, filled, folder))
-
-
-def _enqueue(session: Session, job: training_jobs.TrainingJob) -> None:
-    session.trainings = session.trainings or TrainingQueue(session)
-    session.trainings.add(job)
 
 
 def unfinished_trainings(session: Session) -> tuple[Any, ...]:
@@ -147,7 +142,7 @@ def unfinished_trainings(session: Session) -> tuple[Any, ...]:
 def resume_teaching(session: Session, name: str) -> Any:
     """Put an unfinished training into the queue, from its latest checkpoint on. Returns the command line."""
     job = training_jobs.resume_job(session, name)
-    _enqueue(session, job)
+    session.jobs.add(job)
     return command_line(commands.resume(job.place.folder))
 
 
@@ -174,7 +169,7 @@ def stop_teaching(session: Session) -> Any:
 
 
 def _active_job(session: Session) -> training_jobs.TrainingJob | None:
-    job = session.trainings.current if session.trainings else None
+    job = training_jobs.current_training(session)
     return job if job and job.active else None
 
 
