@@ -73,10 +73,8 @@ class DistillationJob(Job):
         with pipeline():
             steps, last = self._begin(session)
         try:
-            self.start = last.resumed
             while True:
-                self.state, self.step, self.seconds = "learning", last.step, last.seconds
-                self.losses.append(last.loss)
+                self.record(last)
                 if self.stop.is_set() or last.adapter is not None:
                     break
                 with pipeline():
@@ -112,7 +110,7 @@ class DistillationJob(Job):
         """One prompt, drawn by the gated concepts and by the LoRA; the latter is its picture in the library."""
         assert self.adapter is not None and self.saved is not None
         self.state, config = "drawing", fusion.GenerationConfig(prompt=self.prompt)
-        sides = (("with gates", self.adapters, self.strengths), ("the one LoRA", [self.adapter], None))
+        sides = (("With gates", self.adapters, self.strengths), ("One LoRA", [self.adapter], None))
         for label, adapters, strengths in sides:
             if self.stop.is_set():
                 return

@@ -6,12 +6,14 @@ A job asks for the pipeline anew at every step, so that others draw in between.
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
 import threading
+from collections import deque
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fusion_studio.session import Session, error_sentence
 
 MAX_FINISHED = 20  # jobs that are over and still shown
+PACE_STEPS = 40  # that the time left is estimated from
 CLOSING_TIME = 8  # seconds for the step under way when the studio ends; Docker kills after ten
 
 
@@ -22,6 +24,7 @@ class Job:
         self.title = title  # the token, or the tokens
         self.start, self.step, self.total, self.seconds = 0, 0, total, 0.0
         self.losses: list[float] = []
+        self._pace = deque[tuple[int, float]](maxlen=PACE_STEPS)  # the latest steps, and the seconds at their ends
         self.state, self.error = "waiting", ""  # then preparing, learning, and learned, stopped or failed
         self.stop, self.unpaused = threading.Event(), threading.Event()  # `stop` ends it after its step
         self.unpaused.set()
@@ -40,10 +43,18 @@ class Job:
     def paused(self) -> bool:
         return not self.unpaused.is_set()
 
+    def record(self, last: Any) -> None:
+        """A TrainStep or DistillationStep that was done."""
+        self.state, self.step, self.total, self.seconds = "learning", last.step, last.total, last.seconds
+        self.start = last.resumed
+        self.losses.append(last.loss)
+        self._pace.append((last.step, last.seconds))
+
     @property
-    def time_left(self) -> float:
-        """Seconds until the last step, at the speed so far."""
-        return self.seconds / max(1, self.step - self.start) * (self.total - self.step)
+    def time_left(self) -> float | None:
+        """Seconds until the last step, at the pace of the latest; None before there is one."""
+        (first, began), (latest, now) = (self._pace or [(0, 0.0)])[0], (self._pace or [(0, 0.0)])[-1]
+        return None if latest == first else (now - began) / (latest - first) * (self.total - latest)
 
     @property
     def finished(self) -> bool:

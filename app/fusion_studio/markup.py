@@ -171,5 +171,5 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def time_left(seconds: float) -> str:
-    return f"about {in_time(seconds)} left"
+def time_left(seconds: float | None) -> str:
+    return "…" if seconds is None else f"about {in_time(seconds)} left"

@@ -47,9 +47,7 @@ class TrainingJob(Job):
         self.previews: list[tuple[Image.Image, str]] = []
 
     def record(self, last: fusion.TrainStep) -> None:
-        self.state, self.step, self.total, self.seconds = "learning", last.step, last.total, last.seconds
-        self.start = last.resumed
-        self.losses.append(last.loss)
+        super().record(last)
         self.previews += [(image, f"step {last.step}") for image in last.images]
 
     def run(self, session: Session) -> None:

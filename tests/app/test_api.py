@@ -184,6 +184,7 @@ def test_errors_are_sentences(client):
 def test_only_meant_endpoints_are_published(client):
     named = client.view_api(return_format="dict")["named_endpoints"]
     teaching = {"/pictures", "/teach", "/watch", "/pause_teaching", "/stop_teaching"}
+    teaching |= {"/one_lora", "/watch_one_lora", "/stop_one_lora"}
     using = {"/start_picture", "/draw", "/compare", "/fuse", "/export", "/bake", "/base"}
     assert named.keys() == {*teaching, *using, "/library", "/rename", "/delete", "/import"}
 

@@ -108,6 +108,7 @@ def detail(session: Session, key: str) -> tuple[Any, ...]:
         return "", CHOOSE_HINT, gr.Column(visible=False), "", gr.Row(visible=False), gr.File(visible=False)
     info, origin = entry.info, entry.info.provenance
     how = f"{origin.steps} steps, seed {origin.seed}" if origin.steps else origin.tool or "imported"
+    errors = fusion.HeldOutErrors.from_json(origin.settings.get("errors"))  # of a distilled LoRA
     listed = lambda texts: ", ".join(markup.shortened([*texts]))  # noqa: E731
     rows = {
         "Base": listed([f"{info.base.name} ({info.base.family})" if info.base else "not known"]),
@@ -115,6 +116,7 @@ def detail(session: Session, key: str) -> tuple[Any, ...]:
         "Type": listed(dict.fromkeys(branch.type for branch in entry.branches)),
         "Acts": "at its own tokens" if all(branch.gate for branch in entry.branches) else "on every word",
         "How": listed([how]),
+        "Distilled": errors.sentence(len(info.concepts)) if errors else "",
         "Made of": listed(origin.parents),
         "Size": markup.size_of(entry.size),
         "Date": f"{datetime.fromtimestamp(entry.path.stat().st_mtime):%d %B %Y, %H:%M}",

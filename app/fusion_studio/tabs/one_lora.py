@@ -31,6 +31,8 @@ ABOUT = (
     "Diffusion 1.5 without a graphics card. Everyone goes on drawing meanwhile."
 )
 FORMS = {"ComfyUI": "kohya", "A1111, Forge": "kohya", "diffusers": "diffusers"}
+MAX_ERROR = 0.1  # above it, more is lost than a picture hides
+WEAK = "Much is lost. Make it again on Careful, with a larger rank, or of fewer concepts."
 RANK_HINT = "64 is enough for sixteen concepts; smaller files are a little less exact"
 PROMPTS_HINT = "One a line, {token} where a concept stands. Learned among the others."
 
@@ -180,6 +182,7 @@ def result_html(job: DistillationJob) -> str:
         return ""
     errors, sentence = job.errors, job.errors.sentence(len(job.tokens))
     rows = {
+        "Rank": str(job.config.rank),
         "Prompts with one concept": f"{1 - errors.one:.1%} kept",
         "Prompts with several": "" if errors.several is None else f"{1 - errors.several:.1%} kept",
         "Other prompts": f"{errors.drift:.2%} changed",
@@ -187,8 +190,11 @@ def result_html(job: DistillationJob) -> str:
     }
     if layers := {name for branch in job.adapter.branches[1:] for name in branch.layers}:
         rows["Without gates"] = f"{len(layers)} layers that prompts do not feed, kept as they are"
-    result = f'<p class="verdict">{markup.escape(sentence[0].upper() + sentence[1:])}.</p>{markup.facts(rows)}'
-    sides = "".join(markup.pictures_row(label.capitalize(), [image]) for image, label in job.pictures)
+    exact = max(errors.one, errors.several or 0.0) <= MAX_ERROR
+    more = "" if exact else f"<p>{WEAK}</p>"
+    text = markup.escape(f"{sentence[0].upper()}{sentence[1:]}.")
+    result = f'<div class="verdict{"" if exact else " caution"}">{text}{more}</div>{markup.facts(rows)}'
+    sides = "".join(markup.pictures_row(label, [image]) for image, label in job.pictures)
     drawings = f'<div class="result">{sides}</div>{markup.hint(f"{job.prompt}, seed 0")}' if sides else ""
     return result + drawings
 
@@ -203,12 +209,12 @@ def show_program(session: Session, program: str) -> tuple[Any, str, Any]:
     words = dict(zip(job.tokens, [path.stem for path in embeddings], strict=True))
     base = job.adapter.info.base
     steps, label, text = guides(session, job, lora, words, report.notes)[program]
-    on = f"Draw on {base.name if base else 'their base'}, which the concepts were taught on."
+    on = f"For {base.name if base else 'their base'}, on which the concepts were taught."
     if not session.base and program != "diffusers":
-        on += " Pocket itself is a diffusers folder, which only diffusers opens."
-    items = "".join(f"<li>{step}</li>" for step in [*steps, markup.escape(on)])
+        on += " Only diffusers opens pocket: it is a folder, not a checkpoint of one file."
+    items = "".join(f"<li>{step}</li>" for step in steps)
     files = gr.File([str(path) for path in report.files], label="Files")
-    return files, f"<ol>{items}</ol>", gr.Textbox(text, label=label)
+    return files, f"{markup.hint(on)}<ol>{items}</ol>", gr.Textbox(text, label=label)
 
 
 def guides(
@@ -257,5 +263,5 @@ def guides(
             ],
             "Prompt", f"{prompt('{}')} <lora:{lora.stem}:1>",
         ),
-        "diffusers": (["Beside these files, with peft installed:"], "Python", "\n".join(lines)),
+        "diffusers": (["Run this beside the files, with peft installed:"], "Python", "\n".join(lines)),
     }  # fmt: skip
