@@ -160,7 +160,7 @@ def test_pause_and_go_on(session, files):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")
     assert teach.pause_teaching(session).value == "Go on"
-    threading.Event().wait(0.3)
+    threading.Event().wait(1.0)  # a step that was under way may end
     step = current_training(session).step
     assert "paused" in next(teach.watch(session))[0]
     *_, last = draw.draw_pictures(session, (), Controls({}, "a dog"))
