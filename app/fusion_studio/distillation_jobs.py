@@ -5,6 +5,7 @@ from __future__ import annotations  # names of `fusion` must not load torch befo
 import json
 import shutil
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,9 @@ class DistillationJob(Job):
                     break
                 with pipeline():
                     last = next(steps)
+            if last.adapter is None:
+                with suppress(KeyboardInterrupt):
+                    steps.throw(KeyboardInterrupt())  # ends it with a checkpoint of this step
         finally:
             steps.close()
         if last.adapter is not None:
