@@ -91,6 +91,21 @@ def output_group(path: PathLike) -> Generator[Path]:
         _sync(target.parent)
 
 
+@contextmanager
+def folder_lock(folder: Path) -> Generator[None]:
+    """Wait for other writers that choose free names in a folder. Does nothing where folders cannot be locked."""
+    if fcntl is None:
+        yield
+        return
+    with _one_line(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def create_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises OutputError."""
     if not folder.is_dir():

@@ -28,7 +28,7 @@ from fusion.cli.console import (
 from fusion.config import MAX_SEED, TOKEN
 from fusion.errors import ConfigError, FormatError, closest
 from fusion.generation.config import GenerationConfig, Region
-from fusion.output_files import check_output
+from fusion.output_files import check_output, create_folder, expanded, folder_lock, output_group
 
 if TYPE_CHECKING:  # help must be immediate
     from fusion.adapters.adapter import Adapter
@@ -75,7 +75,7 @@ def run(args: Namespace) -> None:
         pictures = generate(pipe, config, adapters, strengths=strengths, image=image, on_step=advance)
     if recipe and again:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
-    paths = [write(picture, files, args, several=len(pictures) > 1) for picture in pictures]
+    paths = write(pictures, files, args)
     on, another = ["--base", args.base] if args.base else [], (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
 
@@ -179,20 +179,28 @@ def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -
         check_output(path, size=size, overwrite=args.overwrite)
 
 
-def write(picture: "Picture", files: list[Path], args: Namespace, *, several: bool) -> Path:
-    """Save a picture with its recipe, adapters' files included; nothing is overwritten in a folder."""
-    used = [adapter.updated({"file": str(file)}) for adapter, file in zip(picture.recipe.adapters, files, strict=True)]
-    recipe = picture.recipe.updated({"adapters": used})
-    path = path_for(args.output, recipe.config.prompt, recipe.picture_seed, several=several)
-    path = replace(picture, recipe=recipe).save(path, overwrite=args.overwrite)
-    size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps
-    print(f"wrote {path}: {size}, seed {recipe.picture_seed}, {steps} steps on {recipe.base}")
-    return path
+def write(pictures: list["Picture"], files: list[Path], args: Namespace) -> list[Path]:
+    """Save pictures with their recipes, adapters' files included, all or none; in a folder nothing is overwritten."""
+    several, recipes = len(pictures) > 1, [picture.recipe for picture in pictures]
+    folder = args.output.parent if args.output.suffix.lower() == ".png" else args.output
+    create_folder(expanded(folder))
+    with folder_lock(expanded(folder)):  # or another program could choose the same names
+        paths = [path_for(args.output, r.config.prompt, r.picture_seed, several=several) for r in recipes]
+        paths = [check_output(path, overwrite=args.overwrite) for path in paths]
+        with output_group(paths[-1]) as group:
+            for path, picture in zip(paths, pictures, strict=True):
+                pairs = zip(picture.recipe.adapters, files, strict=True)
+                used = [adapter.updated({"file": str(file)}) for adapter, file in pairs]
+                replace(picture, recipe=picture.recipe.updated({"adapters": used})).save(group / path.name)
+    for path, recipe in zip(paths, recipes, strict=True):
+        size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps
+        print(f"wrote {path}: {size}, seed {recipe.picture_seed}, {steps} steps on {recipe.base}")
+    return paths
 
 
 def path_for(output: Path, prompt: str, seed: int, *, several: bool) -> Path:
     if output.suffix.lower() == ".png":
         return output.with_stem(f"{output.stem}-{seed}") if several else output
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
-    candidates = (output / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
+    candidates = (expanded(output) / f"{words}-{seed}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
     return next(path for path in candidates if not os.path.lexists(path))

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from fusion.adapters.adapter import content
 from fusion.config import StrictModel
-from fusion.errors import ConfigError, FormatError, FusionError, OutputError
+from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.formats.safetensors_file import opened, write_file
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class RunCheckpoints:
                 self.folder / f"checkpoint-{step}", parameters, optimizer, scaler,
                 run=self.folder.name, step=step, loss=loss, settings=settings,
             )  # fmt: skip
-        except OutputError as error:
+        except FormatError as error:  # values that are not finite, too
             newest = newest_checkpoint(self.folder)
             name = f"{self.folder.name}/{newest.name}" if newest else ""
             rest = f"can be resumed with --resume_from_checkpoint {name}" if newest else "has none"

@@ -79,9 +79,10 @@ def as_mask(image: Image.Image, name: str = "The mask") -> Image.Image:
 
 
 def decode(
-    source: Path | bytes, name: str, *, formats: tuple[str, ...] = FORMATS, min_side: int = MIN_SIDE
+    source: Path | bytes, name: str, *, formats: tuple[str, ...] = FORMATS, min_side: int | None = None
 ) -> Image.Image:
     """The upright picture of a file or of its bytes, in its own mode. Raises DatasetError as load_picture does."""
+    min_side = MIN_SIDE if min_side is None else min_side
     try:
         if isinstance(source, Path) and source.exists() and not source.is_file():
             raise DatasetError(f"{name} is no file.")

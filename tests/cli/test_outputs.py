@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_output_files import files_of_at_most
 
 import fusion
 import tiny
@@ -119,6 +120,18 @@ def test_an_export_lacks_no_embedding(place, dog, monkeypatch):
     with pytest.raises(OutputError, match="no room"):
         fusion.export(dog, "out/x.safetensors", "kohya")
     assert list((place / "out").iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(place, base, capsys):
+    """Pictures of one drawing, an export with its embeddings, a baked model: all or none."""
+    wide = ["--num_images", "3", "--width", "64", "--height", "64"]
+    (place / "out").mkdir()
+    drawing = ["generate", "--prompt", "a dog", "--base", base, *wide, "-o", "{}"]
+    for words in (drawing, COMMANDS["export"], COMMANDS["bake"]):
+        with files_of_at_most(9_000):
+            assert main([base if word == "nowhere" else word.format("out") for word in words]) == 1
+        assert "File too large" in capsys.readouterr().err
+        assert list((place / "out").rglob("*")) == []
 
 
 def test_a_training_replaces_its_own_adapter_only(place, base, capsys):
