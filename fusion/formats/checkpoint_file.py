@@ -138,7 +138,7 @@ class RunCheckpoints:
 def remove_old_checkpoints(folder: Path, step: int, limit: int) -> None:
     """Keep the newest `limit` checkpoints of a run up to `step`; after resuming from an early one, there are later."""
     for path in [path for number, path in _numbered(folder) if number <= step][:-limit]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(name: str, folder: Path, read: Callable[[Path], Checkpoint]) -> Checkpoint:
