@@ -6,6 +6,7 @@ concept itself does. Drift is how much the prediction changes on prompts without
 
 import json
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="of pictures and noise (default: 0)",
     )
     add("--activations", action="store_true", help="also measure each one's response to the inputs of the others")
+    text = "gated adapters that ADAPTER was distilled from: only compare the UNet's predictions with theirs"
+    add("--distilled_from", nargs="+", type=Path, metavar="GATED", help=text)
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
@@ -49,6 +52,9 @@ def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import load
 
     adapters = [load(path) for path in args.adapters]
+    if args.distilled_from:
+        compare_with_gated(adapters, [load(path) for path in args.distilled_from], args)
+        return
     pipe = open_base(args.base, args, args.dtype)
     report = evaluate(
         pipe,
@@ -71,6 +77,22 @@ def run(args: Namespace) -> None:
             print_table(rows)
             print()
     print_list(report.remarks())
+
+
+def compare_with_gated(adapters: list[Any], gated: list[Any], args: Namespace) -> None:
+    """Print how exactly a distilled adapter predicts what the gated ones do."""
+    from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, measure_distillation
+
+    if len(adapters) != 1:
+        raise UsageError(f"--distilled_from compares one adapter with what it was distilled from, got {len(adapters)}.")
+    prompts, free = args.prompts or PROMPTS, args.concept_free or CONCEPT_FREE
+    pipe = open_base(args.base, args, args.dtype)
+    errors = measure_distillation(pipe, adapters[0], gated, prompts=prompts, concept_free=free, seed=args.seed)
+    if args.json:
+        print(json.dumps(asdict(errors), indent=2))
+        return
+    print_table(errors.rows())
+    print_list(["Output error: 0 as the gated adapters, 1 as far from them as the base with the embeddings alone."])
 
 
 def load_references(pairs: list[str]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ The noisy latents are made from pictures that the concept's adapter draws alone,
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch
-from fusion.errors import ConfigError
+from fusion.composition.fusing import fuse
+from fusion.errors import ConfigError, TokenConflict
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.attachment import attach
@@ -25,6 +27,7 @@ from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 
 PROMPTS = ("a {token}", "a {token} on a blue background", "a {token} on the left of a house")
+PAIR = "a {} on the left and a {} on the right"
 CONCEPT_FREE = ("a dog on a blue background", "a red car on a white background", "a house beside a tree")
 NOISE_LEVELS = 6  # for every prompt
 
@@ -78,6 +81,54 @@ def concepts_of(adapter: Adapter) -> dict[str, Adapter]:
         return branch.gate or [token for token in tokens if token.strip("<>") == branch.name] or tokens
 
     return {t: replace(adapter, branches=tuple(b for b in adapter.branches if t in tokens_of(b))) for t in tokens}
+
+
+@dataclass(frozen=True)
+class DistillationErrors:
+    """How far the UNet's predictions with a distilled adapter are from those with the gated adapters."""
+
+    output_error: dict[str, float]  # token -> mean over its prompts
+    several: float | None  # on prompts with two concepts; None where there is one concept
+    drift: float  # on prompts without concepts
+
+    def rows(self) -> list[tuple[str, str]]:
+        """A heading, one row per concept, pairs, and the drift."""
+        errors = [(token, f"{error:.3f}") for token, error in self.output_error.items()]
+        pairs = [] if self.several is None else [("two in one prompt", f"{self.several:.3f}")]
+        return [("output error", "distilled"), *errors, *pairs, ("drift without concepts", f"{self.drift:.4f}")]
+
+
+def measure_distillation(
+    pipe: Pipeline,
+    distilled: Adapter,
+    gated: Sequence[Adapter],
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    concept_free: Sequence[str] = CONCEPT_FREE,
+    seed: int = 0,
+) -> DistillationErrors:
+    """Compare the UNet's predictions with a distilled adapter, and with the `gated` ones it was distilled from.
+
+    An error of 1 is as large as what the gated adapters change on the same prompts. `prompts` hold "{token}". Raises
+    TokenConflict where they are not the concepts of the distilled one.
+    """
+    whole = fuse(gated, allow_overlap=True)
+    tokens = [concept.token for concept in whole.info.concepts]
+    if incomplete := [prompt for prompt in prompts if "{token}" not in prompt]:
+        raise ConfigError(f"Prompt '{incomplete[0]}' has no {{token}} to put the concept in.")
+    if missing := {*tokens} - {concept.token for concept in distilled.info.concepts}:
+        raise TokenConflict(
+            f"'{distilled.info.name}' has no concept {sorted(missing)[0]}; it was distilled from others."
+        )
+    one = {
+        t: concept_reference(pipe, whole, [prompt.replace("{token}", t) for prompt in prompts], seed) for t in tokens
+    }
+    pairs = [PAIR.format(*two) for two in pairwise([*tokens, tokens[0]])] if len(tokens) > 1 else []
+    several = concept_reference(pipe, whole, pairs, seed) if pairs else None
+    free = base_reference(pipe, list(concept_free), seed)
+    with attach(pipe, distilled):
+        errors = {token: reference.error(pipe) for token, reference in one.items()}
+        return DistillationErrors(errors, several and several.error(pipe), free.error(pipe))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """`fuse --method distill`, `export --distill` and `inspect` of what they write; interrupted, and resumed."""
 
+import json
 import shlex
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import fusion
 import tiny
 from fusion.cli import main
 from fusion.distillation import loop
+from fusion.evaluation import output_error
 from trained import trained_adapter
 
 QUICK = ["--num_prompts", "24", "--train_batch_size", "6", "--decoys", "2", "--rank", "4", "--max_train_steps", "4"]
@@ -26,6 +29,14 @@ def files(tmp_path, monkeypatch):
     for k, token in enumerate(("<rex>", "<tom>")):
         fusion.save(trained_adapter(pipe, token, k=k, scale=0.2), f"{token[1:-1]}.safetensors")
     return tmp_path
+
+
+def noisy(pipe, _adapters, prompts, _seed):
+    """Noise instead of pictures that are drawn and made noisy."""
+    count = len(prompts) * output_error.NOISE_LEVELS
+    side = pipe.unet.config.sample_size
+    times = torch.linspace(100, 900, output_error.NOISE_LEVELS).long().repeat(len(prompts))
+    return torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(0)), times
 
 
 def run(*words):
@@ -57,6 +68,16 @@ def test_fuse_distills_says_how_well_and_goes_on_where_it_was_interrupted(files,
     assert run("inspect", "both.safetensors") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "distilled keeps" in shown and "<rex> <tom>" in shown and "method distill" in shown
+    monkeypatch.setattr(output_error, "_noisy", noisy)
+    few = ["--base", "base", "--prompts", "a {token}", "--concept_free", "a dog"]
+    for file, least, most in (("both", 0.01, 2), ("gated", 0, 0)):
+        run("fuse", "rex.safetensors", "tom.safetensors", "-o", "gated.safetensors")
+        capsys.readouterr()
+        assert run("evaluate", f"{file}.safetensors", "--distilled_from", "gated.safetensors", *few, "--json") == 0
+        errors = json.loads(capsys.readouterr().out)
+        assert {*errors["output_error"]} == {"<rex>", "<tom>"}
+        assert all(least <= error <= most for error in (*errors["output_error"].values(), errors["several"]))
+        assert errors["drift"] < 0.1
 
 
 def test_export_distills_in_one_go_and_recommends_it(files, capsys):
