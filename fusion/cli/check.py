@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
             size = f"{check.size[0]}x{check.size[1]}"
             print_list([f"{name}: {' '.join(check.warnings) or f'{size}, fine'} {about(example, folder)}"])
             cuts.append((check.crop, f"{name}\n{example.caption}"))
-    for warning in [*dataset.warnings, *checks.warnings]:
+    for warning in [*dataset.warnings, *checks.warnings, *config.idle_settings()]:
         print(f"warning: {warning}")
     for problem in problems:
         print(f"problem: {problem}")

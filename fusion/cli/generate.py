@@ -127,14 +127,17 @@ def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", Path]:
 
 
 def check_words(prompt: str, adapters: list["Adapter"]) -> None:
-    """Warn of tokens nobody has taught, and of a prompt in which no gate opens: it would be the base's picture."""
+    """Warn of tokens that no adapter knows, and of concepts that are not named, so that their gates stay shut."""
     known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
-    named = TOKEN.findall(prompt)
+    named = [token.lower() for token in re.findall(TOKEN.pattern, prompt, re.IGNORECASE)]
     for token in dict.fromkeys(named):
         if token not in known:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
-    if any(adapter.gated for adapter in adapters) and not set(named) & set(known):
+    gated = [concept.token for adapter in adapters if adapter.gated for concept in adapter.info.concepts]
+    if gated and not set(named) & set(known):
         logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
+    elif unnamed := [token for token in gated if token not in named]:
+        logger.warning("The prompt does not name %s, so nothing of that will be in the picture.", ", ".join(unnamed))
 
 
 def region(text: str) -> Region:

@@ -4,13 +4,16 @@ Knows nothing of training or files of adapters; the preview of a training is dra
 """
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from PIL import Image
 
 from fusion.adapters.adapter import Adapter, checked_strengths, nouns
+from fusion.config import lower_tokens
 from fusion.errors import ConfigError, FusionError
 from fusion.formats.picture_file import as_picture
 from fusion.generation.auto_regions import find_regions, with_prompt
@@ -18,8 +21,12 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.pipeline_call import OnStep, call_pipeline, reporting
 from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 from fusion.models.attachment import attach
+from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
+from fusion.models.prompt_length import check_prompts
+
+logger = logging.getLogger(__name__)
 
 
 class Cancelled(FusionError):
@@ -44,12 +51,13 @@ def generate(
     nothing but tokens, "<dog>", follows the picture's prompt with all other concepts by their nouns. With "auto" every
     concept of a prompt that names several gets a region, where the base would draw it.
     `on_step(step, total, preview)` is called after every step; preview() decodes the first picture.
-    Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
+    Raises ConfigError, UnknownName for a scheduler, TokenConflict for a token beyond what the text encoder reads, and
+    whatever attach raises; Cancelled passes through.
     Settings as keywords, the form until 0.1, still work and warn.
     """
     config = _settings(config, former).with_base_defaults(base_defaults(pipe, "generation"))
     image = image and as_picture(image)
-    config = _sized(pipe, config, image)
+    config = _with_known_words(pipe, _sized(pipe, config, image), adapters)
     values = checked_strengths(adapters, strengths)
     recipe = Recipe(
         config=config,
@@ -58,6 +66,7 @@ def generate(
         image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
     )
     named = {token: noun for token, noun in nouns(adapters).items() if token in config.prompt}
+    _warn_about_settings(config, image, len(named))
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
             handle = attached.enter_context(attach(pipe, adapter, config.gating))
@@ -103,6 +112,37 @@ def _sized(pipe: Pipeline, config: GenerationConfig, image: Image.Image | None) 
         steps, strength = config.num_inference_steps, config.image_strength
         raise ConfigError(f"{steps} steps at image_strength {strength:g} are less than one; raise one of them.")
     return config
+
+
+def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequence[Adapter]) -> GenerationConfig:
+    """Settings in which tokens are in lower case. Raises TokenConflict for one that the text encoder does not read."""
+    state = attached_state(pipe)
+    concepts = [*(state.tokens.concepts if state else ()), *(c for adapter in adapters for c in adapter.info.concepts)]
+    tokens = {concept.token for concept in concepts}
+    values: dict[str, object] = {}
+    if (prompt := lower_tokens(config.prompt, tokens)) != config.prompt:
+        values["prompt"] = prompt
+    if config.regions != "auto":
+        regions = tuple(replace(part, prompt=lower_tokens(part.prompt, tokens)) for part in config.regions)
+        if any(new.prompt != part.prompt for new, part in zip(regions, config.regions, strict=True)):
+            values["regions"] = regions
+    config = config.updated(values)
+    prompts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
+    check_prompts(pipe, [config.prompt, config.negative_prompt, *prompts], concepts)
+    return config
+
+
+def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, named: int) -> None:
+    """Name the settings that do nothing in this drawing."""
+    if config.regions == "auto" and named < 2:
+        names = f"names {named} of those given" if named else "names none of those given"
+        logger.warning("regions = 'auto' does nothing: it places two or more concepts, and the prompt %s.", names)
+    if config.negative_prompt and config.guidance_scale <= 1:
+        logger.warning(
+            "negative_prompt does nothing at guidance_scale %g; it needs more than 1.", config.guidance_scale
+        )
+    if image is None and config.image_strength != GenerationConfig.model_fields["image_strength"].default:
+        logger.warning("image_strength does nothing without a picture to start from.")
 
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:

@@ -10,6 +10,7 @@ Shapes: B prompts, T text positions, D embedding width.
 import copy
 import hashlib
 import operator
+import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -167,10 +168,37 @@ class ConceptTokens:
                 tokenizer.add_tokens(words[len(self._listed) :])
             else:
                 tokenizer.__dict__ = vars(_with_words(original, words)) | _as_original(original)
-                tokenizer._encode_plus = _one_at_a_time(type(original)._encode_plus, tokenizer)
+                tokenizer._encode_plus = self._encoding(type(original)._encode_plus, tokenizer)
             self._words[component] = {tokenizer.convert_tokens_to_ids(word): at for word, at in attached.items()}
         self._listed = words if attached else []
         self._hand_out()
+
+    def _encoding(self, encode: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
+        """`encode` of a tokenizer: by one thread at a time, and with all pieces of tokens that are not in lower case.
+
+        A fast tokenizer first sets padding and truncation of its backend; a slow one encodes pairs by calling itself.
+        """
+        lock = threading.RLock()
+
+        def encode_texts(text: Any, *args: Any, **kwargs: Any) -> Any:
+            with lock:
+                return encode(tokenizer, self._spelled(text), *args, **kwargs)
+
+        return encode_texts
+
+    def _spelled(self, text: Any) -> Any:
+        """<Dog> as <dog> <dog>_1 …: a tokenizer ignores case, where diffusers, which writes the pieces, does not."""
+        if isinstance(text, list | tuple):
+            return [self._spelled(part) for part in text]
+        if not isinstance(text, str) or "<" not in text:
+            return text
+        pieces = {concept.token: " ".join(concept.pieces) for concept in self.concepts}
+        return re.sub(r"<[\w-]+>(?!_\d)", lambda m: m[0] if m[0] in pieces else pieces.get(m[0].lower(), m[0]), text)
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """All that are attached."""
+        return tuple(concept for concepts in self._concepts.values() for concept in concepts)
 
     def _before_encoder(self, component: str) -> Any:
         """Record the concept ids of this call, and hide them from the text encoder."""
@@ -303,17 +331,6 @@ def _as_original(original: Any) -> dict[str, Any]:
         "__reduce_ex__": lambda _protocol: (operator.itemgetter(0), ((original,),)),
         "save_pretrained": original.save_pretrained,
     }
-
-
-def _one_at_a_time(encode: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
-    """`encode` of a tokenizer, for several threads: a fast one first sets padding and truncation of its backend."""
-    lock = threading.RLock()  # a slow one encodes pairs by calling itself
-
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            return encode(tokenizer, *args, **kwargs)
-
-    return locked
 
 
 def _check_known(ids: Tensor, words: Mapping[int, tuple[str, int]], vocabulary: int) -> None:

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from fusion.errors import ConfigError
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
+
+
+def check_tracker(config: TrainingConfig) -> None:
+    """Raise ConfigError where a tracker's package is missing: accelerate would log nothing, and say nothing."""
+    if config.report_to and config.report_to not in [str(tracker) for tracker in get_available_trackers()]:
+        raise ConfigError(
+            f"report_to = '{config.report_to}' would log nothing, as its package is not installed; install "
+            f"{config.report_to}, or leave report_to out."
+        )
 
 
 @contextmanager
@@ -34,7 +44,11 @@ def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator
     if config.report_to:
         # Trackers take flat values only.
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.lasting_settings().items()}
-        accelerator.init_trackers(config.name, config=flat)
+        try:
+            accelerator.init_trackers(config.name, config=flat)
+        except Exception as error:  # each tracker has its own; most often nobody is logged in
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError(f"report_to = '{config.report_to}' cannot log: {reason}") from error
     try:
         yield accelerator
     finally:

@@ -1,5 +1,6 @@
 """The settings of a training, under the names of the diffusers training scripts where these have one."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -237,6 +238,29 @@ class TrainingConfig(StrictModel):
     def to_toml(self) -> str:
         """TOML that reads back as these settings."""
         return to_toml(self)
+
+    def idle_settings(self) -> list[str]:
+        """A sentence for each setting that was changed and does nothing beside the others."""
+        base, unet_only = self.pretrained_model_name_or_path, bool(self.targets)
+        unet_only = unet_only and all(target.startswith("unet") for target in self.targets or ())
+        rules: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "without with_prior_preservation": (
+                not self.with_prior_preservation, ("num_class_images", "prior_loss_weight", "sample_batch_size")
+            ),
+            "with use_masks = false": (not self.use_masks, ("unmasked_weight",)),
+            "without layout = 'strided'": (self.layout != "strided", ("slots",)),
+            "without adapter_type = 'guarded'": (self.adapter_type != "guarded", ("guard",)),
+            "without validation_prompt": (not self.validation_prompt, ("validation_steps",)),
+            "with checkpointing_steps = 0": (not self.checkpointing_steps, ("checkpoints_total_limit",)),
+            "where no text encoder is among the targets": (unet_only, ("text_encoder_lr",)),
+            "without a base from the hub": (base is None or os.path.isdir(base), ("revision",)),  # noqa: PTH112
+        }  # fmt: skip
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        return [
+            f"{name} does nothing {where}."
+            for where, (idle, names) in rules.items() if idle
+            for name in names if getattr(self, name) != default[name]
+        ]  # fmt: skip
 
     @property
     def name(self) -> str:

@@ -34,7 +34,7 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output, remove_leftovers
 from fusion.training import setup
-from fusion.training.accelerator import accelerated, frozen
+from fusion.training.accelerator import accelerated, check_tracker, frozen
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
@@ -75,6 +75,9 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     """
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     setup.check_base_name(pipe, config)
+    check_tracker(config)
+    for sentence in config.idle_settings():
+        logger.warning("%s", sentence)
     if config.checkpointing_steps:
         remove_leftovers(checkpoint_folder(config), below=True)
         check_output(checkpoint_folder(config) / "new" / f"checkpoint-{config.max_train_steps}", folder=True)

@@ -137,6 +137,10 @@ def parameter_groups(adapter: Adapter, config: TrainingConfig, targets: Mapping[
 
 def warn_about_gates(config: TrainingConfig, layers: list[str]) -> None:
     """Say where token gating cannot keep concepts apart, and where it makes a setting useless."""
+    if ADAPTERS[config.adapter_type].slice_of is None:
+        changed = {"slice": config.slice is not None, "layout": config.layout != "contiguous"}
+        for name in (name for name, idle in (changed | {"balance_slices": config.balance_slices}).items() if idle):
+            logger.warning("%s does nothing with adapter_type = '%s', which owns no slice.", name, config.adapter_type)
     if config.gating != "tokens":
         return
     if ungated := [name for name in layers if not sees_tokens(name)]:

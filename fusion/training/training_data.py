@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion.adapters.adapter import Concept
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
+from fusion.models.prompt_length import check_prompts
 from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
@@ -41,7 +43,9 @@ class TrainingData:
     """The concept's pictures, and class pictures under prior preservation. Checked at once, encoded by `prepare`."""
 
     def __init__(self, pipe: Pipeline, config: TrainingConfig) -> None:
-        """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot encode."""
+        """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot
+        encode, TokenConflict for a token beyond what the text encoder reads.
+        """
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
         if self.resolution % (factor := pipe.vae_scale_factor):
@@ -49,6 +53,9 @@ class TrainingData:
         self.instances = instance_dataset(config)
         self.classes = class_dataset(config) if config.with_prior_preservation else None
         self._encoded: dict[Example, Encoded] = {}
+        concept = Concept(config.token, config.noun, config.num_vectors)
+        captions = [example.caption for example in self.instances.examples]
+        check_prompts(pipe, [*captions, *config.validation_prompts(), config.class_prompt or ""], [concept])
         if small := self.instances.smaller_than(self.resolution):
             first = small[0].image_path.name
             logger.warning("%d pictures are smaller than %d px and enlarged: %s, …", len(small), self.resolution, first)

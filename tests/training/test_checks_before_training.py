@@ -1,0 +1,56 @@
+"""What would teach, log or do nothing is said before the first step."""
+
+import logging
+
+import pytest
+from toy_training import config
+
+import fusion
+import tiny
+from fusion.errors import ConfigError, TokenConflict
+from fusion.generation.config import GenerationConfig
+from fusion.training.training_data import TrainingData
+
+
+def words(count: int) -> str:
+    return " ".join(["dog"] * count)
+
+
+def test_captions_and_previews_are_checked_before_training(pictures):
+    for k in range(3):
+        (pictures / f"{k}.txt").write_text("a <dog>" if k else f"{words(20)} <dog>")
+    with pytest.raises(TokenConflict, match="position 21 of"):
+        next(fusion.train(tiny.pipeline("sd1"), config(pictures)))
+    (pictures / "0.txt").unlink()
+    TrainingData(tiny.pipeline("sd1"), config(pictures))
+    with pytest.raises(TokenConflict, match="position"):
+        TrainingData(tiny.pipeline("sd1"), config(pictures, validation_prompt=f"{words(20)} {{token}}"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_work(pictures, caplog):
+    pipe = tiny.pipeline("sd1")
+    with caplog.at_level(logging.WARNING), pytest.raises(ConfigError, match="report_to = 'swanlab' would log nothing"):
+        next(fusion.train(pipe, config(pictures, report_to="swanlab", slots=4)))
+    assert not (pictures.parent / "out").exists()
+
+
+def test_settings_that_do_nothing_are_named(caplog, tmp_path):
+    pipe = tiny.pipeline("sd1")
+    about = {
+        "regions = 'auto'": {"regions": "auto"},
+        "negative_prompt": {"negative_prompt": "snow", "guidance_scale": 1.0},
+        "image_strength": {"image_strength": 0.3},
+    }
+    for name, settings in about.items():
+        caplog.clear()
+        fusion.generate(pipe, GenerationConfig(prompt="a dog", num_inference_steps=1, **settings))
+        assert [record.getMessage().partition(" does nothing")[0] for record in caplog.records] == [name]
+    idle = config(
+        tmp_path, num_class_images=5, slots=4, guard=3, validation_steps=5, checkpoints_total_limit=2, use_masks=False,
+        unmasked_weight=0.3, targets=["unet.attn2"], revision="main",
+    ).idle_settings()  # fmt: skip
+    assert [text.partition(" does nothing w")[0] for text in idle] == [
+        "num_class_images", "unmasked_weight", "slots", "guard", "validation_steps", "checkpoints_total_limit",
+        "text_encoder_lr", "revision",
+    ]  # fmt: skip
+    assert config(tmp_path, text_encoder_lr=1e-5).idle_settings() == []
