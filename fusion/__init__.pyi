@@ -30,6 +30,7 @@ from fusion.formats.moments_file import save_moments as save_moments
 from fusion.formats.picture_file import load_picture as load_picture
 from fusion.formats.png_file import write_png as write_png
 from fusion.generation.adapter_pictures import draw_adapter_picture as draw_adapter_picture
+from fusion.generation.adapter_pictures import join_adapter_pictures as join_adapter_pictures
 from fusion.generation.adapter_pictures import save_adapter_picture as save_adapter_picture
 from fusion.generation.config import GenerationConfig as GenerationConfig
 from fusion.generation.config import Region as Region

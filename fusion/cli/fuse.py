@@ -61,6 +61,7 @@ def run(args: Namespace) -> None:
     from fusion.composition.compatibility_report import compatibility
     from fusion.composition.fusing import fuse
     from fusion.formats.adapter_file import check_adapter_output, load
+    from fusion.generation.adapter_pictures import join_adapter_pictures
     from fusion.library.library_folder import Library
 
     adapters = renamed([load(path) for path in args.adapters], args.rename)
@@ -95,6 +96,8 @@ def run(args: Namespace) -> None:
     Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
     tokens = [concept.token for concept in fused.info.concepts]
     print(f"wrote {target} ({file_size(target)}): {' '.join(tokens) or 'no concept tokens'}")
+    if picture := join_adapter_pictures(args.adapters, target):
+        print(f"wrote {picture}: the pictures of its parts")
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
     prompt = " beside ".join(f"a {token}" for token in tokens) or "a photo"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+import fusion
 from fusion_studio.interface import build
 from fusion_studio.session import Session
 from fusion_studio.tabs.teach import example_concepts
@@ -69,7 +70,7 @@ def fill_lesson(tab, name: str, steps: str) -> None:
 
 
 def test_teach_combine_draw_two_regions_and_export(tab, session):
-    expect(tab.locator("#prompt textarea")).to_have_value("a cat on a blue background")  # something to draw at once
+    expect(tab.locator("#prompt textarea")).to_have_value(fusion.base_example().prompt)  # something to draw at once
     tab.locator("#teach-first").click()
     for name in ("robot", "octopus"):  # the second waits for the first
         fill_lesson(tab, name, STEPS)

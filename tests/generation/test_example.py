@@ -38,6 +38,13 @@ def test_the_picture_of_an_adapter_replaces_only_its_own_kind(tmp_path):
     with Image.open(tmp_path / "rex.png") as saved:
         assert saved.size == (256, 128)
     drawing = fusion.generate(pipe, config, [adapter])[0]
+    fusion.save_adapter_picture(tmp_path / "tom.safetensors", Image.new("RGB", (40, 40), "red"))
+    parts = [tmp_path / f"{name}.safetensors" for name in ("rex", "tom", "nobody")]
+    assert fusion.join_adapter_pictures(parts, tmp_path / "both.safetensors")
+    with Image.open(tmp_path / "both.png") as saved:
+        assert saved.size == (256, 256) and saved.getpixel((20, 20)) == (0, 0, 0)
+        assert saved.getpixel((236, 20)) == saved.getpixel((130, 250)) == (255, 0, 0)
+    assert fusion.join_adapter_pictures(parts[2:], tmp_path / "none.safetensors") is None
     for foreign in (drawing.save, image.save, lambda path: path.write_text("no picture")):
         foreign(tmp_path / "rex.png")
         before = (tmp_path / "rex.png").read_bytes()

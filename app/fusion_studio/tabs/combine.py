@@ -77,6 +77,7 @@ def save_as_one(session: Session, picks: Picks, method: str = "direct_sum", name
     """The picked concepts as one adapter in the library, to be drawn with, exported and combined like any other."""
     picked = picked_of(picks)
     target = fusion.Library(session.library).save(session.fused(picked, method), _file_name(picked, name))
+    fusion.join_adapter_pictures([session.library / f"{key}.safetensors" for key in picked], target)
     message = markup.hint(f"'{target.stem}' is in the library now.")
     return message, command_line(_fuse_line(session, picked, method, commands.file_of(session, target.stem)))
 
