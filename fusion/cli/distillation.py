@@ -3,14 +3,14 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_settings, flags_of, progress, relative, resume_hint
+from fusion.cli.console import UsageError, add_settings, example, flags_of, progress, relative, resume_hint
 from fusion.distillation.config import DistillationConfig
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, OutputError
 
 # What the verbs have flags of their own for: --rank, and --output, which says where checkpoints go.
 OF_THE_VERBS = ("rank", "output_dir", "output_name")
@@ -62,6 +62,19 @@ def distill_adapters(
     assert step is not None and step.adapter is not None and step.errors is not None
     print(f"{step.step} steps in {step.seconds:.0f} s: {step.errors.sentence(len(concepts))}")
     return step.adapter
+
+
+@contextmanager
+def finished_later(args: Namespace) -> Generator[None]:
+    """Where the result of a distillation cannot be written, say how its last checkpoint finishes it."""
+    try:
+        yield
+    except OutputError as error:
+        config = distillation_config(args)
+        if config.checkpointing_steps:
+            hint = example(*args.words, "--resume_from_checkpoint", "latest")
+            raise OutputError(f"{error} When that is mended, finish it from its last checkpoint with: {hint}") from None
+        raise
 
 
 def distillation_config(args: Namespace) -> DistillationConfig:

@@ -5,12 +5,18 @@ words alone as the gates do: that takes minutes, and the base. Such files can be
 """
 
 from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusion.cli.console import BASE_NAMES, add_file_arguments, example, file_size, open_base, print_list
-from fusion.cli.distillation import add_distillation_settings, distill_adapters, refuse_distillation_settings
+from fusion.cli.distillation import (
+    add_distillation_settings,
+    distill_adapters,
+    finished_later,
+    refuse_distillation_settings,
+)  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,7 +42,8 @@ def run(args: Namespace) -> None:
         adapter, compression = distill_adapters(lambda: open_base(args.base, args, None), [adapter], args), {}
     else:
         refuse_distillation_settings(args, "--distill")
-    report = export(adapter, args.output, args.to, **compression, dtype=args.dtype, overwrite=args.overwrite)
+    with finished_later(args) if args.distill else nullcontext():
+        report = export(adapter, args.output, args.to, **compression, dtype=args.dtype, overwrite=args.overwrite)
     for path in report.files:
         print(f"wrote {path} ({file_size(Path(path))})")
     print_list(report.notes)

@@ -6,6 +6,7 @@ do, for other programs; it takes minutes, and `--rank` is the rank that it learn
 """
 
 from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from fusion.cli.console import (
     open_base,
     print_compatibility,
 )
-from fusion.cli.distillation import add_distillation_settings, distill_adapters, refuse_distillation_settings
+from fusion.cli.distillation import (
+    add_distillation_settings,
+    distill_adapters,
+    finished_later,
+    refuse_distillation_settings,
+)  # fmt: skip
 from fusion.errors import closest
 from fusion.methods import METHODS, MethodOptions
 from fusion.methods.method import AdapterMerge
@@ -93,7 +99,8 @@ def run(args: Namespace) -> None:
     report = compatibility(singles)
     # What was fused in spite of a refusal, the method or --allow_overlap permits.
     print_compatibility("caution" if report.verdict == "refused" else report.verdict, report)
-    Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
+    with finished_later(args) if isinstance(METHODS[args.method], AdapterMerge) else nullcontext():
+        Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
     tokens = [concept.token for concept in fused.info.concepts]
     print(f"wrote {target} ({file_size(target)}): {' '.join(tokens) or 'no concept tokens'}")
     if picture := join_adapter_pictures(args.adapters, target):

@@ -174,8 +174,8 @@ def test_a_signal_ends_a_training_with_a_checkpoint_and_says_how_to_go_on(
     assert main(words_of_training(base)) == 0
     whole = dict(named_parameters(fusion.load("out/dog.safetensors")))
     (place / "out/dog.safetensors").unlink()
-    restore = interrupted_at(3, monkeypatch, lambda: os.kill(os.getpid(), number))
-    assert main(words_of_training(base)) == code
+    restore = interrupted_at(3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words_of_training(base)) == 143
     restore()
     shown = capsys.readouterr().err
     assert "stopped after step 2. Continue after checkpoint-2 with:" in shown
