@@ -24,6 +24,10 @@ settings.load_profile("laws")
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run what is marked long")
+    group = parser.getgroup("campaign", "tests/campaign: kills, bad targets, fuzz, races, soak")
+    group.addoption("--campaign", type=float, default=0, metavar="MINUTES", help="the long form (default: a sample)")
+    group.addoption("--campaign_seed", type=int, default=0, metavar="N", help="of kills, inputs and races (default: 0)")
+    group.addoption("--soak", type=float, default=0, metavar="HOURS", help="attach, draw, train, detach for so long")
 
 
 def pytest_collection_modifyitems(config, items):

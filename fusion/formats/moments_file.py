@@ -90,9 +90,12 @@ def _moment(file: OpenFile, number: str) -> Moment:
     shapes = [file.shapes.get(name, ()) for name in names]
     width = int((8 * shapes[0][-1] + 1) ** 0.5) // 2 if shapes[0] else 0
     packed = (2, width * (width + 1) // 2)
-    if shapes != [packed, packed, (2, 1)]:
+    if shapes != [packed, packed, (2, 1)] or not width:
         raise FormatError(f"'{file.path}' is damaged: moment {number} has the shapes {shapes}.")
     own, free, floor = (file.tensor(name).double().sum(dim=0) for name in names)
+    squares = torch.arange(width + 1).cumsum(0)[1:] - 1  # where the diagonal is in a triangle
+    if min(own[squares].min(), free[squares].min(), floor.min()) < 0:
+        raise FormatError(f"'{file.path}' is damaged: moment {number} has negative means of squares.")
     return Moment(_unpacked(own, width), _unpacked(free, width), float(floor))
 
 

@@ -4,14 +4,15 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 from collections import Counter as Tally
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from campaign import laws, materials, processes
-from campaign.processes import Child, Counter, Ending
+from campaign import laws, materials, processes, studio
+from campaign.processes import Action, Child, Counter, Ending
 from fusion.models import pipelines
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -22,8 +23,8 @@ class Workload:
     """A command, and what a person types after it was killed."""
 
     name: str
-    words: list[str]
-    again: list[list[str]] = field(default_factory=list)  # the first that succeeds finishes; by default the same words
+    words: Action
+    again: list[Action] = field(default_factory=list)  # the first that succeeds finishes; by default the same command
     optional: tuple[str, ...] = ()  # files that may remain from a command killed after it had succeeded
 
     def finish(self, folder: Path, prepare: Callable[[], object]) -> Ending:
@@ -59,6 +60,7 @@ def workloads(base: Path) -> list[Workload]:
             [["library", "lib", "--rename", "rex", "max"], ["library", "lib"]],
             ("lib/max-2", "lib/max."),
         ),
+        Workload("studio", partial(studio.teach, base), [partial(studio.resume, base)]),
         Workload(
             "library delete",
             ["library", "lib", "--delete", "rex"],
@@ -130,10 +132,12 @@ def parts(folder: Path) -> list[Path]:
 
 
 def in_folder(work: Path, prepare: Callable[[], object] | None = None) -> Callable[[], None]:
-    """In a child: spectra are cached in the folder itself, so that they are killed and checked as well."""
+    """In a child: cache and temporary files are in the folder itself, so that they are checked as well."""
 
     def prepared() -> None:
-        os.environ["FUSION_CACHE"] = str(work / "cache")
+        os.environ |= {"FUSION_CACHE": str(work / "cache"), "TMPDIR": str(work / laws.TEMPORARY)}
+        tempfile.tempdir = None  # read the variable again
+        (work / laws.TEMPORARY).mkdir(exist_ok=True)
         if prepare:
             prepare()
 

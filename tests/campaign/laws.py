@@ -7,31 +7,36 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-RUN = re.compile(r"[0-9a-f]{8}")  # the id of a training, another one each time
+import fusion
+from fusion.errors import ConfigError
+from fusion.training.checkpoint import read_checkpoint
+
+RUN = re.compile(r"(?<![0-9a-z])[0-9a-f]{8}(?![0-9a-z])")  # the id of a training, another one each time
+TEMPORARY = "tmp"  # what programs use as the system's temporary folder
 LOCKS = (".library.lock", ".lock")
+UNFINISHED = ".unfinished"
 
 Contents = dict[str, str]  # path in the folder, ids of trainings as *, -> SHA-256 of what counts
 
 
 def contents(folder: Path) -> Contents:
-    """Every file under its final name. Hidden files, and files in hidden folders but `.unfinished`, are left out."""
-    return {path: digest(folder / file) for path, file in _files(folder) if not _hidden(path)}
+    """Every file under its final name. Hidden files, and files in hidden folders, are left out."""
+    return {name: digest(file) for name, file in _files(folder) if not _hidden(name)}
 
 
 def hidden_files(folder: Path) -> set[str]:
-    """What lies beside the results, locks left out: parts of files, reservations, folders for later."""
-    return {path for path, file in _files(folder) if _hidden(path) and Path(file).name not in LOCKS}
+    """What lies beside the results, locks left out: parts of files, reservations, unfinished trainings."""
+    return {name for name, file in _files(folder) if _hidden(name) and file.name not in LOCKS}
 
 
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") and part != ".unfinished" for part in Path(path).parts)
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() or not file.is_dir():
-            path = file.relative_to(folder)
-            yield "/".join("*" if RUN.fullmatch(part) else part for part in path.parts), str(path)
+            yield RUN.sub("*", file.relative_to(folder).as_posix()), file
 
 
 def digest(path: Path) -> str:
@@ -57,36 +62,41 @@ def _without_ids(data: bytes) -> bytes:
 
 
 def half_results(folder: Path, before: Contents, after: Contents) -> list[str]:
-    """Files that are neither as before the command nor as after it. Checkpoints are checked by themselves."""
+    """Files that are neither as before the command nor as after it, and what cannot be read of unfinished trainings."""
     problems = []
-    for name, value in contents(folder).items():
-        if "/checkpoint-" in name:
-            problems += _checkpoint_problems(folder, name)
-        elif value not in (before.get(name), after.get(name)):
-            known = "differs" if name in after or name in before else "belongs to no result"
-            problems.append(f"{name} {known}")
+    for name, file in _files(folder):
+        parts = Path(name).parts
+        if file.name == "state.safetensors" or (UNFINISHED in parts and parts[-1][0] != "."):
+            problems += _unreadable(name, file)
+        elif not _hidden(name) and parts[0] != TEMPORARY and digest(file) not in (before.get(name), after.get(name)):
+            problems.append(f"{name} {'differs' if name in {*before, *after} else 'belongs to no result'}")
     return problems
 
 
-def _checkpoint_problems(folder: Path, name: str) -> list[str]:
-    from fusion.errors import FusionError
-    from fusion.training.checkpoint import read_checkpoint
-
-    problems = []
-    for path in folder.glob(name):
-        try:
-            read_checkpoint(path.parent, {"max_train_steps": 10**6})
-        except FusionError as error:
-            problems += [] if "was made with" in str(error) else [f"{name}: {error}"]
-    return problems
+def _unreadable(name: str, file: Path) -> list[str]:
+    """A checkpoint, adapter, picture or file of settings that is damaged."""
+    try:
+        if file.name == "state.safetensors":
+            read_checkpoint(file.parent, {"max_train_steps": 10**6})
+        elif file.suffix == ".safetensors":
+            fusion.load(file)
+        elif file.suffix == ".png":
+            fusion.load_picture(file)
+        elif file.suffix == ".toml":
+            fusion.TrainingConfig.from_toml(file)
+    except ConfigError:  # made with another number of steps, which is no damage
+        return []
+    except fusion.FusionError as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 def unfinished_results(folder: Path, expected: Contents, hidden: set[str]) -> list[str]:
     """How a folder differs from that of a command which nobody has killed; a training may have more checkpoints."""
     left = contents(folder)
-    problems = [f"{name} is missing" for name in expected if name not in left and "/checkpoint-" not in name]
+    problems = [f"{name} is missing" for name in expected if name not in left and "checkpoint-" not in name]
     for name, value in left.items():
-        if "/checkpoint-" not in name and value != expected.get(name):
+        if "checkpoint-" not in name and value != expected.get(name):
             problems.append(f"{name} {'differs' if name in expected else 'is left over'}")
     return problems + [f"{name} is left over" for name in sorted(hidden_files(folder) - hidden)]
 

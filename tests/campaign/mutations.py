@@ -51,9 +51,11 @@ class Mutations:
         if self.chance(share * 0.3):
             return self.value()
         if isinstance(data, dict):
-            return self._changed_table({key: self.changed(part, share) for key, part in data.items()})
+            table = {key: self.changed(part, share) for key, part in data.items()}
+            return self._changed_table(table) if self.chance(4 * share) else table
         if isinstance(data, list):
-            return self._changed_list([self.changed(part, share) for part in data])
+            items = [self.changed(part, share) for part in data]
+            return self._changed_list(items) if self.chance(4 * share) else items
         return self._changed_scalar(data) if self.chance(share) else data
 
     def _changed_table(self, table: dict) -> dict:
