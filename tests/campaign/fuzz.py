@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import fusion
 from campaign import laws, materials
-from campaign.mutations import Mutations
+from campaign.mutations import Mutations, Unchanged
 from campaign.readers import READERS
 from fusion.errors import FusionError
 
@@ -55,9 +55,14 @@ class Hang(BaseException):
 def fuzz(folder: Path, seed: int, name: str, first: int, count: int) -> Tally:
     """So many inputs of one reader, from number `first` on. Called in a process of its own, whose memory it limits."""
     state, tally = prepared(folder, name), Tally()
+    problem = one(folder, Unchanged(), name, state, tally)
+    assert bool(tally.accepted) == READERS[name].accepts and not problem, (
+        f"{name}: a valid input is refused, or {problem}"
+    )
+    tally = Tally()
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + LIMIT,) * 2)
     for number in range(first, first + count):
-        problem = one(folder, seed, name, number, state, tally)
+        problem = one(folder, Mutations(f"{seed} {name} {number}"), name, state, tally)
         if problem:
             tally.problems.append(f"{name} {number}: {problem}")
     return tally
@@ -80,10 +85,10 @@ def _hang(*_: object) -> None:
     raise Hang
 
 
-def one(folder: Path, seed: int, name: str, number: int, state: Any, tally: Tally) -> str:
+def one(folder: Path, mutations: Mutations, name: str, state: Any, tally: Tally) -> str:
     """Make one input and read it; returns what is wrong."""
     work = laws.fresh(folder / f"fuzz-{os.getpid()}")
-    path = READERS[name].write(Mutations(f"{seed} {name} {number}"), folder / "inputs", work)
+    path = READERS[name].write(mutations, folder / "inputs", work)
     size, problems = sum(file.stat().st_size for file in files(path)), list[str]()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")

@@ -136,6 +136,39 @@ class Mutations:
         return file.joined()
 
 
+class Unchanged(Mutations):
+    """No change at all, and the first of every choice: what comes out has to be accepted."""
+
+    def __init__(self) -> None:
+        self.random = _First()
+
+    def chance(self, share: float) -> bool:
+        return False
+
+    def changed(self, data: Any, share: float = 0.25) -> Any:
+        return data
+
+    def text(self, data: Any) -> str:
+        return json.dumps(data)
+
+    def damaged(self, data: bytes) -> bytes:
+        return data
+
+    def safetensors(self, data: bytes) -> bytes:
+        return data
+
+
+class _First(random.Random):
+    def random(self) -> float:
+        return 0.15  # below it, most writers would make something special
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+    def randrange(self, *_: int) -> int:
+        return 0
+
+
 class _File:
     """A safetensors file in parts."""
 

@@ -19,12 +19,13 @@ class Reader:
     weight: int
     write: Callable[[Mutations, Path, Path], Path]
     read: Callable[[Path, Any], list[str]]
+    accepts: bool = True  # a valid file; an embedding alone is always refused
 
 
 READERS = {
     "adapters": Reader(25, tensors.safetensors_from("adapters"), tensors.use_adapter),
     "loras": Reader(15, tensors.safetensors_from("loras"), tensors.use_adapter),
-    "embeddings": Reader(3, tensors.safetensors_from("embeddings"), tensors.use_adapter),
+    "embeddings": Reader(3, tensors.safetensors_from("embeddings"), tensors.use_adapter, accepts=False),
     "moments": Reader(5, tensors.safetensors_from("moments.safetensors"), tensors.use_moments),
     "recipes": Reader(10, texts.write_recipe, texts.use_recipe),
     "settings of trainings": Reader(10, texts.write_settings, texts.use_settings),

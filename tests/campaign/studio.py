@@ -6,27 +6,32 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from campaign import laws, materials
+from campaign import laws, materials, processes
 from campaign.processes import Child
 
 TOKEN = "<dog>"
 SETTINGS = {"max_train_steps": "6", "targets": "unet.attn2.to_k", "text_encoder_lr": "0", "validation_steps": "3"}
 
 
-def serve(base: Path, work: Callable[[object], None], port: int | None = None) -> None:
-    """The whole program in this process, on the library `out`; `work` gets its session, then the program ends."""
+def serve(base: Path, work: Callable[[object], bool], port: int | None = None) -> None:
+    """The whole program in this process, on the library `out`. `work` gets its session; once it is done, as it says by
+    returning True, the program ends as by Ctrl+C."""
     from fusion_studio import __main__ as program
     from fusion_studio.session import Session
 
     def work_and_leave(session: Session) -> None:
         try:
-            work(session)
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
+            if work(session):
+                os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(processes.CRASH)
 
     Session.warm_up = work_and_leave
     sys.argv = ["studio", "--base", str(base), "--library", "out", *(["--port", str(port)] if port else [])]
@@ -42,7 +47,7 @@ def resume(base: Path) -> None:
     serve(base, _resume)
 
 
-def _teach(session: object) -> None:
+def _teach(session: object) -> bool:
     from fusion_studio.tabs import teach as tab
 
     uploads = Path("uploads")
@@ -50,10 +55,10 @@ def _teach(session: object) -> None:
     _, pictures, _ = tab.add_pictures(session, [str(path) for path in sorted(uploads.iterdir())])
     shutil.rmtree(uploads, ignore_errors=True)
     tab.teach_concept(session, pictures, TOKEN, "dog", "standard", {"filled": SETTINGS})
-    _watch(session)
+    return _learned(session)
 
 
-def _resume(session: object) -> None:
+def _resume(session: object) -> bool:
     from fusion_studio import training_jobs
     from fusion_studio.tabs import teach as tab
 
@@ -61,16 +66,17 @@ def _resume(session: object) -> None:
     unfinished = list(training_jobs.unfinished_jobs(session))
     if unfinished:
         tab.resume_teaching(session, unfinished[0])
-        _watch(session)
-    elif "dog" not in session.entries():
-        _teach(session)
+        return _learned(session)
+    return "dog" in session.entries() or _teach(session)
 
 
-def _watch(session: object) -> None:
+def _learned(session: object) -> bool:
+    """Wait for the end of the training. Not learned is one that was stopped because the studio is ending."""
     while any(job.state in ("waiting", "preparing", "learning") for job in session.trainings.jobs):
         time.sleep(0.01)
     (job,) = session.trainings.jobs
-    assert job.state == "learned", f"{job.state}: {job.error}"
+    assert job.state in ("learned", "stopped"), f"{job.state}: {job.error}"
+    return job.state == "learned"
 
 
 def four_clients(folder: Path) -> list[str]:
@@ -98,11 +104,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _wait_for(file: Path) -> Callable[[object], None]:
-    def wait(session: object) -> None:
+def _wait_for(file: Path) -> Callable[[object], bool]:
+    def wait(session: object) -> bool:
         while not file.exists():
             time.sleep(0.05)
-        session.close()
+        return True
 
     return wait
 

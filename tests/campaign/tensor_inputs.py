@@ -112,8 +112,12 @@ def write_checkpoint(mutations: Mutations, inputs: Path, work: Path) -> Path:
 def use_checkpoint(path: Path, valid: Mapping[str, Tensor]) -> list[str]:
     """Restored as a training does, and one step taken with it."""
     checkpoint = read_checkpoint(path, {"max_train_steps": 2})
-    start = "parameter."
-    parameters = {n.removeprefix(start): nn.Parameter(torch.zeros_like(t)) for n, t in valid.items() if start in n}
+    start, parameters = "parameter.", dict[str, nn.Parameter]()
+    shapes = {name.removeprefix(start): tensor.shape for name, tensor in valid.items() if name.startswith(start)}
+    for index in range(len(shapes)):  # in an order in which the optimizer's moments fit
+        shape = valid[f"optimizer.{index}.exp_avg"].shape
+        name = next(name for name in shapes if name not in parameters and shapes[name] == shape)
+        parameters[name] = nn.Parameter(torch.zeros(shape))
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-3)
     checkpoint.restore(parameters, optimizer, None)
     for parameter in parameters.values():
