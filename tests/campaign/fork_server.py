@@ -28,6 +28,7 @@ class ForkServer:
         environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(folder)}
         environment |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
         environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "TRANSFORMERS_VERBOSITY": "error"}
+        environment |= {"DIFFUSERS_VERBOSITY": "error"}
         words = [*namespace(), "nice", "-n", "5", sys.executable, "-m", "campaign.fork_server"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(words, env=environment, cwd=folder, **pipes)

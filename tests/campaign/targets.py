@@ -209,7 +209,8 @@ def _others_folder(target: Path, writer: Writer) -> Path | None:
 
 
 def _other_ending(target: Path, writer: Writer) -> Path | None:
-    return target.with_suffix(".txt") if writer.ending and writer.name != "train" else None
+    other = {".png": ".jpg", ".safetensors": ".pt"}.get(writer.ending)
+    return target.with_suffix(other) if other and writer.name != "train" else None
 
 
 CASES: dict[str, Callable[[Path, Writer], Path | None]] = {
