@@ -163,6 +163,7 @@ def check_output(
         if not parent.is_dir():
             raise OSError(0, f"'{parent}' is {_kind(parent)}, not a folder")
         _check_names(target, parent)
+        remove_leftovers(parent)  # a probe among them, where the folder of the output does not exist yet
         descriptor, probe = _temporary_file(parent / "probe")
         os.close(descriptor)
         probe.unlink()

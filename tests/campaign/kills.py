@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import fusion
 from campaign import laws, materials, processes, studio
 from campaign.processes import Action, Child, Counter, Ending
+from fusion.distillation.config import DistillationConfig
 from fusion.models import pipelines
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -60,6 +62,7 @@ def workloads(base: Path) -> list[Workload]:
             [["library", "lib", "--rename", "rex", "max"], ["library", "lib"]],
             ("lib/max-2", "lib/max."),
         ),
+        Workload("distill", partial(distill, base), [partial(distill, base, "latest"), partial(distill, base)]),
         Workload("studio", partial(studio.teach, base), [partial(studio.resume, base)]),
         Workload(
             "library delete",
@@ -67,6 +70,15 @@ def workloads(base: Path) -> list[Workload]:
             [["library", "lib", "--delete", "rex"], ["library", "lib"]],
         ),
     ]
+
+
+def distill(base: Path, checkpoint: str | None = None) -> None:
+    """An adapter into a plain LoRA, resumed from a checkpoint or not."""
+    values = {"max_train_steps": 4, "checkpointing_steps": 2, "num_prompts": 16, "train_batch_size": 2, "rank": 2}
+    values |= {"decoys": 2, "lr_warmup_steps": 0, "resume_from_checkpoint": checkpoint, "output_dir": Path("out")}
+    config, adapter = DistillationConfig(**values), fusion.load("lib/rex.safetensors")
+    *_, last = fusion.distill(pipelines.open_pipeline(base, device="cpu"), [adapter], config)
+    fusion.save(last.adapter, "out/distilled.safetensors")
 
 
 class Campaign:
