@@ -90,18 +90,18 @@ class Library:
             # Written to its old place, then moved: there is one file of it at any time.
             _save_as(renamed, path, _stored_dtype(adapter), name=target.stem, overwrite=True)
             if target != path:
-                path.rename(target)
-                for ending in _BESIDE:
+                for ending in _BESIDE:  # before the adapter: while it has its old name, all of it can be done again
                     if not target.with_suffix(ending).exists():
                         with suppress(OSError):  # most adapters have none of these beside them
                             path.with_suffix(ending).rename(target.with_suffix(ending))
+                path.rename(target)
         return target
 
     def remove(self, name: str) -> None:
         """Delete an adapter and the picture beside it. Its slice is free again."""
         with library_lock(self.folder):
             path = self.find(name)
-            for ending in (path.suffix, *_BESIDE):
+            for ending in (*_BESIDE, path.suffix):  # the adapter last: until then, it can be done again
                 path.with_suffix(ending).unlink(missing_ok=True)
 
     def new_training_folder(self, name: str) -> TrainingFolder:

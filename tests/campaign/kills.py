@@ -60,7 +60,6 @@ def workloads(base: Path) -> list[Workload]:
             "library rename",
             ["library", "lib", "--rename", "rex", "max"],
             [["library", "lib", "--rename", "rex", "max"], ["library", "lib"]],
-            ("lib/max-2", "lib/max."),
         ),
         Workload("distill", partial(distill, base), [partial(distill, base, "latest"), partial(distill, base)]),
         Workload("studio", partial(studio.teach, base), [partial(studio.resume, base)]),

@@ -62,13 +62,16 @@ def _without_ids(data: bytes) -> bytes:
 
 
 def half_results(folder: Path, before: Contents, after: Contents) -> list[str]:
-    """Files that are neither as before the command nor as after it, and what cannot be read of unfinished trainings."""
-    problems = []
+    """Files that are neither as before the command nor as after it, and what cannot be read of unfinished trainings.
+
+    A file may have its later contents already under its earlier name, when it is renamed.
+    """
+    problems, whole = [], {*after.values()}
     for name, file in _files(folder):
         parts = Path(name).parts
         if file.name == "state.safetensors" or (UNFINISHED in parts and parts[-1][0] != "."):
             problems += _unreadable(name, file)
-        elif not _hidden(name) and parts[0] != TEMPORARY and digest(file) not in (before.get(name), after.get(name)):
+        elif not _hidden(name) and parts[0] != TEMPORARY and digest(file) not in {before.get(name), *whole}:
             problems.append(f"{name} {'differs' if name in {*before, *after} else 'belongs to no result'}")
     return problems
 

@@ -57,6 +57,7 @@ def write_adapters(folder: Path, base: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for k, name in enumerate(("rex", "tom")):
         fusion.save(trained.trained_adapter(pipe, f"<{name}>", k=k), folder / f"{name}.safetensors")
+    Image.new("RGB", (8, 8)).save(folder / "rex.png")  # the picture beside it goes along with it
     for form in ("kohya", "diffusers"):
         fusion.export(fusion.load(folder / "rex.safetensors"), folder / ".." / "lora" / f"{form}.safetensors", form)
 

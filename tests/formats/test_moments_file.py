@@ -48,3 +48,15 @@ def test_other_files_are_refused(recorded, tmp_path):
         write_file(path, {"0.own": torch.zeros(2, 4)}, {**metadata, "concepts": concepts}, "float32")
         with pytest.raises(FormatError, match="damaged"):
             load_moments(path)
+
+
+@pytest.mark.parametrize("part", ["own", "free", "floor"])
+def test_negative_means_of_squares_are_refused(part, recorded, tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_moments(recorded[:1], path)
+    with opened(path) as file:
+        tensors, metadata = {name: file.tensor(name) for name in file.shapes}, file.metadata
+    tensors[f"0.{part}"][:, 0] = -1.0  # the first entry of a triangle is of the diagonal
+    write_file(path, tensors, metadata, "float32")
+    with pytest.raises(FormatError, match="moment 0 has negative means of squares"):
+        load_moments(path)
