@@ -58,6 +58,7 @@ from fusion.models.pipelines import open_pipeline as open_pipeline
 from fusion.spectral.slices import SpectralSlice as SpectralSlice
 from fusion.training.config import TrainingConfig as TrainingConfig
 from fusion.training.loop import TrainStep as TrainStep
+from fusion.training.loop import check_training as check_training
 from fusion.training.loop import train as train
 from fusion.training.picture_checks import check_pictures as check_pictures
 from fusion.training.presets import PRESETS as PRESETS

@@ -20,7 +20,9 @@ DATA_URL = "data:image/png;base64,"
 
 def regions_of(value: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What widgets/regions.js holds, checked: every region has a prompt, and a box or a mask."""
-    entries: list[Any] = list((value or {}).get("regions") or ())
+    entries: Any = (value or {}).get("regions") or []
+    if not isinstance(entries, list) or not all(isinstance(region, Mapping) for region in entries):
+        raise fusion.FusionError("The regions cannot be read; draw them again.")
     if len(entries) > MAX_REGIONS:
         raise fusion.FusionError(f"{len(entries)} regions are too many; {MAX_REGIONS} is the limit.")
     regions: list[dict[str, Any]] = []
@@ -29,12 +31,19 @@ def regions_of(value: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         if not prompt:
             raise fusion.FusionError(f"Region {number} has no prompt; say what is there, or remove it.")
         if box:
-            regions.append({"prompt": prompt, "box": tuple(min(1.0, max(0.0, float(share))) for share in box)})
+            regions.append({"prompt": prompt, "box": _box(box, number)})
         elif mask:
             regions.append({"prompt": prompt, "mask": str(mask)})
         else:
             raise fusion.FusionError(f"Nothing is painted in region {number}; paint it, or remove it.")
     return regions
+
+
+def _box(shares: Any, number: int) -> tuple[float, ...]:
+    try:
+        return tuple(min(1.0, max(0.0, float(share))) for share in shares)
+    except (TypeError, ValueError, OverflowError):
+        raise fusion.FusionError(f"The box of region {number} cannot be read; draw it again.") from None
 
 
 def as_regions(regions: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations  # names of `fusion` must not load torch befo
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class TrainingJob(Job):
                         pass
                 if last is not None:  # saved while its slice is still reserved
                     self.saved = self._save(session, last.adapter)
+                    if last.step < last.total:  # with a checkpoint of this step, to resume from
+                        with suppress(KeyboardInterrupt), nullcontext() if ungated else pipeline():
+                            steps.throw(KeyboardInterrupt())
+                        fusion.save(last.adapter, self.checkpoint, dtype=self.config.save_precision)
             finally:
                 with nullcontext() if ungated else pipeline():
                     steps.close()
@@ -123,6 +127,7 @@ def new_job(
                 caption = caption if any(word in caption for word in (token, "{token}")) else f"{{token}}, {caption}"
                 copy.with_suffix(".txt").write_text(caption, encoding="utf-8")
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
+        fusion.check_training(session.pipe, config)  # while the form still has everything
         fusion.save_training_settings(place, config)
         job = TrainingJob(session, config, place)
     except BaseException:

@@ -73,15 +73,13 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     Ctrl+C, a KeyboardInterrupt thrown into the generator, and any error end a training after a checkpoint of its last
     whole step. A checkpoint that cannot be written ends nothing; a warning says so.
     """
-    config = config.with_base_defaults(base_defaults(pipe, "training"))
-    setup.check_base_name(pipe, config)
+    config, targets, data = _checked(pipe, config)
     check_tracker(config)
     for sentence in config.idle_settings():
         logger.warning("%s", sentence)
     if config.checkpointing_steps:
         remove_leftovers(checkpoint_folder(config), below=True)
         check_output(checkpoint_folder(config) / "new" / f"checkpoint-{config.max_train_steps}", folder=True)
-    targets, data = setup.target_sites(pipe, config), TrainingData(pipe, config)
     settings, checkpoint = lasting_settings(pipe, config, data), None
     if name := config.resume_from_checkpoint:
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
@@ -95,6 +93,20 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
         setup.warn_about_gates(config, list(targets))
         with attach(pipe, adapter, live=True):
             yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint).steps()
+
+
+def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
+    """Raise what `train` would raise before its first step: settings, layers, pictures or a slice that do not suit."""
+    config, targets, _ = _checked(pipe, config)
+    with setup.reserved_slice(pipe, config, targets):
+        pass
+
+
+def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, dict[str, Site], TrainingData]:
+    """The settings with the base's defaults, the layers to adapt, and the pictures."""
+    config = config.with_base_defaults(base_defaults(pipe, "training"))
+    setup.check_base_name(pipe, config)
+    return config, setup.target_sites(pipe, config), TrainingData(pipe, config)
 
 
 def lasting_settings(

@@ -66,7 +66,10 @@ def at_once() -> dict[str, Any]:
 
 def picked_of(picks: Picks | None) -> dict[str, float]:
     """Which concepts are picked, and how strong."""
-    return {str(key): float(value) for key, value in ((picks or {}).get("picked") or {}).items()}
+    try:
+        return {str(key): float(value) for key, value in dict((picks or {}).get("picked") or {}).items()}
+    except (TypeError, ValueError, OverflowError):
+        raise fusion.FusionError("Which concepts are picked cannot be read; pick them again.") from None
 
 
 def cli_box(name: str) -> gr.Textbox:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 
@@ -178,6 +178,7 @@ def of_controls(handler: Callable[[Session, Any, Controls], Iterator[Any]]) -> C
     first = list(inspect.signature(handler).parameters.values())[:2]
     names: Any = handle
     names.__name__, names.__doc__ = handler.__name__, handler.__doc__
+    names.__annotations__ = get_type_hints(handler) | get_type_hints(Controls)
     names.__signature__ = inspect.Signature([*first, *inspect.signature(Controls).parameters.values()])
     return handle
 

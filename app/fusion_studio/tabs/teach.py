@@ -15,7 +15,7 @@ from fusion_studio.session import Session
 from fusion_studio.settings import form_html
 from fusion_studio.tabs import PRIVATE, STREAM, cli_box, command_line, widget
 from fusion_studio.tabs.progress import watch
-from fusion_studio.training_jobs import SUFFIXES
+from fusion_studio.training_jobs import MAX_PICTURES, SUFFIXES
 
 CROP_SIDE = 144  # pixels, of the pictures on the page
 PRESETS = {"Quick": "quick", "Standard": "standard", "Careful": "careful"}
@@ -26,6 +26,7 @@ NO_TRAINING = markup.empty(
 DROP_HINT = markup.hint("1. Drop four to eight pictures of one thing. This is what will be learned of each:")
 EXAMPLES_HINT = markup.hint("No pictures at hand? Try one of ours:")
 UNFINISHED_HINT = "Stopped, or ended with the studio. Resuming goes on exactly; discarding deletes pictures and steps."
+Upload = Mapping[str, str | list[str] | None]  # id, name, caption, crop, notes: a picture of widgets/pictures.js
 NAME_HINT = markup.hint("2. Say what it is, and what to call it.")
 
 
@@ -95,16 +96,21 @@ def build(session: Session) -> SimpleNamespace:
 
 
 def add_pictures(
-    session: Session, files: Sequence[str] | None, pictures: Sequence[Mapping[str, Any]] = ()
+    session: Session, files: Sequence[str] | None, pictures: Sequence[Upload] = ()
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Dropped files as they will be learned, beside those that are there already."""
-    new = [{"id": session.store_upload(file).name, "name": Path(file).name, "caption": ""} for file in files or ()]
+    if len(files or ()) > MAX_PICTURES:
+        raise fusion.FusionError(f"{len(files or ())} pictures are too many; {MAX_PICTURES} is the limit.")
+    uploads = [(session.store_upload(file).name, Path(file).name) for file in files or ()]
+    new: list[Upload] = [{"id": upload, "name": name, "caption": ""} for upload, name in uploads]
     return gr.File(None), *check_pictures(session, [*(pictures or ()), *new])
 
 
-def check_pictures(session: Session, pictures: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def check_pictures(session: Session, pictures: Sequence[Upload] = ()) -> tuple[list[dict[str, Any]], str]:
     """All pictures checked together: duplicates, small and unusable ones get a remark."""
-    paths = [session.upload_path(picture["id"]) for picture in pictures]
+    if len(pictures) > MAX_PICTURES:
+        raise fusion.FusionError(f"{len(pictures)} pictures are too many; {MAX_PICTURES} is the limit.")
+    paths = [session.upload_path(str(picture.get("id"))) for picture in pictures]
     checks = fusion.check_pictures(paths, session.resolution())
     names = {path.name: str(picture.get("name", "")) for path, picture in zip(paths, pictures, strict=True)}
     checked: list[dict[str, Any]] = []
@@ -122,11 +128,14 @@ def _with_names(text: str, names: Mapping[str, str]) -> str:
 
 
 def teach_concept(
-    session: Session, pictures: Sequence[Mapping[str, Any]], token: str, noun: str, preset: str = "standard",
-    settings: Mapping[str, str] | None = None, folder: str = "",
+    session: Session, pictures: Sequence[Upload], token: str, noun: str, preset: str = "standard",
+    settings: Mapping[str, Any] | None = None, folder: str = "",
 ) -> tuple[Any, ...]:  # fmt: skip
     """Put a concept into the queue of those to be taught. Returns an empty form, and the command line."""
     filled: Any = (settings or {}).get("filled") or {}
+    if not isinstance(filled, Mapping):
+        raise fusion.FusionError("The settings cannot be read; fill them in again.")
+    filled = {str(name): str(text) for name, text in filled.items()}
     job = training_jobs.new_job(session, pictures, suggest_token(noun, token), noun, preset, filled)
     session.jobs.add(job)
     return [], "", "", "", command_line(commands.train(session, job.token, noun, preset, filled, folder))
@@ -187,7 +196,7 @@ def example_concepts() -> dict[str, Path]:
 def load_example(session: Session, folder: Path) -> tuple[Any, ...]:
     """Pictures with captions, noun and token of an example."""
     concept = tomllib.loads((folder / "concept.toml").read_text(encoding="utf-8"))
-    pictures: list[dict[str, Any]] = []
+    pictures: list[Upload] = []
     for source in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
         caption = source.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
