@@ -234,7 +234,9 @@ class _Reader:
             raise DatasetError(f"{source} has an empty caption; write one, or remove it to use '{self.prompt}'.")
         if token not in text:
             if self.config.gating == "tokens":
-                raise DatasetError(f"{source}: '{text}' does not name {token}; write it where that stands.")
+                raise DatasetError(
+                    f"{source}: '{text[: files.MAX_QUOTE]}' does not name {token}; write it where that stands."
+                )
             self.names["tokenless"].append(source)
         return text
 

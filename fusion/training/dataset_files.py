@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from itertools import dropwhile
 from pathlib import Path
 
+from fusion.config import SURROGATE
 from fusion.errors import DatasetError
 from fusion.formats.picture_file import SUFFIXES
 from fusion.training.config import with_token
 
 METADATA = "metadata.jsonl"
 MASKS = "masks"
+MAX_QUOTE = 200  # letters of a caption or name in a message
 _CAPTION_KEYS = ("text", "caption", "prompt")  # in metadata.jsonl, the first that is there
 _FORM = 'it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.'
 _ARTICLES = ("a", "an", "the", "my", "one")
@@ -133,16 +135,20 @@ def _entry(folder: Path, line: str, unused: list[str]) -> tuple[Path, str | None
     text = entry[keys[0]] if keys else None
     if not isinstance(name, str) or not isinstance(text, str | None):
         raise DatasetError(_FORM)
+    if SURROGATE.search(text or ""):
+        raise DatasetError("the caption has half of a surrogate pair, which is no valid text.")
     if text is None:
         unused += [f"'{key}' in {METADATA}" for key in entry if key not in ("file_name", *_CAPTION_KEYS)]
     path = folder / name
     try:
         # A downloaded folder must not make us read files elsewhere.
         usable = _is_inside(path, folder) and ".." not in Path(name).parts and is_picture(path) and path.is_file()
-    except (OSError, ValueError):  # a name no file can have
+    except (OSError, ValueError, RuntimeError):  # a name no file can have; links that lead to themselves
         usable = False
     if not usable:
-        raise DatasetError(f"'{name}' is no picture in this folder; put it inside, not hidden, and not as a mask.")
+        raise DatasetError(
+            f"'{name[:MAX_QUOTE]}' is no picture in this folder; put it inside, not hidden, and not as a mask."
+        )
     return path, text
 
 

@@ -212,6 +212,8 @@ def test_captions_that_cannot_be_read_are_named(tmp_path):
         ({"file_name": "/etc/passwd"}, "is no picture in this folder"),
         ({"file_name": "link.png"}, "is no picture in this folder"),
         ({"file_name": "away/outside.png"}, "is no picture in this folder"),
+        ({"file_name": "loop/a.png"}, "is no picture in this folder"),
+        ({"file_name": "a.png", "text": "a <dog> \ud83d"}, "half of a surrogate pair"),
         ({"file_name": "b.png"}, "'b.png' stands in an earlier line"),
         ({"file_name": "masks/b.png"}, "is no picture"),
     ],
@@ -225,9 +227,10 @@ def test_metadata_problems_name_their_line(tmp_path, line, said):
     (folder / "notes.md").write_text("hello")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "away").symlink_to(tmp_path)
+    (folder / "loop").symlink_to("loop")
     metadata(folder, {"file_name": "b.png"}, line)
     text = problems(folder)
-    assert said in text
+    assert said in text and len(text) < 1000
     assert "metadata.jsonl, line 2" in text
 
 
