@@ -20,6 +20,7 @@ from fusion.output_files import write_output
 
 MAX_HEADER = 32 * 2**20  # bytes; ten fused SDXL adapters need five of these megabytes
 MAX_SIDE = 2**24
+MAX_VALUE = 1e15  # the product of two, summed over any rank, is a float32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Other kinds of files, by their first bytes.
@@ -49,10 +50,14 @@ class OpenFile:
             self.shapes[name] = shape
 
     def tensor(self, name: str) -> Tensor:
-        """A copy of one tensor, which does not change with the file. Raises FormatError for NaN and infinite values."""
+        """A copy of one tensor, which does not change with the file.
+
+        Raises FormatError for NaN, infinite values, and those whose products would be infinite.
+        """
         tensor: Tensor = self._handle.get_tensor(name).clone()
-        if not tensor.isfinite().all():
-            raise FormatError(f"'{self.path}' is damaged: {name} holds NaN or infinite values.")
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not largest <= MAX_VALUE:  # NaN is not
+            raise FormatError(f"'{self.path}' is damaged: {name} holds NaN or infinite values, or beyond 1e15.")
         return tensor
 
     def head(self, name: str, rows: int) -> Tensor:

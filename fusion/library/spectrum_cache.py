@@ -17,11 +17,12 @@ from torch import Tensor
 from fusion.adapters.adapter import content
 from fusion.errors import FormatError
 from fusion.formats.safetensors_file import opened, write_file
-from fusion.spectral.spectrum import Spectrum, decompose
+from fusion.spectral.spectrum import Spectrum, decompose, residual
 
 logger = logging.getLogger(__name__)
 
 MIN_DIRECTIONS = 128  # that are stored: 16 slices of 8
+_RESIDUAL_TOLERANCE = 1e-3  # ‖W V − U S‖ relative to ‖S‖, which is about 1e-6 for a decomposition in float32
 _LENGTH_TOLERANCE = 1e-3  # no singular vector in float32 has a length further from 1
 
 
@@ -63,8 +64,9 @@ def _read(path: Path, weight: Tensor, size: int) -> Spectrum | None:
         lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in (U, V)])
         # Written so that NaN fails.
         units = (lengths - 1).abs().max() < _LENGTH_TOLERANCE
-        if not (units and (S.diff() <= 0).all() and (S >= 0).all() and S[0].isfinite()):
-            raise FormatError(f"'{path}' holds no singular directions.")
+        exact = residual(weight, Spectrum(U.T, S, V.T)) < _RESIDUAL_TOLERANCE
+        if not (units and exact and (S.diff() <= 0).all() and (S >= 0).all()):
+            raise FormatError(f"'{path}' holds no singular directions of this weight.")
     except FormatError as error:
         logger.warning("A cached spectrum is damaged and is computed again: %s", error)
         return None

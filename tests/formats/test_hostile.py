@@ -98,7 +98,7 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_missing_files_and_folders(small):
     with pytest.raises(FormatError, match=r"no file .*did you mean 'rex.safetensors'"):
         load(small.with_name("rax.safetensors"))
-    with pytest.raises(FormatError, match="cannot be read: Is a directory"):
+    with pytest.raises(FormatError, match="is no file"):
         load(small.parent)
 
 
@@ -178,7 +178,7 @@ def test_token_rows_are_what_the_concept_says(small):
     both_refuse(small, "has (an|no) embedding")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e18])
 def test_values_that_are_no_numbers(small, bad):
     rewrite(small, lambda tensors: tensors[f"{LAYER}.dU"].view(-1)[3:4].fill_(bad))
     with pytest.raises(FormatError, match="NaN or infinite"):

@@ -45,7 +45,7 @@ def test_every_bit_of_a_weight_counts(svds, tmp_path):
     assert len(svds) == len(list(tmp_path.iterdir())) == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "zero", "nan", "junk", "foreign", "keys"])
+@pytest.mark.parametrize("damage", ["cut", "zero", "nan", "junk", "foreign", "other", "keys"])
 def test_a_damaged_file_is_made_again(damage, svds, tmp_path, caplog):
     weight = torch.randn(24, 16)
     expected = cached_spectrum(weight, 8, tmp_path)
@@ -53,6 +53,9 @@ def test_a_damaged_file_is_made_again(damage, svds, tmp_path, caplog):
     raw = path.read_bytes()
     if damage == "foreign":
         cached_spectrum(torch.randn(24, 15), 8, tmp_path)
+        raw = next(p for p in tmp_path.iterdir() if p != path).read_bytes()
+    elif damage == "other":  # the directions of another weight of the same shape
+        cached_spectrum(torch.randn(24, 16), 8, tmp_path)
         raw = next(p for p in tmp_path.iterdir() if p != path).read_bytes()
     elif damage == "keys":
         raw = raw.replace(b'"U"', b'"W"')
