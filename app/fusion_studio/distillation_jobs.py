@@ -89,6 +89,7 @@ class DistillationJob(Job):
             self.adapter, self.errors = last.adapter, last.errors
             self.saved = fusion.Library(session.library).save(last.adapter, self.name)
             shutil.rmtree(self.folder, ignore_errors=True)
+            fusion.join_adapter_pictures([session.library / f"{key}.safetensors" for key in self.picked], self.saved)
             self._draw(session, pipeline)
 
     def _begin(self, session: Session) -> tuple[Generator[fusion.DistillationStep], fusion.DistillationStep]:
