@@ -30,5 +30,5 @@ def base_example(base: str | Path | None = None) -> GenerationConfig:
     """
     folder = str(base) if base is not None else str(pocket())
     table = read_base_defaults(folder if os.path.isdir(folder) else None, "example")  # noqa: PTH112 (long names raise)
-    example = Example().with_base_defaults(table)
+    example = Example.model_validate({}).with_base_defaults(table)
     return GenerationConfig(prompt=example.prompt, seed=example.seed)

@@ -199,11 +199,11 @@ def result_html(job: DistillationJob) -> str:
     return result + drawings
 
 
-def show_program(session: Session, program: str) -> tuple[Any, str, Any]:
+def show_program(session: Session, program: str) -> tuple[Any, Any, Any]:
     """Files for a program, where they go, and the prompt or the lines to copy."""
     job = current_distillation(session)
     if job is None or job.adapter is None or program not in FORMS:
-        return (gr.skip(),) * 3
+        return gr.skip(), gr.skip(), gr.skip()
     report = export_lora(session, job, FORMS[program])
     lora, *embeddings = report.files
     words = dict(zip(job.tokens, [path.stem for path in embeddings], strict=True))
