@@ -16,10 +16,11 @@ MAY_CHANGE = {
 
 
 class DistillationConfig(StrictModel):
-    """Settings of one distillation. Defaults are those measured on the embedded base."""
+    """Settings of one distillation. What the user has not set may come from the base's `fusion.toml`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
     names_or_paths = ("resume_from_checkpoint",)
+    users_own = ("output_name", "checkpointing_steps", "checkpoints_total_limit")
     groups: ClassVar = {
         "LoRA": "rank",
         "prompts": "prompts",
@@ -45,9 +46,9 @@ class DistillationConfig(StrictModel):
     teacher_memory: int = Field(2048, ge=1)
     """Most memory for the teacher's answers, in MiB. Where they need more, prompts are answered in several parts."""
 
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
     """Learning rate of the LoRA; it falls to 2 % of it as a cosine."""
-    token_lr: float = Field(1e-3, ge=0)
+    token_lr: float = Field(2e-4, ge=0)
     """Learning rate of the concepts' embeddings; 0 leaves them as they are."""
     lr_warmup_steps: int = Field(20, ge=0)
     """Steps over which learning rates rise from zero."""

@@ -33,7 +33,7 @@ from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
-from fusion.models.pipelines import base_info
+from fusion.models.pipelines import base_defaults, base_info
 from fusion.models.tokens import embedding_of, text_encoders
 from fusion.spectral.delta import Delta
 
@@ -69,16 +69,18 @@ def distill(
 ) -> Generator[DistillationStep]:
     """Learn one ungated adapter of type lora that does what the gated `adapters` do together at their `strengths`.
 
-    It can be exported as it is, and leaves prompts without its concepts alone without any gate. Everything is checked
-    before the first step. Raises BaseMismatch, TokenConflict, GatingError for adapters without gates, ConfigError,
-    FormatError for a damaged checkpoint; FusionError when the loss is not finite. An error, Ctrl+C or a
-    KeyboardInterrupt thrown into the generator end it after a checkpoint of its last whole step.
+    It can be exported as it is, and leaves prompts without its concepts alone without any gate. Settings left open come
+    from the base's `fusion.toml`. Everything is checked before the first step. Raises BaseMismatch, TokenConflict,
+    GatingError for adapters without gates, ConfigError, FormatError for a damaged checkpoint; FusionError when the loss
+    is not finite. An error, Ctrl+C or a KeyboardInterrupt thrown into the generator end it after a checkpoint of its
+    last whole step.
     """
     values = checked_strengths(adapters, strengths)
     check_distillable(pipe, adapters)
     if attached_state(pipe) is not None:
         raise ConfigError("This pipeline has adapters attached, which a teacher would include; detach them first.")
-    distillation = _Distillation(pipe, adapters, values, config or DistillationConfig.model_validate({}))
+    settings = (config or DistillationConfig.model_validate({})).with_base_defaults(base_defaults(pipe, "distillation"))
+    distillation = _Distillation(pipe, adapters, values, settings)
     yield from distillation.steps()
 
 

@@ -133,7 +133,7 @@ def as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dty
 
 
 def base_defaults(pipe: Pipeline, table: str) -> dict[str, Any]:
-    """What the base's own `fusion.toml` says in a table, "training" or "generation"; empty without one."""
+    """What the base's own `fusion.toml` says in a table, such as "training" or "generation"; empty without one."""
     where = pipe.config.get("_name_or_path")
     return read_base_defaults(where if where and Path(str(where)).is_dir() else None, table)
 
