@@ -233,7 +233,7 @@ class _Distillation:
         if step % WHOLE_STEPS:
             answers = answers.cut(self.teacher.length(answers.ids))
         errors, pooled = self._errors(answers)
-        scales = prompt_scales(self.scales, self.teacher.presence(answers.owners))  # (B, layers)
+        scales = prompt_scales(self.scales, self.teacher.presence(answers.owners), self.config.free_weight)
         loss = distillation_loss(errors, scales[:, : len(errors)])
         if pooled is not None:
             loss = loss + self.config.pooled_weight * distillation_loss([pooled], scales[:, -1:])

@@ -21,7 +21,7 @@ LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20)  # words beside the concepts
 COUNTS = (1, 1, 1, 1, 2, 2, 3)  # concepts in a prompt of words
 SENTENCE_SHARE = 0.75
 CAPTION_SHARE = 0.2  # of the prompts with one concept or none, where there are captions
-DECOY_SHARE = 0.3  # of the things in sentences and of the prompts of words, where there are decoys
+DECOY_SHARE = 0.15  # of the things in sentences and of the prompts of words, where there are decoys
 COLOURS = ["blue", "yellow", "white", "red", "pink", "green", "grey", "black", "brown", "orange", "purple", "teal"]
 NOUNS = (
     *("dog", "cat", "bird", "horse", "fish", "man", "woman", "child", "car", "house", "tree", "flower", "chair"),
@@ -62,7 +62,7 @@ class PromptDistribution:
     decoys: Sequence[str] = ()  # tokens
     captions: Sequence[str] = ()  # of the adapters and of the user; {token} is a concept
     use_templates: bool = True
-    free_share: float = 0.35
+    free_share: float = 0.45
 
     def draw(self, rng: random.Random, count: int, tokens: tuple[int, int] | None = None) -> list[str]:
         """`count` prompts; with `tokens` only such as hold so many concepts, from the first number to the second."""
@@ -91,8 +91,8 @@ class PromptDistribution:
         return " ".join(words)
 
     def _word(self, rng: random.Random) -> str:
-        """A word of the tokenizer, a frequent one more often."""
-        return self.words[int(len(self.words) * rng.random() ** 2)] if self.words else "a"
+        """A word of the tokenizer; half of the time frequent ones are likelier."""
+        return self.words[int(len(self.words) * rng.random() ** rng.choice((1, 2)))] if self.words else "a"
 
     def _some_decoys(self, rng: random.Random) -> list[str]:
         if not self.decoys or rng.random() >= DECOY_SHARE:
@@ -116,9 +116,9 @@ class PromptDistribution:
             return rng.choice(self.decoys)
         nouns = [concept.noun for concept in self.concepts if concept.noun]
         kind = rng.random()
-        if nouns and kind < 0.35:
+        if nouns and kind < 0.15:
             return rng.choice(nouns)
-        return rng.choice(NOUNS) if kind < 0.6 else self._word(rng)
+        return rng.choice(NOUNS) if kind < 0.3 else self._word(rng)
 
 
 def article(thing: str) -> str:

@@ -59,12 +59,15 @@ def gated_change(branches: Delta, owners: Tensor, states: Tensor, acts: Tensor) 
     return linear(linear(states, branches.down) * acts[:, owners], branches.up)
 
 
-def prompt_scales(scales: Tensor, presence: Tensor) -> Tensor:
-    """sₗₚ (B, L) from the scales (C, L) of the concepts, and which of them each prompt holds, `presence` (B, C)."""
+def prompt_scales(scales: Tensor, presence: Tensor, free_weight: float = 1.0) -> Tensor:
+    """sₗₚ (B, L) from the scales (C, L) of the concepts, and which of them each prompt holds, `presence` (B, C).
+
+    Prompts without a concept weigh `free_weight` times as much.
+    """
     scales = scales.maximum(scales.mean(dim=0) * LEAST_SCALE)
     median = scales.sort(dim=0).values[len(scales) // 2]  # (L,)
     counts = presence.sum(dim=1, keepdim=True)  # (B, 1)
-    return (presence @ scales / counts.clamp(min=1)).where(counts > 0, median)
+    return (presence @ scales / counts.clamp(min=1)).where(counts > 0, median / free_weight)
 
 
 def distillation_loss(errors: Sequence[Tensor], scales: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def test_the_loss_is_that_of_whole_keys_computed_naively():
     torch.testing.assert_close(layer_errors(base, Delta(up, down), student, teacher, rows, gated), expected)
     scales = prompt_scales(torch.tensor([[2.0], [4.0], [12.0]]), torch.tensor([[1.0, 1, 0], [0, 0, 1], [0, 0, 0]]))
     assert scales.flatten().tolist() == [3, 12, 4]  # the mean of the prompt's concepts, the median without any
+    assert prompt_scales(torch.tensor([[6.0]]), torch.zeros(1, 1), free_weight=3).tolist() == [[2]]
     assert float(distillation_loss([torch.tensor([3.0, 6, 4])], scales)) == pytest.approx((1 + 0.5 + 1) / 3)
 
 
