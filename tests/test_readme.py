@@ -11,7 +11,7 @@ from fusion.cli import main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-QUICK = {"train": ["--max_train_steps", "2"], "generate": ["--steps", "2"]}
+QUICK = {"train": ["--max_train_steps", "2"], "generate": ["--steps", "2"], "--distill": ["--max_train_steps", "2"]}
 
 
 @pytest.mark.slow
@@ -24,7 +24,8 @@ def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line)
                 assert words[0] == "fusion"
-                assert main([*words[1:], *QUICK.get(words[1], [])]) == 0, f"{line}\n{capsys.readouterr().err}"
+                quick = [option for word in words for option in QUICK.get(word, [])]
+                assert main([*words[1:], *quick]) == 0, f"{line}\n{capsys.readouterr().err}"
         elif kind == "python":
             exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "out" / "both.png").is_file() and (tmp_path / "out" / "pair.png").is_file()
