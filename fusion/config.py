@@ -29,7 +29,7 @@ MAX_SEEDS = 10_000  # of one evaluation
 MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
-_BASE_TABLES = ("training", "generation", "example")
+_BASE_TABLES = ("training", "distillation", "generation", "example")
 
 
 def lower_tokens(text: str, tokens: Container[str]) -> str:
@@ -211,7 +211,7 @@ def to_toml(model: StrictModel) -> str:
 
 
 def read_base_defaults(folder: str | Path | None, table: str) -> dict[str, Any]:
-    """A table of a base folder's `fusion.toml`, "training", "generation" or "example"; empty when there is none."""
+    """A table of a base folder's `fusion.toml`, one of _BASE_TABLES; empty when there is none."""
     path = Path(folder) / BASE_DEFAULTS if folder else None
     tables = _parse(path) if path and path.is_file() else {}
     for name, content in tables.items():

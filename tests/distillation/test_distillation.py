@@ -7,6 +7,7 @@ import torch
 
 import fusion
 import tiny
+from fusion.config import read_base_defaults
 from fusion.distillation import loop
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution
@@ -269,3 +270,10 @@ def test_what_cannot_be_distilled_is_refused_in_one_line_before_the_work(tmp_pat
             file.write_text(text)
         with pytest.raises(ConfigError, match=words):
             next(fusion.distill(pipe, [rex], settings.updated({"prompts": file})))
+
+
+def test_the_embedded_base_has_learning_rates_of_its_own():
+    table = read_base_defaults(fusion.pocket(), "distillation")
+    assert fusion.DistillationConfig().with_base_defaults(table).learning_rate == table["learning_rate"] == 3e-3
+    with pytest.raises(ConfigError, match="output_name"):
+        fusion.DistillationConfig().with_base_defaults({"output_name": "mine"})
