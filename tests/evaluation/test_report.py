@@ -31,5 +31,5 @@ def test_mistakes_are_named():
         fusion.evaluate(pipe, [])
     with pytest.raises(ConfigError, match="token"):
         fusion.evaluate(pipe, [trained_adapter(pipe)], prompts=["a dog"])
-    with pytest.raises(ConfigError, match="at least 1; got 0"):
+    with pytest.raises(ConfigError, match="1 to 10000; got 0"):
         fusion.evaluate(pipe, [trained_adapter(pipe)], seeds=0)
