@@ -62,7 +62,7 @@ def serve(
     try:
         options = launch_options(args.host, args.allowed_host)
         page.launch(auth=auth, server_port=args.port, quiet=True, prevent_thread_lock=True, **options)
-    except OSError as error:  # the port is taken
+    except (OSError, ValueError) as error:  # the port is taken; or gradio does not reach its own page
         parser.exit(1, f"{error}\n")
     if not auth and args.host not in LOOPBACK:
         print("Everyone who can reach this machine can use this studio; --auth FILE asks for a password.")

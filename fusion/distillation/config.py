@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 
-from fusion.config import MAX_SEED, StrictModel
+from fusion.config import MAX_SEED, NAME, StrictModel
 from fusion.errors import ConfigError
 
 # What may be another when a distillation is resumed; every other setting shapes the adapter.
@@ -73,7 +73,7 @@ class DistillationConfig(StrictModel):
 
     output_dir: Path = Path("out")
     """Folder for checkpoints."""
-    output_name: str = Field("distilled", pattern=r"^[^/\\.][^/\\]*$")
+    output_name: str = Field("distilled", pattern=f"^{NAME}$")
     """Name of the adapter, and of the folder of its checkpoints."""
     checkpointing_steps: int = Field(100, ge=0)
     """Steps from one checkpoint to the next; 0 writes none."""
