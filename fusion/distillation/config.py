@@ -37,11 +37,11 @@ class DistillationConfig(StrictModel):
     """File of prompts of your own, one a line, learned among the others; {token} stands for each concept in turn."""
     use_templates: bool = True
     """Also learn from sentences; if false, from words of the tokenizer in any order alone."""
-    num_prompts: int = Field(12000, ge=1, le=1_000_000)
-    """Different prompts in all. Few are learned by heart, and other words than theirs then change."""
-    free_share: float = Field(0.45, ge=0, lt=1)
+    num_prompts: int = Field(3000, ge=1, le=1_000_000)
+    """Different prompts in all; each is used several times."""
+    free_share: float = Field(0.35, ge=0, lt=1)
     """Share of prompts without a concept. A tenth of them are empty."""
-    free_weight: float = Field(4.0, gt=0)
+    free_weight: float = Field(3.0, gt=0)
     """Weight of a prompt without a concept in the loss; one with concepts has 1."""
     decoys: int = Field(32, ge=0, le=1000)
     """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""

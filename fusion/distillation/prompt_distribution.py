@@ -62,7 +62,7 @@ class PromptDistribution:
     decoys: Sequence[str] = ()  # tokens
     captions: Sequence[str] = ()  # of the adapters and of the user; {token} is a concept
     use_templates: bool = True
-    free_share: float = 0.45
+    free_share: float = 0.35
 
     def draw(self, rng: random.Random, count: int, tokens: tuple[int, int] | None = None) -> list[str]:
         """`count` prompts; with `tokens` only such as hold so many concepts, from the first number to the second."""
@@ -91,8 +91,8 @@ class PromptDistribution:
         return " ".join(words)
 
     def _word(self, rng: random.Random) -> str:
-        """A word of the tokenizer; half of the time frequent ones are likelier."""
-        return self.words[int(len(self.words) * rng.random() ** rng.choice((1, 2)))] if self.words else "a"
+        """Any word of the tokenizer."""
+        return rng.choice(self.words) if self.words else "a"
 
     def _some_decoys(self, rng: random.Random) -> list[str]:
         if not self.decoys or rng.random() >= DECOY_SHARE:
