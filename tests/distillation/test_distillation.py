@@ -116,7 +116,7 @@ def test_it_learns_what_the_gated_set_does(family, tmp_path):
     final = last(fusion.distill(pipe, adapters, config(tmp_path, max_train_steps=50)))
     result, errors = final.adapter, final.errors
     assert max(errors.one, errors.several, errors.pooled or 0) < 0.7, "of 1 without learning"
-    assert errors.drift < 0.12 and (errors.pooled is not None) == (family == "sdxl")
+    assert errors.drift < 0.2 and (errors.pooled is not None) == (family == "sdxl")
     assert not result.gated and [b.type for b in result.branches] == ["lora"]
     assert [(c.token, c.noun, c.vectors) for c in result.info.concepts] == [("<rex>", "dog", 2), ("<tom>", "dog", 1)]
     stored = fusion.HeldOutErrors.from_json(result.info.provenance.settings["errors"])
