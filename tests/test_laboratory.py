@@ -25,7 +25,10 @@ def halved(deltas, strengths, context):
 
 @pytest.fixture
 def laboratory(tmp_path):
-    tiny.pipeline("sd1").save_pretrained(tmp_path / "base")
+    pipe = tiny.pipeline("sd1")  # with room for the concepts' captions, spelled in letters
+    pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings = tiny.tokenizer(length=77), 77
+    pipe.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
+    pipe.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "fusion.toml").write_text("[generation]\nsteps = 2\n[training]\nresolution = 16\n")
     tiny.save_judge(tmp_path / "judge")
     store = Store(tmp_path / "store", wait=False)
