@@ -11,7 +11,8 @@ import sys
 import textwrap
 import warnings
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -223,6 +224,17 @@ def resume_hint(checkpoint: Path | None, resumed: str | None, words: Sequence[st
     flag, name = "--resume_from_checkpoint", f"{checkpoint.parent.name}/{checkpoint.name}"
     again = [word for before, word in pairwise(["", *words]) if flag not in (before, word.partition("=")[0])]
     return f"Continue after {checkpoint.name} with:\n  {example(*again, flag, name)}"
+
+
+def with_progress(steps: Iterable[Any], advance: Callable[..., None]) -> Generator[Any]:
+    """The steps of a training or a distillation, each shown on the bar of `progress` with the mean of recent losses."""
+    losses = deque[float](maxlen=25)
+    for step in steps:
+        if not losses and step.resumed:
+            print(f"resumed after step {step.resumed} of {step.total}", flush=True)
+        losses.append(step.loss)
+        advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+        yield step
 
 
 def print_list(lines: Sequence[str]) -> None:

@@ -2,13 +2,21 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import UsageError, add_settings, example, flags_of, progress, relative, resume_hint
+from fusion.cli.console import (
+    UsageError,
+    add_settings,
+    example,
+    flags_of,
+    progress,
+    relative,
+    resume_hint,
+    with_progress,
+)
 from fusion.distillation.config import DistillationConfig
 from fusion.errors import ConfigError, OutputError
 
@@ -37,19 +45,12 @@ def distill_adapters(
     config = distillation_config(args)
     concepts = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     print(f"distilling {' '.join(concepts)}", flush=True)
-    step, losses, distillation = (
-        None,
-        deque[float](maxlen=25),
-        distill(open_pipe(), adapters, config, strengths=strengths),
-    )
+    step, distillation = None, distill(open_pipe(), adapters, config, strengths=strengths)
     try:
         with closing(distillation), progress() as advance:
             try:
-                for step in distillation:
-                    if not losses and step.resumed:
-                        print(f"resumed after step {step.resumed} of {step.total}", flush=True)
-                    losses.append(step.loss)
-                    advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+                for latest in with_progress(distillation, advance):
+                    step = latest
             except KeyboardInterrupt:
                 with suppress(KeyboardInterrupt):  # which writes a checkpoint of the last step
                     distillation.throw(KeyboardInterrupt())

@@ -8,7 +8,6 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from fusion.cli.console import (
     progress,
     relative,
     resume_hint,
+    with_progress,
 )  # fmt: skip
 from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError, OutputError
@@ -108,17 +108,13 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
     from fusion.training.loop import train
 
     print(f"training {config.token} on {relative(config.instance_data_dir)}", flush=True)
-    step, checkpoint, losses = None, None, deque[float](maxlen=25)
+    step, checkpoint = None, None
     target = adapter_path(config)
     training: Any = train(pipe, config)
     try:
         with closing(training), progress() as advance:
             try:
-                for step in training:
-                    if not losses and step.resumed:
-                        print(f"resumed after step {step.resumed} of {step.total}", flush=True)
-                    losses.append(step.loss)
-                    advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
+                for step in with_progress(training, advance):
                     save_previews(step, config)
                     if step.step == step.total:  # while the slice is still reserved
                         target = save_adapter(training, step, config, args)
