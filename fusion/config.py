@@ -24,8 +24,12 @@ from fusion.errors import ConfigError, closest
 TOKEN = re.compile(r"<[a-z0-9_-]+>")  # a concept's word in prompts
 _ANY_TOKEN = re.compile(TOKEN.pattern, re.IGNORECASE)
 NAME = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}"  # of an adapter and its file: no folder, not hidden
+NAME_RULE = "up to 200 letters, no / or \\, the first no dot"
 MAX_SEED = 2**63 - 1  # of torch's generators
 MAX_SEEDS = 10_000  # of one evaluation
+MAX_STEPS = 10_000_000
+MAX_BATCH = 1024  # of a training step
+MAX_WEIGHT = 1e6  # of a part of the loss; also a learning rate that nothing survives
 MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
@@ -275,4 +279,6 @@ def _explained(detail: Any, model: type[BaseModel]) -> str:
         return f"'{key}' is missing: {model.model_fields[key].description or 'it has no default.'}"
     place = key + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
     reason = re.sub(r"^\w+ should ", "must ", detail["msg"]).replace("an instance of Path", "a path")
+    if detail.get("ctx", {}).get("pattern") == f"^{NAME}$":
+        reason = f"must be {NAME_RULE}"
     return f"{place} {reason}, got {reprlib.repr(detail['input'])}."

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 
-from fusion.config import MAX_SEED, NAME, StrictModel
+from fusion.config import MAX_BATCH, MAX_SEED, MAX_STEPS, MAX_WEIGHT, NAME, StrictModel
 from fusion.errors import ConfigError
 
 # What may be another when a distillation is resumed; every other setting shapes the adapter.
@@ -41,32 +41,32 @@ class DistillationConfig(StrictModel):
     """Different prompts in all; each is used several times."""
     free_share: float = Field(0.35, ge=0, lt=1)
     """Share of prompts without a concept. A tenth of them are empty."""
-    free_weight: float = Field(3.0, gt=0)
+    free_weight: float = Field(3.0, gt=0, le=MAX_WEIGHT)
     """Weight of a prompt without a concept in the loss; one with concepts has 1."""
     decoys: int = Field(32, ge=0, le=1000)
     """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""
-    teacher_memory: int = Field(2048, ge=1)
+    teacher_memory: int = Field(2048, ge=1, le=2**20)
     """Most memory for the teacher's answers, in MiB. Where they need more, prompts are answered in several parts."""
 
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, le=MAX_WEIGHT)
     """Learning rate of the LoRA; it falls to 2 % of it as a cosine."""
-    token_lr: float = Field(2e-4, ge=0)
+    token_lr: float = Field(2e-4, ge=0, le=MAX_WEIGHT)
     """Learning rate of the concepts' embeddings; 0 leaves them as they are."""
-    lr_warmup_steps: int = Field(20, ge=0)
+    lr_warmup_steps: int = Field(20, ge=0, le=MAX_STEPS)
     """Steps over which learning rates rise from zero."""
-    max_train_steps: int = Field(700, ge=1)
+    max_train_steps: int = Field(700, ge=1, le=MAX_STEPS)
     """Optimizer steps in all."""
-    train_batch_size: int = Field(32, ge=1)
+    train_batch_size: int = Field(32, ge=1, le=MAX_BATCH)
     """Prompts per step."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, le=MAX_WEIGHT)
     """Gradients are clipped to this norm; 0 does not clip."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """The result is an average of the weights over the last 1 / (1 - ema_decay) steps."""
-    pooled_weight: float = Field(0.1, ge=0)
+    pooled_weight: float = Field(0.1, ge=0, le=MAX_WEIGHT)
     """Weight of SDXL's pooled embedding in the loss, beside the keys and values."""
     clip_skip: int | None = Field(None, ge=1, le=32)
     """Layers of the text encoder to skip, as in diffusers, for pictures that will be drawn so. Default: none."""
-    target_error: float | None = Field(None, gt=0)
+    target_error: float | None = Field(None, gt=0, le=MAX_WEIGHT)
     """Stop early once prompts with one concept, and those with several, have at most this error, such as 0.01."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of prompts, order and starting weights: equal seeds give equal adapters on a CPU."""
@@ -75,9 +75,9 @@ class DistillationConfig(StrictModel):
     """Folder for checkpoints."""
     output_name: str = Field("distilled", pattern=f"^{NAME}$")
     """Name of the adapter, and of the folder of its checkpoints."""
-    checkpointing_steps: int = Field(100, ge=0)
+    checkpointing_steps: int = Field(100, ge=0, le=MAX_STEPS)
     """Steps from one checkpoint to the next; 0 writes none."""
-    checkpoints_total_limit: int | None = Field(1, ge=1)
+    checkpoints_total_limit: int | None = Field(1, ge=1, le=MAX_STEPS)
     """How many checkpoints to keep, the newest."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to continue from, or "latest"."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, BaseInfo
-from fusion.config import NAME
+from fusion.config import NAME, NAME_RULE
 from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
 from fusion.library.locks import LOCK, library_lock
@@ -188,9 +188,7 @@ def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(NAME, name):
-        raise ConfigError(
-            f"'{name[:210]}' cannot name an adapter; use up to 200 letters, no / or \\, the first no dot."
-        )
+        raise ConfigError(f"'{name[:210]}' cannot name an adapter; use {NAME_RULE}.")
 
 
 def _save_as(adapter: Adapter, path: Path, dtype: str, *, name: str | None = None, overwrite: bool = False) -> Path:

@@ -13,6 +13,7 @@ from fusion.models.base_check import check_base
 from fusion.models.layer_sites import components, sites
 from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
+from fusion.models.pipelines import silent_loading
 from fusion.models.tokens import make_permanent
 from fusion.output_files import check_output, output_group
 
@@ -53,7 +54,7 @@ def save_model(pipe: Pipeline, path: str | os.PathLike[str], *, overwrite: bool 
     size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     target = check_model_output(path, size=size, overwrite=overwrite)
     try:
-        with output_group(target) as group:
+        with output_group(target) as group, silent_loading():
             pipe.save_pretrained(group / target.name)
     except SafetensorError as error:  # how its writer says that the disk is full
         raise OutputError(f"'{target}' cannot be written: {error}.") from error

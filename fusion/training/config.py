@@ -8,13 +8,24 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fusion.config import MAX_PROMPT, MAX_SEED, NAME, TOKEN, StrictModel, listing, lower_tokens, read_toml, to_toml
+from fusion.config import (
+    MAX_BATCH,
+    MAX_PROMPT,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_WEIGHT,
+    NAME,
+    TOKEN,
+    StrictModel,
+    listing,
+    lower_tokens,
+    read_toml,
+    to_toml,
+)
 from fusion.errors import ConfigError
 
-MAX_STEPS = 10_000_000
 MAX_RESOLUTION = 4096  # pixels
 MAX_REPEATS = 10_000
-MAX_WEIGHT = 1e6  # of a part of the loss; also a learning rate that nothing survives
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
 
@@ -130,7 +141,7 @@ class TrainingConfig(StrictModel):
     """Steps over which learning rates rise from zero."""
     max_train_steps: int = Field(1250, ge=1, le=MAX_STEPS)
     """Optimizer steps in all."""
-    train_batch_size: int = Field(2, ge=1, le=1024)
+    train_batch_size: int = Field(2, ge=1, le=MAX_BATCH)
     """Pictures per forward pass."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=10_000)
     """Forward passes per step: larger batches for time instead of memory."""

@@ -12,6 +12,7 @@ from PIL import Image
 import tiny
 from fusion.adapters import ADAPTERS
 from fusion.config import read_base_defaults, settings_of
+from fusion.distillation.config import DistillationConfig
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
 from fusion.training.config import TrainingConfig
@@ -89,7 +90,7 @@ def test_a_token_stands_in_angle_brackets(token):
 
 @pytest.mark.parametrize("name", ["../dog", "a/b", ".hidden", "", "a\\b"])
 def test_a_name_is_no_path(name):
-    assert "output_name" in problem(output_name=name)
+    assert "output_name must be up to 200 letters, no / or \\, the first no dot, got" in problem(output_name=name)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_a_resolution_must_suit_the_base(tmp_path):
 
 
 def test_every_number_of_every_setting_has_a_bound_that_a_machine_can_bear():
-    for model in (TrainingConfig, GenerationConfig):
-        needed = NEEDED if model is TrainingConfig else {"prompt": "a dog"}
+    for model in (TrainingConfig, GenerationConfig, DistillationConfig):
+        needed = {TrainingConfig: NEEDED, GenerationConfig: {"prompt": "a dog"}}.get(model, {})
         for setting in settings_of(model):
             if kinds := {int, float} & setting.kinds:
                 huge = [10**30, -(10**30)] if int in kinds else [1e30, -1e30, float("nan"), float("inf")]
