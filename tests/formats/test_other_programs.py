@@ -43,7 +43,9 @@ def difference(theirs, ours):
 def distilled(pipe, trained):
     """Two gated concepts in one plain LoRA."""
     gated = [trained(pipe, vectors=3), trained(pipe, "lora", token="<tom>", noun="cat", vectors=3)]
-    config = fusion.DistillationConfig(rank=8, max_train_steps=10, train_batch_size=8, decoys=2, checkpointing_steps=0)
+    config = fusion.DistillationConfig(
+        rank=8, max_train_steps=10, train_batch_size=8, decoys=2, checkpointing_steps=0, learning_rate=3e-3
+    )
     *_, last = fusion.distill(pipe, gated, config)
     return last.adapter
 
