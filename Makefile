@@ -23,8 +23,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/python tools/demo.py
 
+# A test has one thread and one process some 2 GB: a process for each core, but not more than four.
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: install
 	$(BIN)/python -m ruff format --check .

@@ -167,7 +167,7 @@ class Setting:
         if bool in self.kinds and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if list in self.kinds and str not in self.kinds:
-            return text.split()
+            return [part for part in re.split(r"\s*,\s*" if "," in text else r"\s+", text.strip()) if part]
         if list in self.kinds and "\n" in text:
             return [line.strip() for line in text.splitlines() if line.strip()]
         for kind in (int, float):

@@ -40,11 +40,12 @@ class DistillationJob(Job):
         self.tokens = [token for adapter in self.adapters for token in tokens_of(adapter.info)]
         self.prompt = session.example_prompt(self.tokens[:2])
         self.folder = session.library / FOLDER / self.name
-        fields = fusion.DistillationConfig.model_fields
-        total = round(fields["max_train_steps"].default * THOROUGHNESS[thoroughness])
+        defaults = fusion.DistillationConfig()
+        usual = {"rank": defaults.rank, "max_train_steps": defaults.steps_for(len(self.tokens))}
+        total = round(usual["max_train_steps"] * THOROUGHNESS[thoroughness])
         super().__init__(" ".join(self.tokens), total)
-        values = {"rank": rank or fields["rank"].default, "max_train_steps": total}
-        self.settings = {name: value for name, value in values.items() if value != fields[name].default}
+        values = {"rank": rank or defaults.rank, "max_train_steps": total}
+        self.settings = {name: value for name, value in values.items() if value != usual[name]}
         self.request = {
             "picked": self.picked, "name": self.name, "thoroughness": thoroughness, "rank": values["rank"],
             "prompts": self.prompts,

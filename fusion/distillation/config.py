@@ -1,7 +1,9 @@
 """The settings of a distillation, under the names that a training has for the same."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
@@ -13,6 +15,17 @@ MAY_CHANGE = {
     *("prompts", "output_dir", "output_name", "resume_from_checkpoint", "checkpointing_steps"),
     *("checkpoints_total_limit", "target_error"),
 }
+# What a prompt has to be about where the base's fusion.toml lists nothing.
+SUBJECTS = (
+    "dog cat bird horse cow sheep pig rabbit mouse bear lion tiger elephant monkey fox wolf fish snake frog duck owl "
+    "butterfly spider dragon man woman child boy girl baby king queen knight soldier robot ghost angel astronaut "
+    "doctor car bus train boat ship plane bicycle truck rocket house castle church tower bridge street city room "
+    "kitchen door window chair table bed lamp clock book phone camera guitar piano ball hat shoe dress shirt bag cup "
+    "bottle knife umbrella flower rose tree leaf forest mountain river beach sea island sky cloud sun moon star snow "
+    "fire apple banana bread cake pizza egg face hand eye"
+).split()
+PHRASES = ("subjects", "styles")
+Phrases = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=10_000)]
 
 
 class DistillationConfig(StrictModel):
@@ -37,6 +50,10 @@ class DistillationConfig(StrictModel):
     """File of prompts of your own, one a line, learned among the others; {token} stands for each concept in turn."""
     use_templates: bool = True
     """Also learn from sentences; if false, from words of the tokenizer in any order alone."""
+    subjects: Phrases = Field(SUBJECTS, min_length=1)
+    """What sentences are about beside the concepts; a base's fusion.toml may list what that base knows."""
+    styles: Phrases = Field([])
+    """Styles that sentences name, as in "a STYLE style SUBJECT"."""
     num_prompts: int = Field(3000, ge=1, le=1_000_000)
     """Different prompts in all; each is used several times."""
     free_share: float = Field(0.35, ge=0, lt=1)
@@ -54,8 +71,8 @@ class DistillationConfig(StrictModel):
     """Learning rate of the concepts' embeddings; 0 leaves them as they are."""
     lr_warmup_steps: int = Field(20, ge=0, le=MAX_STEPS)
     """Steps over which learning rates rise from zero."""
-    max_train_steps: int = Field(700, ge=1, le=MAX_STEPS)
-    """Optimizer steps in all."""
+    max_train_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    """Optimizer steps in all. Default: 400, and 40 more for every further concept."""
     train_batch_size: int = Field(32, ge=1, le=MAX_BATCH)
     """Prompts per step."""
     max_grad_norm: float = Field(1.0, ge=0, le=MAX_WEIGHT)
@@ -82,9 +99,18 @@ class DistillationConfig(StrictModel):
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to continue from, or "latest"."""
 
+    def steps_for(self, concepts: int) -> int:
+        """The steps of a distillation of so many concepts."""
+        return self.max_train_steps or 360 + 40 * concepts
+
     def lasting_settings(self) -> dict[str, object]:
         """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""
-        return self.model_dump(mode="json", exclude=MAY_CHANGE)
+        return self.model_dump(mode="json", exclude={*MAY_CHANGE, *PHRASES}) | {"phrases": self._phrases_digest()}
+
+    def _phrases_digest(self) -> str:
+        """A hash of the phrases and of the user's own prompts, which are too long for a file's metadata."""
+        phrases = [*(getattr(self, name) for name in PHRASES), self.prompt_lines()]
+        return hashlib.sha256(json.dumps(phrases).encode()).hexdigest()[:16]
 
     def prompt_lines(self) -> list[str]:
         """The prompts of the file, with {token} where a concept goes. Raises ConfigError for a file without any."""

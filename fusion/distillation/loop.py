@@ -4,7 +4,6 @@ Close the generator to stop. The pipeline is used only while the teacher answers
 and afterwards, it is as it was.
 """
 
-import hashlib
 import math
 import random
 import secrets
@@ -80,7 +79,8 @@ def distill(
     if attached_state(pipe) is not None:
         raise ConfigError("This pipeline has adapters attached, which a teacher would include; detach them first.")
     settings = (config or DistillationConfig.model_validate({})).with_base_defaults(base_defaults(pipe, "distillation"))
-    distillation = _Distillation(pipe, adapters, values, settings)
+    steps = settings.steps_for(sum(len(adapter.info.concepts) for adapter in adapters))
+    distillation = _Distillation(pipe, adapters, values, settings, steps)
     yield from distillation.steps()
 
 
@@ -88,12 +88,14 @@ class _Distillation:
     """One distillation: what its steps read and change."""
 
     def __init__(
-        self, pipe: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float], config: DistillationConfig
-    ) -> None:
+        self, pipe: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float], config: DistillationConfig,
+        steps: int,
+    ) -> None:  # fmt: skip
         self.pipe, self.config, self.adapters, self.strengths = pipe, config, adapters, strengths
         # In the order of their tokens, so that the order in which they are given does not matter.
         scaled = [_scaled(adapter, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
         ordered = sorted(scaled, key=lambda adapter: [concept.token for concept in adapter.info.concepts])
+        self.total = steps
         self.learns = any(branch.strength for adapter in ordered for branch in adapter.branches)
         self.settings = self._lasting_settings(ordered)
         name, checkpoint = config.resume_from_checkpoint, None
@@ -118,20 +120,20 @@ class _Distillation:
             words_of(getattr(pipe, TOKENIZERS[next(iter(text_encoders(pipe)))])),
             [concept.token for concept in self.teacher.decoys.info.concepts],
             [*own_captions(ordered), *config.prompt_lines()],
+            config.subjects,
+            config.styles,
             config.use_templates,
             config.free_share,
         )
         self._measure_teacher()
-        self.pools = PromptPools(self.teacher, self.distribution, config, self.tests[-1][0].size / HELD_OUT)
+        self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)
         self._start(checkpoint)
 
     def _lasting_settings(self, ordered: Sequence[Adapter]) -> dict[str, Any]:
         """Everything that shapes the result, in JSON values: a distillation is resumed under the same only."""
-        text = "\n".join(self.config.prompt_lines())
         return {
             "base": asdict(base_info(self.pipe)),
             "adapters": [adapter.digest()[:16] for adapter in ordered],
-            "own_prompts": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "",
             **self.config.lasting_settings(),
         }
 
@@ -195,7 +197,7 @@ class _Distillation:
 
     def steps(self) -> Generator[DistillationStep]:
         self.began = time.monotonic()
-        total = self.config.max_train_steps if self.learns else 0
+        total = self.total if self.learns else 0
         try:
             for number in range(self.resumed + 1, total + 1) or [self.resumed]:
                 step = self._step(number, total)
@@ -224,7 +226,7 @@ class _Distillation:
     def _rate(self, step: int) -> float:
         """The factor of the learning rates: warm-up, then a cosine."""
         warm = min(1.0, step / max(1, self.config.lr_warmup_steps))
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.config.max_train_steps)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.total)
         return warm * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
 
     def _optimize(self, step: int) -> float:

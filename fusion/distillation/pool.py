@@ -15,20 +15,23 @@ from fusion.distillation.config import DistillationConfig
 from fusion.distillation.prompt_distribution import PromptDistribution
 from fusion.distillation.teacher import Answers, Teacher
 
+AHEAD = 8  # batches of prompts that are answered at once in the first round: attaching the teacher takes its time
+
 
 class PromptPools:
     """Several pools in turn, as many as it takes to hold `num_prompts`, each used for its part of the steps."""
 
     def __init__(
-        self, teacher: Teacher, distribution: PromptDistribution, config: DistillationConfig, bytes_per_prompt: float
-    ) -> None:
+        self, teacher: Teacher, distribution: PromptDistribution, config: DistillationConfig, steps: int,
+        bytes_per_prompt: float,
+    ) -> None:  # fmt: skip
         self.teacher, self.distribution, self.config = teacher, distribution, config
-        batch, wanted = config.train_batch_size, config.max_train_steps * config.train_batch_size
+        batch, wanted = config.train_batch_size, steps * config.train_batch_size
         most = max(batch, int(config.teacher_memory * 2**20 / bytes_per_prompt))
         total = max(batch, min(config.num_prompts, wanted))
         self.count = -(-total // most)
         self.size = -(-total // (self.count * batch)) * batch
-        self.steps = -(-config.max_train_steps // self.count)  # of each pool
+        self.steps = -(-steps // self.count)  # of each pool
         self._number = -1
         self._prompts: Sequence[str] = ()
         self._groups: list[Answers | None] = []
@@ -44,7 +47,8 @@ class PromptPools:
         batch = self.config.train_batch_size
         round_, position = divmod(within, len(self._groups))
         if round_ == 0:
-            return self._answered([position])[0]
+            start = position // AHEAD * AHEAD
+            return self._answered(range(start, min(start + AHEAD, len(self._groups))))[position - start]
         generator = torch.Generator().manual_seed(hash_of(self.config.seed, number, round_))
         order = torch.randperm(self.size, generator=generator)[position * batch : (position + 1) * batch]
         groups = (order // batch).tolist()

@@ -1,8 +1,8 @@
 """The prompts of a distillation, drawn from a distribution that needs nothing but the base's tokenizer.
 
 Words of the tokenizer in any order, sentences from templates, captions, and prompts of the user's own; concepts stand
-anywhere in them, some prompts hold none, and some are empty. In sentences, a thing is a concept's noun, another noun,
-any word, or a decoy: an unknown word in the place of other people's concepts.
+anywhere in them, some prompts hold none, and some are empty. In sentences, a thing is a subject that the base knows, a
+concept's noun, any word, or a decoy: an unknown word in the place of other people's concepts.
 
 Prompts are expanded and cut by the pipeline itself. A longer prompt that a program encodes in several chunks needs no
 prompts of its own, since every chunk is encoded as a prompt is; nor do weights on words, which multiply rows of the
@@ -22,11 +22,10 @@ COUNTS = (1, 1, 1, 1, 2, 2, 3)  # concepts in a prompt of words
 SENTENCE_SHARE = 0.75
 CAPTION_SHARE = 0.2  # of the prompts with one concept or none, where there are captions
 DECOY_SHARE = 0.15  # of the things in sentences and of the prompts of words, where there are decoys
+WORD_SHARE = 0.3  # of the things in sentences that are no decoys: any word of the tokenizer
+NOUN_SHARE = 0.15  # the concepts' own nouns; the rest are subjects
 COLOURS = ["blue", "yellow", "white", "red", "pink", "green", "grey", "black", "brown", "orange", "purple", "teal"]
-NOUNS = (
-    *("dog", "cat", "bird", "horse", "fish", "man", "woman", "child", "car", "house", "tree", "flower", "chair"),
-    *("ball", "hat", "boat", "apple", "cup", "robot", "book", "star", "lion", "fox", "rose", "ghost", "bus"),
-)
+STYLE_SHARE = 0.3  # of the subjects in sentences, where there are styles
 ALONE = (
     *("{a}", "{a}", "a photo of {a}", "a picture of {a}", "a close-up of {a}", "a painting of {a}", "{a} on the left"),
     *("{a} on the right", "{a} in the middle", "{bare}", "{bare}", "the {bare}", "two {bare}", "{a} in the snow"),
@@ -61,6 +60,8 @@ class PromptDistribution:
     words: Sequence[str]
     decoys: Sequence[str] = ()  # tokens
     captions: Sequence[str] = ()  # of the adapters and of the user; {token} is a concept
+    subjects: Sequence[str] = ()
+    styles: Sequence[str] = ()
     use_templates: bool = True
     free_share: float = 0.35
 
@@ -116,9 +117,10 @@ class PromptDistribution:
             return rng.choice(self.decoys)
         nouns = [concept.noun for concept in self.concepts if concept.noun]
         kind = rng.random()
-        if nouns and kind < 0.15:
-            return rng.choice(nouns)
-        return rng.choice(NOUNS) if kind < 0.3 else self._word(rng)
+        if kind < WORD_SHARE or not self.subjects:
+            return self._word(rng)
+        noun = rng.choice(nouns if nouns and kind < WORD_SHARE + NOUN_SHARE else self.subjects)
+        return f"{rng.choice(self.styles)} style {noun}" if self.styles and rng.random() < STYLE_SHARE else noun
 
 
 def article(thing: str) -> str:

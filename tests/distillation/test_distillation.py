@@ -216,7 +216,7 @@ def test_pools_stay_within_their_memory_and_batches_depend_on_the_step_alone(tmp
     settings = config(tmp_path, train_batch_size=4, num_prompts=32, max_train_steps=40, teacher_memory=1)
     distribution = PromptDistribution([fusion.Concept("<rex>", "dog")], ["snow", "photo", "robot"])
     for share, pools in ((1 / 40, 1), (1 / 20, 2), (1 / 9, 4)):  # of the memory, for one prompt
-        first, second = (PromptPools(Echo(), distribution, settings, share * 2**20) for _ in range(2))
+        first, second = (PromptPools(Echo(), distribution, settings, 40, share * 2**20) for _ in range(2))
         assert first.count == pools and first.size * share <= 1
         batches = {step: first.batch(step).states.flatten().tolist() for step in range(1, 41)}
         assert first.teacher.count == 32

@@ -6,7 +6,8 @@ import pytest
 
 import tiny
 from fusion.adapters.adapter import Concept
-from fusion.distillation.prompt_distribution import NOUNS, PromptDistribution, words_of
+from fusion.distillation.config import SUBJECTS
+from fusion.distillation.prompt_distribution import PromptDistribution, words_of
 
 CONCEPTS = [Concept("<rex>", "unicorn"), Concept("<tom>", "volcano"), Concept("<ann>", "unicorn")]
 TOKENS = [concept.token for concept in CONCEPTS]
@@ -14,7 +15,7 @@ TOKENS = [concept.token for concept in CONCEPTS]
 
 def distribution(**options):
     words = words_of(tiny.tokenizer([*tiny.WORDS, "gargoyle"]))
-    return PromptDistribution(CONCEPTS, words, ["<decoy-0>", "<decoy-1>"], **options)
+    return PromptDistribution(CONCEPTS, words, ["<decoy-0>", "<decoy-1>"], **{"subjects": SUBJECTS, **options})
 
 
 def count(prompt):
@@ -34,7 +35,7 @@ def test_prompts_have_all_kinds_of_contents():
     assert {*counts} == {1, 2, 3} and 0.5 < counts.count(1) / len(counts) < 0.8
     for word in (*TOKENS, "unicorn", "volcano", "gargoyle", "<decoy-1>", "on a red background", "on the left and"):
         assert sum(word in prompt for prompt in prompts) > 20, word
-    assert sum(any(noun in prompt for noun in NOUNS) for prompt in free) > 200
+    assert sum(any(subject in prompt for subject in SUBJECTS) for prompt in free) > 200
     assert sum(prompt.startswith(tuple(TOKENS)) for prompt in prompts) > 20
     assert any(prompt.endswith("<rex>") for prompt in prompts)
     assert not any("{" in prompt for prompt in prompts)
