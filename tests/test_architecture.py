@@ -41,7 +41,7 @@ ALLOWED = {
 # Locks are the library's alone.
 DEPENDENCIES = {
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub"),
-    *("pydantic", "tqdm", "numpy", "PIL", "matplotlib"),
+    *("pydantic", "tqdm", "numpy", "PIL", "matplotlib", "psutil"),
 }
 # Modules are named for what they hold, in the words of diffusers and PEFT: no drawers for odds and ends, no metaphors.
 BANNED_MODULES = {

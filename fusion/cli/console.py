@@ -136,8 +136,8 @@ def add_base_arguments(parser: ArgumentParser) -> None:
     """What `open_base` reads."""
     add = parser.add_argument_group("base").add_argument
     add(*BASE_NAMES, dest="base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
-    add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
-    add("--dtype", metavar="TYPE", choices=DTYPES, help="default: float16 on a GPU, else float32")
+    add("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
+    add("--dtype", metavar="TYPE", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, else float32")
 
 
 def add_file_arguments(parser: ArgumentParser, what: str) -> None:

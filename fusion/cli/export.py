@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_file_arguments(parser, "the LoRA")
     add("--distill", action="store_true", help="learn a LoRA of --rank that leaves other words alone")
     add(*BASE_NAMES, dest="base", metavar="NAME", help="for --distill: diffusers folder or hub id (default: pocket)")
-    add("--device", metavar="NAME", help="for --distill: cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", metavar="NAME", help="for --distill: cpu, gpu, cuda:1, mps, ... (default: the best there is)")
     add_distillation_settings(parser)
 
 

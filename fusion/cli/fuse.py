@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         add(f"--{option.name}", type=kind, default=option.default, metavar="N" if kind is int else "X", help=text)
     text = "diffusers folder or hub id, where a method needs it (default: pocket)"
     add(*BASE_NAMES, dest="base", metavar="NAME", help=text)
-    add("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
     add_distillation_settings(parser, leave=["seed"])
 
 

@@ -34,7 +34,7 @@ from fusion.training.presets import PRESETS, preset
 
 logger = logging.getLogger(__name__)
 
-PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISION = {"auto": None, "no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: fusion train --config owl.toml --rank 4 --validation_prompt 'a {token} in the snow'"
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, same names as the flags")
     parser.add_argument("--print_config", action="store_true", help="print all settings as TOML, and stop")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... (default: the best there is)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
     how = ", ".join(f"{name} ({share:g})" for name, share in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, help=f"how much of the base's usual steps to train: {how}")
     add_overwrite(parser)
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> None:
         print(as_toml(config, read_base_defaults(base, "training")))
         return
     check_outputs(config, overwrite=args.overwrite)
-    base, dtype = config.pretrained_model_name_or_path, PRECISION[config.mixed_precision]
+    base = config.pretrained_model_name_or_path
+    defaults = read_base_defaults(base or pocket_folder(), "training")
+    dtype = PRECISION[config.with_base_defaults(defaults).mixed_precision]
     pipe = open_base(base, args, dtype, revision=config.revision, variant=config.variant)
     last, target = follow(pipe, config, args)
     slices = ", ".join(map(str, last.adapter.slices))

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fusion.errors import BaseMismatch
 from fusion.formats.picture_file import as_picture
+from fusion.models.devices import as_device
 from fusion.models.embedded_models import embedded
-from fusion.models.pipelines import as_device, silent_loading
+from fusion.models.pipelines import silent_loading
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor

@@ -11,7 +11,8 @@ import torch
 
 from fusion.adapters.adapter import BaseInfo
 from fusion.config import read_base_defaults
-from fusion.errors import BaseMismatch, ConfigError
+from fusion.errors import BaseMismatch
+from fusion.models.devices import as_device, as_dtype
 from fusion.models.embedded_models import pocket
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline, config_of, uncompiled
@@ -30,9 +31,10 @@ def open_pipeline(
 ) -> Any:
     """A Stable Diffusion pipeline from a folder or hub id, `pocket` by default, ready on `device`.
 
-    Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU;
-    dtype: float16 on a GPU, else float32, one for all components. Raises BaseMismatch when it cannot be opened,
-    ConfigError for a device that is not here.
+    Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU.
+    dtype, one for all components: on a GPU bfloat16 where the card computes in it, else float16; on a CPU float32, or
+    bfloat16 where that would not fit. Raises BaseMismatch when it cannot be opened, ConfigError for a device that is
+    not here.
     """
     device = as_device(device)
     where = Path(base) if base is not None else pocket()
@@ -41,16 +43,14 @@ def open_pipeline(
         check_folder(source)
     try:
         with silent_loading():
-            import diffusers
+            from diffusers import DiffusionPipeline
 
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source,
-                dtype=as_dtype(dtype, device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                revision=revision,
-                variant=variant,
-            )
+            options: Any = {"trust_remote_code": False, "revision": revision, "variant": variant}
+            options["use_safetensors"] = True
+            folder = source if isinstance(source, Path) else None
+            if folder is None and dtype is None and device.type == "cpu":  # whether it fits depends on its files
+                folder = Path(DiffusionPipeline.download(source, **options))
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=as_dtype(dtype, device, folder), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseMismatch(
             f"'{source}' could not be opened as a Stable Diffusion base: {_first_line(error)}"
@@ -100,36 +100,6 @@ def check_folder(folder: Path) -> None:
         raise BaseMismatch(f"'{index}' is damaged: {_first_line(error)}") from error
     if name not in _PIPELINES:
         raise BaseMismatch(f"'{folder}' is a {name}; spectral-fusion works on {' or '.join(_PIPELINES)}.")
-
-
-def as_device(device: str | torch.device | None) -> torch.device:
-    """A device that can be used here; None: the best there is. Raises ConfigError."""
-    try:
-        usable = torch.device(device or best_device())
-        if usable.type == "meta":
-            raise ValueError("meta holds no numbers")
-        torch.empty(1, device=usable)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError, ValueError, TypeError):
-        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        devices += ["mps"] * torch.backends.mps.is_available()
-        raise ConfigError(f"There is no device '{str(device)[:100]}' here; there is {', '.join(devices)}.") from None
-    return usable
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """A torch dtype from a name; by default float16 on a GPU and float32 elsewhere."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is not None and dtype not in known:
-        raise ConfigError(f"dtype is one of {', '.join(known)}; got '{dtype}'.")
-    return known[dtype] if dtype else torch.float32 if device.type == "cpu" else torch.float16
 
 
 def base_defaults(pipe: Pipeline, table: str) -> dict[str, Any]:

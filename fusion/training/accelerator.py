@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
 from fusion.errors import ConfigError
+from fusion.models.devices import PRECISIONS
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
@@ -24,11 +25,21 @@ def check_tracker(config: TrainingConfig) -> None:
         )
 
 
+def precision(pipe: Pipeline, config: TrainingConfig) -> str:
+    """The precision to train in, "no", "fp16" or "bf16". Raises ConfigError for a float16 base without a scaler."""
+    stored: torch.dtype = pipe.unet.dtype
+    chosen = PRECISIONS.get(stored, "no") if config.mixed_precision == "auto" else config.mixed_precision
+    if stored == torch.float16 and (chosen != "fp16" or pipe.device.type == "cpu"):
+        raise ConfigError(
+            f"The base is loaded in float16, in which a gradient overflows without a scaler, which mixed_precision = "
+            f"'{chosen}' on {pipe.device.type} has not; load it in float32 or bfloat16."
+        )
+    return chosen
+
+
 @contextmanager
 def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator]:
     """An Accelerator on the pipeline's device; its process-wide state is cleared so that the next may differ."""
-    if pipe.unet.dtype == torch.float16 and config.mixed_precision != "fp16":
-        raise ConfigError("The base is loaded in float16; train with mixed_precision = 'fp16', or load it in float32.")
     on_cpu = pipe.device.type == "cpu"
     AcceleratorState._reset_state(reset_partial_state=on_cpu)
     accelerator = Accelerator(
@@ -39,8 +50,7 @@ def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator
     )
     if accelerator.num_processes > 1:
         raise ConfigError("A training runs in one process; start it without a launcher of several.")
-    if accelerator.device != pipe.device:
-        pipe.to(accelerator.device)
+    accelerator.state.device = pipe.device  # accelerate takes the first GPU, whichever the base is on
     if config.report_to:
         # Trackers take flat values only.
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.lasting_settings().items()}

@@ -180,8 +180,9 @@ class TrainingConfig(StrictModel):
     quiet_loss_weight: float = Field(0.0, ge=0, le=MAX_WEIGHT)
     """Weight of the quiet loss: ΔW is penalised on prompts without the concept, for exports without gates. Try 10."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the frozen base's arithmetic. The adapter itself trains in float32."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Precision of the frozen base's arithmetic: auto is that in which it is open, by default bf16 on a GPU that has
+    it, else fp16, and no on a CPU. The adapter itself trains in float32."""
     gradient_checkpointing: bool = False
     """Compute activations a second time instead of keeping them, to save memory."""
     cache_latents: bool = True

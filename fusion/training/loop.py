@@ -34,7 +34,7 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output, remove_leftovers
 from fusion.training import setup
-from fusion.training.accelerator import accelerated, check_tracker, frozen
+from fusion.training.accelerator import accelerated, check_tracker, frozen, precision
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
@@ -105,6 +105,7 @@ def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
 def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, dict[str, Site], TrainingData]:
     """The settings with the base's defaults, the layers to adapt, and the pictures."""
     config = config.with_base_defaults(base_defaults(pipe, "training"))
+    config = config.updated({"mixed_precision": precision(pipe, config)})
     setup.check_base_name(pipe, config)
     return config, setup.target_sites(pipe, config), TrainingData(pipe, config)
 
@@ -146,7 +147,7 @@ class _Training:
         self.adapter = replace(adapter, info=replace(adapter.info, provenance=provenance))
         captions = [example.caption for example in data.instances.examples]
         self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions) if config.quiet_loss_weight else None
-        groups = setup.parameter_groups(adapter, config, targets)
+        groups = setup.parameter_groups(pipe, adapter, config, targets)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the scheduler computes this step's rate from it

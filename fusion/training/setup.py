@@ -19,9 +19,11 @@ from fusion.library.spectrum_cache import cached_spectrum
 from fusion.models.layer_sites import Site, components, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info
+from fusion.models.stored_weights import StoredWeights
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice
+from fusion.spectral.spectrum import Spectrum
 from fusion.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -91,10 +93,16 @@ def fresh_adapter(
     kind, concept = ADAPTERS[config.adapter_type], Concept(config.token, config.noun, config.num_vectors)
     options, depth = LayerOptions(seed=config.seed, guard=config.guard), max(directions.stop, config.guard)
     layers: dict[str, AdapterLayer] = {}
+    stored = StoredWeights(pipe)
     for name, site in targets.items():
-        weight = matrix(site).float()
-        spectrum = cached_spectrum(weight, depth) if kind.slice_of == "spectrum" else None
-        layers[name] = kind.fresh(weight, directions, spectrum=spectrum, options=options)
+        spectrum = layer_spectrum(stored, name, site, depth) if kind.slice_of == "spectrum" else None
+        layers[name] = kind.fresh(matrix(site).float(), directions, spectrum=spectrum, options=options)
+    if stored.unknown:
+        logger.warning(
+            "This base is in half precision, and the files that its weights came from are not known or hold others: "
+            "%d of %d slices are those of rounded weights. Open it with fusion.open_pipeline, or in float32.",
+            len(stored.unknown), len(layers),
+        )  # fmt: skip
     rows = {component: nn.Parameter(start) for component, start in initial_rows(pipe, concept).items()}
     branch = Branch(
         config.name, config.adapter_type, layers, (directions,) if kind.slice_of else (),
@@ -102,6 +110,12 @@ def fresh_adapter(
     )  # fmt: skip
     info = AdapterInfo(config.name, base_info(pipe), (concept,), Provenance(tool(), 0, config.seed))
     return Adapter(info, (branch,), {concept.token: rows})
+
+
+def layer_spectrum(stored: StoredWeights, name: str, site: Site, depth: int) -> Spectrum:
+    """The first `depth` directions of a layer's weight as the base's files store it, on the layer's device."""
+    spectrum, device = cached_spectrum(stored.matrix(name, site), depth), matrix(site).device
+    return Spectrum(*(part.to(device) for part in spectrum))
 
 
 def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
@@ -112,20 +126,23 @@ def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
     return named
 
 
-def parameter_groups(adapter: Adapter, config: TrainingConfig, targets: Mapping[str, Site]) -> list[dict[str, Any]]:
+def parameter_groups(
+    pipe: Pipeline, adapter: Adapter, config: TrainingConfig, targets: Mapping[str, Site]
+) -> list[dict[str, Any]]:
     """Optimizer groups: UNet layers, text encoder layers and token rows at their own learning rates.
 
     With `balance_slices` every spectral parameter gets its layer's own rate, so that a slice far down the spectrum
     learns as fast as the first. Token rows have no weight decay: no word's embedding is near zero.
     """
     groups: dict[float, list[nn.Parameter]] = {}
+    stored = StoredWeights(pipe)
     for name, layer in adapter.layers.items():
         rate = config.learning_rate if component_of(name) == "unet" else config.text_encoder_lr
         if not rate:
             continue
         gains = {}
         if config.balance_slices:
-            spectrum = cached_spectrum(matrix(targets[name]).float(), config.rank)
+            spectrum = layer_spectrum(stored, name, targets[name], config.rank)
             gains = layer.learning_rate_gains(spectrum.S[: config.rank])
         for key, parameter in layer.named_parameters():
             groups.setdefault(rate * gains.get(key, 1.0), []).append(parameter)

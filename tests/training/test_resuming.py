@@ -78,7 +78,7 @@ def as_earlier(checkpoint, folder=None):
 
 def restore(path, step, settings):
     """Read a checkpoint into an optimizer as the training of `step` has it."""
-    optimizer = torch.optim.AdamW(parameter_groups(step.adapter, settings, {}))
+    optimizer = torch.optim.AdamW(parameter_groups(toy(), step.adapter, settings, {}))
     checkpoint = read_checkpoint(path, step.adapter.info.provenance.settings)
     checkpoint.restore(named_parameters(step.adapter), optimizer, torch.amp.GradScaler("cpu"))
 
