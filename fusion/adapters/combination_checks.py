@@ -1,4 +1,4 @@
-"""What forbids fusing: adapters of different families, one token twice, slices that overlap."""
+"""What forbids fusing: adapters of different families, one token twice, slices that overlap without gates."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,13 +36,12 @@ def check_tokens(adapters: Sequence[Adapter]) -> None:
 
 @dataclass(frozen=True)
 class SliceClash:
-    """Two adapters that own some of the same directions in the same layers."""
+    """Two adapters that own some of the same directions in the same layers, and act at some of the same tokens."""
 
     first: str
     second: str
     directions: tuple[int, ...]
     layers: int
-    gated_apart: bool  # by different tokens: they never act at the same place
 
     def sentence(self) -> str:
         ends = sorted({min(self.directions), max(self.directions)})
@@ -50,14 +49,14 @@ class SliceClash:
         return f"'{self.first}' and '{self.second}' both use directions {directions} in {self.layers} layers."
 
     def advice(self) -> str:
-        retrain = "Retrain one on another slice (train with --library hands out free ones), or fuse by method 'average'"
-        if self.gated_apart:
-            return f"{retrain}; since their tokens keep them apart, allow_overlap is safe too."
-        return f"{retrain}."
+        return "Retrain one on another slice (train with --library hands out free ones), or fuse by method 'average'."
 
 
 def slice_clashes(adapters: Sequence[Adapter]) -> list[SliceClash]:
-    """Overlapping slices between the branches of different adapters, where an index means the same to both types."""
+    """Overlapping slices between the branches of different adapters, where an index means the same to both types.
+
+    Branches gated by different tokens do not clash: they never act at the same token.
+    """
     pairs = [
         (one, a, two, b)
         for i, one in enumerate(adapters)
@@ -72,10 +71,10 @@ def _clash(one: Adapter, a: Branch, two: Adapter, b: Branch) -> SliceClash | Non
     kinds = {ADAPTERS[a.type].slice_of, ADAPTERS[b.type].slice_of}
     shared = sorted({i for s in a.slices for t in b.slices for i in s.overlap(t)})
     layers = len(set(a.layers) & set(b.layers))
-    if len(kinds) > 1 or None in kinds or not shared or not layers:
-        return None
     apart = bool(a.gate and b.gate) and not set(a.gate) & set(b.gate)
-    return SliceClash(_owner(one, a), _owner(two, b), tuple(shared), layers, apart)
+    if len(kinds) > 1 or None in kinds or not shared or not layers or apart:
+        return None
+    return SliceClash(_owner(one, a), _owner(two, b), tuple(shared), layers)
 
 
 def _owner(adapter: Adapter, branch: Branch) -> str:

@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--method", default="direct_sum", metavar="NAME", help="one of those below (default: direct_sum)")
     text = "rename a token of the last adapter that has it"
     add("--rename", action="append", default=[], metavar="<OLD>=<NEW>", help=text)
-    add("--allow_overlap", action="store_true", help="let adapters share singular directions under direct_sum")
+    add("--allow_overlap", action="store_true", help="let ungated adapters share directions under direct_sum")
     parser.epilog = f"methods:\n{methods()}\n\n{parser.epilog}"
     add = parser.add_argument_group("options of methods").add_argument
     for option in fields(MethodOptions):

@@ -53,10 +53,10 @@ def fuse(
     `gating` as in attach: "none" drops the gates, "tokens" gates every branch by its adapter's own tokens.
     Method "distill" learns one ungated LoRA on `pipe` from gated adapters; `distillation` has its settings, `rank` and
     the seed of `options` take precedence, and no checkpoints are written: `fusion.distill` does it step by step.
-    `allow_overlap` lets direct_sum add adapters whose slices overlap.
+    `allow_overlap` lets direct_sum add adapters whose slices overlap though no different tokens gate them.
 
-    Raises SliceConflict when slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName; ConfigError
-    for a wrong number, and where moments are needed and neither they nor a pipe are given.
+    Raises SliceConflict when such slices overlap under direct_sum, TokenConflict, BaseMismatch, UnknownName;
+    ConfigError for a wrong number, and where moments are needed and neither they nor a pipe are given.
     """
     if method not in METHODS:
         raise UnknownName(

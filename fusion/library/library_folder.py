@@ -8,12 +8,13 @@ file, and is counted in that order: no slice is missed on the way.
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, BaseInfo
@@ -24,7 +25,7 @@ from fusion.library.locks import LOCK, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
 from fusion.library.training_folders import TrainingFolder, all_training_folders
 from fusion.output_files import create_folder, expanded
-from fusion.spectral.slices import SpectralSlice, free_slice
+from fusion.spectral.slices import SpectralSlice, free_slice, least_shared_slice
 
 logger = logging.getLogger(__name__)
 _BESIDE = (".png", ".jpg", ".webp", ".json")  # what galleries keep beside name.safetensors
@@ -131,25 +132,32 @@ class Library:
         slice_of: str = "spectrum",
         directions: SpectralSlice | None = None,
         replacing: str | None = None,
+        gated: bool = False,
+        share: bool = False,
     ) -> Reservation:
         """Reserve these `directions`, or the first free slice of `rank` among `capacity` directions.
 
         `slice_of`: what a slice means for the adapter's type (AdapterLayer.slice_of). Adapters of the token
         `replacing` do not count as owners: training a concept again may use its own slice.
+        `gated`: it is for an adapter that acts at its own tokens only. With `share` such an adapter may have directions
+        of other gated ones, too, and where no slice is free it gets the one that is shared least.
         Raises SliceConflict, naming the owner, if `directions` are taken, or if nothing is free.
         """
         create_folder(self.folder)
         with library_lock(self.folder):
             owned = self._owned(base, slice_of, replacing)
-            taken = [entry.slice for entry in owned]
-            directions = directions or free_slice(taken, rank, capacity=capacity, layout=layout, slots=slots)
-            for entry in owned:
+            others = [entry for entry in owned if not (gated and share and entry.gated)]
+            limits = {"capacity": capacity, "layout": layout, "slots": slots}
+            if directions is None:
+                directions = _next_slice(owned, others, rank, limits)
+            for entry in others:
                 if entry.slice.overlap(directions):
                     raise SliceConflict(
                         f"Slice {directions} of {base.name} is taken in '{self.folder}': {entry.owner} owns directions "
                         f"{entry.slice}. Leave the slice out to get the next free one, or name another."
                     )
-            return add_reservation(self.folder, base, slice_of, directions)
+            sharers = tuple(entry.owner for entry in owned if entry.slice.overlap(directions))
+            return add_reservation(self.folder, base, slice_of, directions, gated=gated, sharers=sharers)
 
     def _owned(self, base: BaseInfo, slice_of: str, replacing: str | None) -> list[OwnedSlice]:
         reserved = reserved_slices(self.folder, base, slice_of)  # first: a training saves its adapter, then releases
@@ -159,8 +167,8 @@ class Library:
         for entries, state in ((saved, ""), (unfinished, ", unfinished")):
             for entry in entries:
                 owned += [
-                    OwnedSlice(f"'{entry.info.name}' ({' '.join(tokens)}){state}", directions)
-                    for tokens, directions in _slices_of(entry, base, slice_of)
+                    OwnedSlice(f"'{entry.info.name}' ({' '.join(tokens)}){state}", directions, gated)
+                    for tokens, directions, gated in _slices_of(entry, base, slice_of)
                     if tokens != (replacing,)
                 ]
         return owned + reserved
@@ -176,14 +184,28 @@ def _header(path: Path, changed: int) -> AdapterFile:
     return read_info(path)
 
 
-def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[tuple[str, ...], SpectralSlice]]:
-    """The slices of this kind of `base` that an adapter owns, each with the tokens it was trained for."""
+def _next_slice(
+    owned: Sequence[OwnedSlice], exclusive: Sequence[OwnedSlice], rank: int, limits: Mapping[str, Any]
+) -> SpectralSlice:
+    """The first free slice; where there is none, the one that is shared least, if others than `exclusive` own some."""
+    taken = [entry.slice for entry in owned]
+    try:
+        return free_slice(taken, rank, **limits)
+    except SliceConflict:
+        shared = least_shared_slice(taken, [entry.slice for entry in exclusive], rank, **limits)
+        if shared is None:
+            raise
+        return shared
+
+
+def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[tuple[str, ...], SpectralSlice, bool]]:
+    """The slices of this kind of `base` that an adapter owns: the tokens each was trained for, and if they gate it."""
     of = entry.info.base
     if of is None or (of.family, of.name) != (base.family, base.name):
         return []
     concepts = tuple(concept.token for concept in entry.info.concepts)
     branches = [branch for branch in entry.branches if ADAPTERS[branch.type].slice_of == slice_of]
-    return [(branch.gate or concepts, directions) for branch in branches for directions in branch.slices]
+    return [(b.gate or concepts, directions, bool(b.gate)) for b in branches for directions in b.slices]
 
 
 def _check_name(name: str) -> None:

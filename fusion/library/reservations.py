@@ -1,6 +1,7 @@
-"""Slices reserved by trainings that are running: a locked file each, `.<random>.<kind>.<slice>.<process>.reserved`.
+"""Slices reserved by trainings that are running, each by a locked file.
 
-The name says which slice it is and of what kind, the lock that its process lives.
+It is called `.<random>.<kind>.<slice>.<process>[.gated].reserved`: which slice of what kind, and whether gated concepts
+may share it. The lock says that the process lives.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ class OwnedSlice(NamedTuple):
 
     owner: str
     slice: SpectralSlice
+    gated: bool  # its adapter acts at its own tokens only, so that other gated ones may share it
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Reservation(AbstractContextManager["Reservation"]):
 
     slice: SpectralSlice
     _lock: FileLock
+    sharers: tuple[str, ...] = ()  # owners that have some of its directions, too
 
     def release(self) -> None:
         """End the reservation; an adapter saved in the library before keeps the slice. Twice does nothing."""
@@ -42,13 +45,15 @@ class Reservation(AbstractContextManager["Reservation"]):
         self.release()
 
 
-def add_reservation(folder: Path, base: BaseInfo, slice_of: str, directions: SpectralSlice) -> Reservation:
-    """Reserve a slice that is free. The caller holds the library's lock."""
-    numbers = "-".join(map(str, directions.to_json()))
-    name = f".{secrets.token_hex(4)}.{_kind(base, slice_of)}.{numbers}.{os.getpid()}.reserved"
+def add_reservation(
+    folder: Path, base: BaseInfo, slice_of: str, directions: SpectralSlice, *, gated: bool, sharers: tuple[str, ...]
+) -> Reservation:
+    """Reserve a slice. The caller holds the library's lock, and has checked who owns it."""
+    numbers, mark = "-".join(map(str, directions.to_json())), ".gated" * gated
+    name = f".{secrets.token_hex(4)}.{_kind(base, slice_of)}.{numbers}.{os.getpid()}{mark}.reserved"
     lock = try_lock(folder / name)
     assert lock is not None  # nobody else has a file of this name
-    return Reservation(directions, lock)
+    return Reservation(directions, lock, sharers)
 
 
 def reserved_slices(folder: Path, base: BaseInfo, slice_of: str) -> list[OwnedSlice]:
@@ -60,7 +65,8 @@ def reserved_slices(folder: Path, base: BaseInfo, slice_of: str) -> list[OwnedSl
         else:
             numbers, process = path.name.split(".")[3:5]
             directions = SpectralSlice.from_json([int(number) for number in numbers.split("-")])
-            owned.append(OwnedSlice(f"a training under way (process {process})", directions))
+            gated = path.stem.endswith(".gated")
+            owned.append(OwnedSlice(f"a training under way (process {process})", directions, gated))
     return owned
 
 

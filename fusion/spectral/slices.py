@@ -79,14 +79,37 @@ def free_slice(
     Raises SliceConflict when the spectrum is full.
     """
     owned = tuple(owned)
-    if layout == "strided":
-        candidates = [SpectralSlice.strided(k, rank, slots) for k in range(slots)]
-    else:
-        candidates = [SpectralSlice.contiguous(k, rank) for k in range(capacity // rank)]
-    for candidate in candidates:
-        if candidate.stop <= capacity and not any(candidate.overlap(other) for other in owned):
+    for candidate in _candidates(rank, capacity, layout, slots):
+        if not any(candidate.overlap(other) for other in owned):
             return candidate
     raise SliceConflict(
         f"No free {layout} slice of rank {rank} is left: {len(owned)} are taken and the narrowest layer has "
         f"{capacity} directions. Use a smaller rank, or start another library."
     )
+
+
+def least_shared_slice(
+    shared: Sequence[SpectralSlice],
+    exclusive: Sequence[SpectralSlice],
+    rank: int,
+    *,
+    capacity: int,
+    layout: str = "contiguous",
+    slots: int = 8,
+) -> SpectralSlice | None:
+    """The first slice of those that overlap `shared` least, counted in directions, and none of `exclusive`."""
+    allowed = [
+        candidate
+        for candidate in _candidates(rank, capacity, layout, slots)
+        if not any(candidate.overlap(other) for other in exclusive)
+    ]
+    return min(allowed, key=lambda part: sum(len(part.overlap(other)) for other in shared), default=None)
+
+
+def _candidates(rank: int, capacity: int, layout: str, slots: int) -> list[SpectralSlice]:
+    """Every slice of this rank and layout within `capacity` directions."""
+    if layout == "strided":
+        slices = [SpectralSlice.strided(k, rank, slots) for k in range(slots)]
+    else:
+        slices = [SpectralSlice.contiguous(k, rank) for k in range(capacity // rank)]
+    return [part for part in slices if part.stop <= capacity]

@@ -33,7 +33,7 @@ PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand f
 MAY_CHANGE = {
     # Where things are. What is found there is compared instead: the base's name, the pictures, the slice.
     *("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "library", "output_dir", "output_name"),
-    "resume_from_checkpoint",
+    *("resume_from_checkpoint", "exclusive_slice"),
     # How the training is watched and what is written of it.
     *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
     *("checkpointing_steps", "checkpoints_total_limit", "save_precision"),
@@ -114,6 +114,8 @@ class TrainingConfig(StrictModel):
     """Singular directions the concept owns in each layer."""
     slice: int | None = Field(None, ge=0, le=65_536)
     """Which slice of the spectrum, 0 the strongest. Default: the library's next free one."""
+    exclusive_slice: bool = False
+    """Refuse to train where no slice is free, instead of sharing the least shared one with other gated concepts."""
     layout: Literal["contiguous", "strided"] = "contiguous"
     """Slices of neighbouring directions, as in the paper, or strided ones, all of about equal energy."""
     slots: int = Field(8, ge=1, le=65_536)
@@ -258,6 +260,9 @@ class TrainingConfig(StrictModel):
         rules: dict[str, tuple[bool, tuple[str, ...]]] = {
             "without with_prior_preservation": (
                 not self.with_prior_preservation, ("num_class_images", "prior_loss_weight", "sample_batch_size")
+            ),
+            "without gating = 'tokens', since the slice is exclusive there": (
+                self.gating != "tokens", ("exclusive_slice",)
             ),
             "with use_masks = false": (not self.use_masks, ("unmasked_weight",)),
             "without layout = 'strided'": (self.layout != "strided", ("slots",)),

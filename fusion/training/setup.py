@@ -1,7 +1,7 @@
 """What a training starts from: its layers, its slice, an untrained adapter and the groups its optimizer sees."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,7 +59,8 @@ def reserved_slice(
 ) -> Generator[SpectralSlice]:
     """The slice to train on, reserved in the library until the context is left.
 
-    It is the one that the config names, or that of the checkpoint that is `resumed`, or the next free one.
+    It is the one that the config names, or that of the checkpoint that is `resumed`, or the next free one. Where none
+    is free, a gated adapter shares the least shared one with other gated adapters, unless `exclusive_slice` is set.
     Raises SliceConflict for a slice that is taken, or does not fit the narrowest of the `targets`.
     """
     kind = ADAPTERS[config.adapter_type]
@@ -68,13 +69,23 @@ def reserved_slice(
         SpectralSlice(0, config.rank).check_fits(capacity, narrowest)
         yield SpectralSlice(0, config.rank)
         return
-    library = Library(config.library or config.output_dir)
+    library, gated = Library(config.library or config.output_dir), config.gating == "tokens"
     with library.reserve(
         base_info(pipe), config.rank, capacity=capacity, layout=config.layout, slots=config.slots,
         slice_of=kind.slice_of, directions=named_slice(config) or resumed, replacing=config.token,
+        gated=gated, share=gated and config.slice is None and not config.exclusive_slice,
     ) as reservation:  # fmt: skip
         reservation.slice.check_fits(capacity, narrowest)
+        if reservation.sharers:
+            logger.warning(
+                "%s%s shares slice %s with %s; their tokens keep gated concepts apart.",
+                "" if resumed else "No slice is free: ", config.token, reservation.slice, _counted(reservation.sharers),
+            )  # fmt: skip
         yield reservation.slice
+
+
+def _counted(owners: Sequence[str]) -> str:
+    return f"{owners[0]} and {len(owners) - 1} more" if len(owners) > 1 else owners[0]
 
 
 def named_slice(config: TrainingConfig) -> SpectralSlice | None:

@@ -108,7 +108,7 @@ def test_strengths_are_finite_numbers(toy, three, wrong):
 
 
 def test_overlapping_slices_are_refused_by_both_names(toy):
-    same = [trained_adapter(toy, "<rex>", k=1), trained_adapter(toy, "<tom>", k=1)]
+    same = [trained_adapter(toy, token, k=1, gated=False) for token in ("<rex>", "<tom>")]
     with pytest.raises(SliceConflict, match=r"'rex' and 'tom' both use directions 4-7 in \d+ layers"):
         fusion.fuse(same)
     assert fusion.compatibility(same).verdict == "refused"

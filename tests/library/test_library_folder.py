@@ -48,8 +48,8 @@ def filled(tmp_path):
 def test_files_own_their_slices(filled):
     assert [entry.info.name for entry in Library(filled).adapters()] == ["cat", "dog"]
     assert Library(filled).slice_map(BASE) == [
-        ("'cat' (<tom>)", SpectralSlice(8, 4)),
-        ("'dog' (<rex>)", SpectralSlice(0, 4)),
+        ("'cat' (<tom>)", SpectralSlice(8, 4), True),
+        ("'dog' (<rex>)", SpectralSlice(0, 4), True),
     ]
     with reserve(filled) as one, reserve(filled) as two:
         assert (one.slice, two.slice) == (SpectralSlice(4, 4), SpectralSlice(12, 4))
@@ -64,6 +64,21 @@ def test_a_taken_slice_is_refused_by_its_owners_name(filled):
         assert again.slice == SpectralSlice(8, 4)
     with pytest.raises(SliceConflict, match="No free contiguous slice"):
         reserve(filled, capacity=4)
+
+
+def test_where_no_slice_is_free_gated_adapters_share_the_least_shared_one(filled):
+    shared = {"capacity": 12, "gated": True, "share": True}
+    with reserve(filled, **shared) as free, reserve(filled, **shared) as one, reserve(filled, **shared) as two:
+        assert (free.slice, free.sharers) == (SpectralSlice(4, 4), ())
+        assert (one.slice, one.sharers) == (SpectralSlice(0, 4), ("'dog' (<rex>)",))
+        assert two.slice == SpectralSlice(4, 4) and "a training under way" in two.sharers[0]
+        for exclusive in ({"share": False}, {"gated": False}):
+            with pytest.raises(SliceConflict, match="No free"):
+                reserve(filled, **(shared | exclusive))
+    with reserve(filled), pytest.raises(SliceConflict, match="owns directions 4-7"):  # ungated: nobody shares it
+        reserve(filled, directions=SpectralSlice(4, 4), **shared)
+    with reserve(filled), reserve(filled, **shared) as other:
+        assert other.slice == SpectralSlice(0, 4)
 
 
 def test_other_bases_and_other_meanings_of_a_slice_do_not_count(filled):
@@ -284,7 +299,7 @@ def test_an_unfinished_training_owns_its_slice_and_is_found_once_nobody_works_at
     place = library.new_training_folder("rex")
     (filled / "dog.safetensors").rename(place.folder / "rex.safetensors")
     assert library.unfinished() == []
-    assert ("'dog' (<rex>), unfinished", SpectralSlice(0, 4)) in library.slice_map(BASE)
+    assert ("'dog' (<rex>), unfinished", SpectralSlice(0, 4), True) in library.slice_map(BASE)
     with reserve(filled) as other, reserve(filled, replacing="<rex>") as own:
         assert (other.slice, own.slice) == (SpectralSlice(4, 4), SpectralSlice(0, 4))
     place.release()

@@ -28,6 +28,7 @@ EVERY = NEEDED | {
     "resolution": 512, "center_crop": False, "random_flip": True,
     "use_masks": False, "unmasked_weight": 0.5, "adapter_type": "lora", "rank": 4, "slice": 3, "layout": "strided",
     "slots": 4, "targets": ["unet.attn2"], "gating": "none", "guard": 16, "balance_slices": True, "library": "/lib",
+    "exclusive_slice": True,
     "learning_rate": 2e-4, "text_encoder_lr": 0.0, "token_lr": 1, "lr_scheduler": "polynomial",
     "lr_warmup_steps": 10, "max_train_steps": 20, "train_batch_size": 1,
     "gradient_accumulation_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_weight_decay": 0.0,

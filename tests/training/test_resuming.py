@@ -103,14 +103,16 @@ def test_the_learning_rate_goes_on_where_it_was(schedule, pictures):
     assert same(parameters(steps[-1]), resumed)
 
 
-def test_a_resumed_training_goes_on_with_its_own_slice(pictures):
+def test_a_resumed_training_goes_on_with_its_own_slice(pictures, caplog):
     settings, _ = interrupted(pictures, max_train_steps=4)
     _, whole = run(toy(), settings.updated({"output_dir": pictures.parent / "whole"}))
     other = config(pictures, token="<cat>", max_train_steps=1)
     (last,) = fusion.train(toy(), other)  # takes the slice that is free for the moment
     fusion.save(last.adapter, settings.output_dir / "cat.safetensors")
     with pytest.raises(SliceConflict, match="'cat'"):
-        list(fusion.train(toy(), resume(settings)))
+        list(fusion.train(toy(), resume(settings, exclusive_slice=True)))
+    next(fusion.train(toy(), resume(settings)))
+    assert "<dog> shares slice 0-3 with 'cat' (<cat>)" in caplog.text
     (settings.output_dir / "cat.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"slice = \[0, 4, 1\], not \[4, 4, 1\]"):
         list(fusion.train(toy(), resume(settings, "checkpoint-2", slice=1)))
