@@ -29,6 +29,7 @@ MAX_SEED = 2**63 - 1  # of torch's generators
 MAX_SEEDS = 10_000  # of one evaluation
 MAX_STEPS = 10_000_000
 MAX_BATCH = 1024  # of a training step
+MAX_STRENGTH = 1000  # of an adapter; at ten, pictures are noise
 MAX_WEIGHT = 1e6  # of a part of the loss; also a learning rate that nothing survives
 MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot

@@ -1,11 +1,21 @@
 """Everything that can go wrong by a user's hand: one kind each, one or two sentences, no traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_MAX_WORD, _MAX_TEXT = 300, 2400  # letters of a message: files have names, keys and captions of any length
 
 
 class FusionError(Exception):
-    """Base of all errors a user can cause; its text says what, which one, the numbers, and what to do next."""
+    """Base of all errors a user can cause; its text says what, which one, the numbers, and what to do next.
+
+    What is quoted from files may be very long: of words, and of the whole text, the middle is left out.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        words = re.sub(rf"\S{{{_MAX_WORD},}}", lambda match: _without_middle(match[0], _MAX_WORD), str(text))
+        super().__init__(_without_middle(words, _MAX_TEXT))
 
 
 class ConfigError(FusionError):
@@ -42,6 +52,10 @@ class GatingError(FusionError):
 
 class UnknownName(FusionError):
     """A name that is in none of our tables."""
+
+
+def _without_middle(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[3 - limit // 2 :]}"
 
 
 def closest(word: str, options: Iterable[str]) -> str:

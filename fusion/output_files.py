@@ -209,8 +209,7 @@ def _one_line(path: PathLike) -> Generator[None]:
 
 
 def _quoted(path: PathLike) -> str:
-    text = str(path).replace("\0", "\\0")
-    return f"'{text if len(text) <= 300 else f'{text[:140]} … {text[-140:]}'}'"
+    return "'{}'".format(str(path).replace("\0", "\\0"))
 
 
 def _kind(path: Path) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from fusion.config import BASE_DEFAULTS, StrictModel, listing, read_base_defaults, read_toml, settings_of, to_toml
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, FormatError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -227,3 +227,10 @@ def test_settings_need_no_torch():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("quoted", ["x" * 5000, "a word " * 1000, "/".join(["folder"] * 1000)])
+def test_messages_leave_out_the_middle_of_what_is_long(quoted):
+    text = str(FormatError(f"'{quoted}' is not a name; choose another."))
+    assert len(text) <= 2400 and text.startswith(f"'{quoted[:100]}") and text.endswith("is not a name; choose another.")
+    assert str(FormatError(text)) == text and str(FormatError(f"{'x' * 299} is short")).startswith("x" * 299)

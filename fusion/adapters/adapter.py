@@ -1,7 +1,6 @@
 """A trained adapter as a value: the contents of its file, without a model."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.adapters.layer import AdapterLayer
-from fusion.config import TOKEN
+from fusion.config import MAX_STRENGTH, TOKEN
 from fusion.errors import ConfigError, FusionError, TokenConflict
 from fusion.spectral.delta import Delta
 from fusion.spectral.slices import SpectralSlice
@@ -225,8 +224,9 @@ def checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | 
     values = [1.0] * len(adapters) if strengths is None else [float(strength) for strength in strengths]
     if len(values) != len(adapters):
         raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
-    if infinite := [value for value in values if not math.isfinite(value)]:
-        raise ConfigError(f"A strength is a finite number, such as 0.8; got {infinite[0]}.")
+    if wrong := [value for value in values if not abs(value) <= MAX_STRENGTH]:  # NaN is not
+        bounds = f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
+        raise ConfigError(f"A strength is a number {bounds}, such as 0.8; got {wrong[0]:g}.")
     return values
 
 

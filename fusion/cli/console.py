@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusion.config import Setting, StrictModel, settings_of
+from fusion.config import MAX_STRENGTH, Setting, StrictModel, settings_of
 from fusion.errors import FusionError, closest
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -175,7 +175,7 @@ def open_base(
     return open_pipeline(name, device=args.device, dtype=dtype, revision=revision, variant=variant)
 
 
-STRENGTH = number(float, -1000, 1000)
+STRENGTH = number(float, -MAX_STRENGTH, MAX_STRENGTH)
 
 
 def terminal_width() -> int:

@@ -122,13 +122,13 @@ def evaluate(
     if not 0 <= seed <= MAX_SEED - seeds:
         raise ConfigError(f"seed is 0 to {MAX_SEED - seeds}; got {seed}.")
     texts: dict[str, Any] = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
+    judge = _checked(adapters, references, judge) if references else None
+    gated, ungated = measure_output_errors(pipe, adapters, (None, "none"), **texts, seed=seed)  # checks the prompts
     identity = prediction = None
-    if references:
+    if references and judge:
         picture_seeds = range(seed, seed + seeds)
-        judge = _checked(adapters, references, judge)
         prediction = forecast(pipe, adapters, references, judge, prompt=scenes[0], seeds=picture_seeds)
         identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes)
-    gated, ungated = measure_output_errors(pipe, adapters, (None, "none"), **texts, seed=seed)
     moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
     return Evaluation(compatibility(adapters, pipe, moments, prediction), gated, ungated, identity)
 

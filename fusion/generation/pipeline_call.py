@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
 from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.generation.schedulers import own_scheduler
@@ -24,21 +27,24 @@ def call_pipeline(
     image: Image.Image | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[Image.Image]:
-    """Draw a batch. `config` has a size and regions with prompts of their own; `options` go to the pipeline."""
+    """Draw a batch. `config` has a size and regions with prompts of their own; `options` go to the pipeline.
+
+    Raises ConfigError where numbers overflow.
+    """
     with own_scheduler(pipe, config.scheduler), _without_progress_bar(pipe):
         call: Any = pipe if image is None else diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
         if image is not None:
             call.set_progress_bar_config(disable=True)
-        options = {**(options or {}), **_options(call, config, image)}
+        options = {"output_type": "np", **(options or {}), **_options(call, config, image)}
         if not config.regions:
             negative = [config.negative_prompt] * config.num_images if config.negative_prompt else None
-            return call(prompt=[config.prompt] * config.num_images, negative_prompt=negative, **options).images
+            return _pictures(call(prompt=[config.prompt] * config.num_images, negative_prompt=negative, **options))
         assert config.regions != "auto" and config.width and config.height
         scale = pipe.vae_scale_factor
         cover = Cover(config.regions, config.height // scale, config.width // scale)
         prompts = encode_regions(pipe, config.prompt, config.negative_prompt, config.regions, config.num_images)
         with drawing_regions(pipe, cover):
-            return call(**prompts, **options).images
+            return _pictures(call(**prompts, **options))
 
 
 def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> dict[str, Any]:
@@ -57,6 +63,18 @@ def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> 
     if config.guidance_rescale and "guidance_rescale" in inspect.signature(call.__call__).parameters:
         options["guidance_rescale"] = config.guidance_rescale
     return options
+
+
+def _pictures(result: Any) -> list[Image.Image]:
+    """The pictures of a call. Raises ConfigError where they are NaN, which would be shown as black."""
+    if not isinstance(result.images, np.ndarray):  # another output_type
+        return result.images
+    if not np.isfinite(result.images).all():
+        raise ConfigError(
+            "The drawing has overflowed: a strength or guidance_scale is too large for this base, or half precision is "
+            "too small for it (--dtype float32)."
+        )
+    return VaeImageProcessor.numpy_to_pil(result.images)
 
 
 def reporting(on_step: OnStep) -> dict[str, Any]:

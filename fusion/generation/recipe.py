@@ -17,6 +17,7 @@ from fusion.generation.config import GenerationConfig
 from fusion.output_files import check_output
 
 RECIPE_KEY = "fusion"  # PNG text chunk
+MAX_DECODED = 2**24  # pixels of a picture that is decoded for its recipe
 
 
 class UsedAdapter(StrictModel):
@@ -91,10 +92,12 @@ class Picture:
 def recipe_of(path: str | Path) -> Recipe:
     """The recipe in a PNG. Raises FormatError when there is none, or it is not ours."""
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for names that are too long)
-        raise FormatError(f"There is no file '{str(path)[:200]}'.")
+        raise FormatError(f"There is no file '{path}'.")
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            text = getattr(image, "text", {}).get(RECIPE_KEY)
+            text = image.info.get(RECIPE_KEY)
+            if text is None and image.width * image.height <= MAX_DECODED:  # it may stand behind the pixels
+                text = getattr(image, "text", {}).get(RECIPE_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(f"'{path}' cannot be read as a picture: {error}.") from error
     if text is None:

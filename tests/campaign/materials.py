@@ -25,6 +25,10 @@ learning_rate = 1e-2
 token_lr = 1e-2
 train_batch_size = 2
 
+[distillation]
+rank = 4
+num_prompts = 16
+
 [generation]
 steps = 2
 guidance_scale = 2.5

@@ -84,7 +84,7 @@ def four_clients(folder: Path) -> list[str]:
     work, base = laws.fresh(folder / "clients", folder / "data"), folder / materials.BASE
     shutil.copytree(folder / "lib", work / "out")
     port = free_port()
-    page = Child(partial(serve, base, _wait_for(work / "done"), port), work)
+    page = Child(partial(serve, base, wait_for(work / "done"), port), work)
     address = f"http://127.0.0.1:{port}/"
     clients = [Child(partial(client, address, work), work) for client in (_draws, _teaches, _tidies_up, _compares)]
     problems = []
@@ -104,7 +104,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _wait_for(file: Path) -> Callable[[object], bool]:
+def wait_for(file: Path) -> Callable[[object], bool]:
     def wait(session: object) -> bool:
         while not file.exists():
             time.sleep(0.05)

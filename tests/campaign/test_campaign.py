@@ -71,6 +71,16 @@ def test_four_clients_on_one_studio(server, folder):
     assert not problems, "\n".join(problems)
 
 
+def test_studio_endpoints(server, folder, seed, minutes, rounds, figures):
+    """Hostile values to every endpoint of the studio: a result or a sentence, and the studio is as it was."""
+    endings, problems = Counter(), []
+    for number in rounds("studio"):
+        tally, wrong = server.call("campaign.studio_fuzz:fuzz", folder, seed + number, 400 if minutes else 38)
+        endings, problems = endings + Counter(tally), problems + wrong
+    figures(f"{sum(endings.values())} calls: {dict(endings)}")
+    assert not problems, "\n".join(problems)
+
+
 def test_soak(server, folder, pytestconfig, figures):
     """Memory, vocabulary, handles, threads and temporary files are the same after many cycles."""
     seconds = 3600 * pytestconfig.getoption("--soak")

@@ -21,8 +21,9 @@ from fusion.cli.generate import region
 from fusion.config import read_base_defaults
 from fusion.errors import FusionError
 
-TABLES = {"training", "generation"}
-FIELDS = [*fusion.TrainingConfig.model_fields, *fusion.GenerationConfig.model_fields]
+TABLES = {"training", "distillation", "generation"}
+MODELS = (fusion.TrainingConfig, fusion.GenerationConfig, fusion.DistillationConfig)
+FIELDS = [name for model in MODELS for name in model.model_fields]
 
 
 def toml(data: Any) -> str:
@@ -47,7 +48,7 @@ def changed_toml(mutations: Mutations, text: str, fields: list[str]) -> bytes:
         bombs = ("x = " + "[" * 100_000, "token = " + "9" * 5000, "x = " + "{a=" * 5000, "\ufeff" + text)
         return mutations.random.choice(bombs).encode()
     table = tomllib.loads(text)
-    place = table.get("training", table) if mutations.chance(0.5) else table.get("generation", table)
+    place = table.get(mutations.random.choice(sorted(TABLES)), table)
     for _ in range(mutations.random.choice((1, 2, 4))):
         number, string = mutations.random.choice(NUMBERS), mutations.random.choice(STRINGS)
         place[mutations.random.choice(fields)] = mutations.random.choice((mutations.value(), number, string))
@@ -86,10 +87,12 @@ def use_base_settings(path: Path, _: Any) -> list[str]:
     drawing = fusion.GenerationConfig(prompt="a <rex>").with_base_defaults(
         read_base_defaults(path.parent, "generation")
     )
+    learning = fusion.DistillationConfig().with_base_defaults(read_base_defaults(path.parent, "distillation"))
     wrong = {"report_to": training.report_to, "output_name": training.output_name, "library": training.library}
     wrong |= {"prompt": drawing.prompt != "a <rex>", "token": training.token != "<rex>", "noun": training.noun}
+    wrong |= {"prompts": learning.prompts, "output_dir": learning.output_dir != fusion.DistillationConfig().output_dir}
     problems = [f"a base sets {name}" for name, value in wrong.items() if value]
-    return problems + finite(training.model_dump(mode="json")) + finite(drawing.model_dump(mode="json"))
+    return problems + [line for one in (training, drawing, learning) for line in finite(one.model_dump(mode="json"))]
 
 
 def finite(data: Any) -> list[str]:

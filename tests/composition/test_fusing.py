@@ -96,14 +96,17 @@ def test_a_senseless_compression_is_refused_before_anything_is_merged(three, wro
         fusion.fuse(three, **wrong)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_strengths_are_finite_numbers(toy, three, wrong):
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1001.0])
+def test_strengths_are_bounded_numbers(toy, three, wrong):
     one = three[0]
-    with pytest.raises(ConfigError, match="A strength is a finite number"):
+    with pytest.raises(ConfigError, match="A strength is a number from -1000 to 1000"):
         fusion.fuse([one], [wrong])
-    with pytest.raises(ConfigError, match="A strength is a finite number"):
+    with pytest.raises(ConfigError, match="A strength is a number from -1000 to 1000"):
         fusion.generate(toy, "a dog", [one], strengths=[wrong])
-    with fusion.attach(toy, one) as handle, pytest.raises(ConfigError, match="A strength is a finite number"):
+    with (
+        fusion.attach(toy, one) as handle,
+        pytest.raises(ConfigError, match="A strength is a number from -1000 to 1000"),
+    ):
         handle.strength(one.info.name, wrong)
 
 

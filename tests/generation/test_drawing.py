@@ -1,7 +1,11 @@
 """generate: seeds, recipes, schedulers, img2img, cancelling."""
 
+import json
+import zlib
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fusion
@@ -86,6 +90,27 @@ def test_foreign_and_damaged_recipes_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(FormatError, match="cannot be read"):
         fusion.recipe_of(tmp_path / "text.png")
+
+
+def test_a_recipe_behind_the_pixels_is_read_where_they_are_few(tmp_path):
+    recipe = fusion.Recipe(config=GenerationConfig(prompt="a dog"), base="toy").to_json()
+    text = b"tEXtfusion\0" + json.dumps(recipe).encode()
+    chunk = (len(text) - 4).to_bytes(4) + text + zlib.crc32(text).to_bytes(4)
+    for side in (8, 4097):
+        Image.new("1", (side, side)).save(path := tmp_path / f"{side}.png")
+        picture = path.read_bytes()
+        path.write_bytes(picture[:-12] + chunk + picture[-12:])  # before IEND
+    assert fusion.recipe_of(tmp_path / "8.png").config.prompt == "a dog"
+    with pytest.raises(FormatError, match="no recipe"):  # nothing that large is decoded for it
+        fusion.recipe_of(tmp_path / "4097.png")
+
+
+def test_pictures_that_overflow_are_refused_instead_of_black():
+    pipe = tiny.pipeline("sd1")
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(ConfigError, match="has overflowed"):
+        draw(pipe, num_images=2)
 
 
 def test_img2img_starts_from_the_picture(family):
