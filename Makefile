@@ -21,7 +21,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 demo: install
-	$(BIN)/python tools/demo.py
+	$(BIN)/fusion demo
 
 # A test has one thread and one process some 2 GB: a process for each core, but not more than four.
 test: install
@@ -38,7 +38,7 @@ format: install
 	$(BIN)/python -m ruff check --fix .
 
 app: install
-	$(BIN)/python -m fusion_studio
+	$(BIN)/fusion studio
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -14,7 +14,6 @@ PROGRAMS = {
     "benchmarks": "run_module('benchmarks', run_name='__main__')",
     "laboratory": "run_module('benchmarks.laboratory', run_name='__main__')",
     "pocket": "run_module('tools.pocket', run_name='__main__')",
-    "demo": "run_path('tools/demo.py', run_name='__main__')",
 }
 
 

@@ -58,6 +58,7 @@ def test_the_wheel_carries_the_stub_the_studio_and_the_assets(tmp_path):
     files = {*zipfile.ZipFile(wheel).namelist()}
     assert {"fusion/__init__.pyi", "fusion/py.typed", "fusion_studio/interface.py"} <= files
     assert {"fusion_studio/style.css", "fusion_studio/widgets/regions.js"} <= files
+    assert {"fusion/_assets/recipes/owl.toml", "fusion/_assets/concepts/owl/01.png"} <= files
     assert {"fusion/_assets/pocket/model_index.json", "fusion/_assets/pocket-clip/model.safetensors"} <= files
     tops = {file.split("/")[0] for file in files}
     assert tops == {"fusion", "fusion_studio", f"spectral_fusion-{wheel.name.split('-')[1]}.dist-info"}

@@ -1,4 +1,4 @@
-"""`python -m fusion_studio`: the studio in the browser, for this machine only unless --host names another address."""
+"""The studio in the browser, for this machine only unless --host names another address."""
 
 import argparse
 import os
@@ -13,7 +13,15 @@ from fusion_studio.access import LOOPBACK, is_host_name
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fusion_studio", description=__doc__, allow_abbrev=False)
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` reads."""
+    parser.set_defaults(parser=parser)
     parser.add_argument("--base", help="base model: a diffusers folder or hub id (default: the embedded pocket)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
     parser.add_argument("--library", type=Path, default=Path("out"), help="folder of adapters (default: out)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets in everyone who can reach this machine")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -24,7 +32,11 @@ def main() -> None:
         "--allowed-host", action="append", default=[], metavar="NAME",
         help="a further name under which browsers reach the studio, as behind a proxy; can be repeated",
     )  # fmt: skip
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Open the studio, and keep it open until Ctrl+C or a signal ends it."""
+    parser: argparse.ArgumentParser = args.parser
     if wrong := [name for name in args.allowed_host if not is_host_name(name)]:
         parser.error(f"'{wrong[0]}' is no name of a host, such as studio.example.org: no scheme, no port.")
     auth = read_accounts(args.auth, parser) if args.auth else None
@@ -40,7 +52,9 @@ def main() -> None:
 
     from fusion_studio.session import Session
 
-    session = Session(args.base, args.library)  # before gradio is imported: it has the folder for gradio's files
+    session = Session(
+        args.base, args.library, device=args.device
+    )  # before gradio is imported: it has the folder for gradio's files
     try:
         serve(session, args, auth, parser)
     except KeyboardInterrupt:

@@ -23,10 +23,10 @@ LIFETIME = 6 * 3600  # seconds that an upload waits to be taught, and a drawing 
 
 
 class Session:
-    """Base, library and queue. `base` None is the embedded pocket base."""
+    """Base, library and queue. `base` None is the embedded pocket base, `device` None the best there is."""
 
-    def __init__(self, base: str | None = None, library: str | Path = "out") -> None:
-        self.base, self.library = base, Path(library)
+    def __init__(self, base: str | None = None, library: str | Path = "out", *, device: str | None = None) -> None:
+        self.base, self.library, self.device = base, Path(library), device
         from fusion_studio.jobs import JobQueue  # which knows sessions
 
         self.jobs = JobQueue(self)
@@ -46,7 +46,7 @@ class Session:
         """The base's pipeline, opened on first use."""
         with self._opening:
             if self._pipe is None:
-                self._pipe = fusion.open_pipeline(self.base)
+                self._pipe = fusion.open_pipeline(self.base, device=self.device)
             return self._pipe
 
     @property
@@ -97,7 +97,7 @@ class Session:
         if jobs := self.jobs.unfinished:
             raise fusion.FusionError(f"{jobs[0].activity} on this base; wait until that is done.")
         with self.queue.acquire("The base is being changed"), self._opening:
-            self._pipe, self.base = fusion.open_pipeline(base), base
+            self._pipe, self.base = fusion.open_pipeline(base, device=self.device), base
 
     def close(self) -> None:
         """End the training under way, so that it can be resumed, and delete all temporary files."""

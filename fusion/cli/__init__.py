@@ -28,6 +28,8 @@ VERBS = {
     "bake": "add an adapter into a copy of the base",
     "evaluate": "measure adapters in weights and in model output",
     "compare": "draw one prompt over strengths, methods and adapters",
+    "demo": "teach three concepts to the embedded base, and draw them together",
+    "studio": "open the studio in the browser",
 }
 DESCRIPTION = "Teach Stable Diffusion personal concepts as spectral adapters, and fuse them into one picture."
 EXAMPLE = """a first session:

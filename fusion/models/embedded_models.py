@@ -1,4 +1,4 @@
-"""The models that travel with the toolkit, found in a checkout and in an installed wheel alike. No torch."""
+"""The models and examples that travel with the toolkit, in a checkout and in an installed wheel alike. No torch."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +12,9 @@ def pocket() -> Path:
 
 
 def embedded(name: str, index: str) -> Path:
-    """The folder of an embedded model, known by its file `index`. Raises BaseMismatch."""
+    """The folder of what travels with the toolkit, known by its file `index`. Raises BaseMismatch."""
     package = Path(str(files("fusion")))
     for folder in (package / "_assets" / name, package.parent / "assets" / name):
         if (folder / index).is_file():
             return folder
-    raise BaseMismatch(f"The embedded model '{name}' is missing from this installation; name another.")
+    raise BaseMismatch(f"'{name}' is missing from this installation of spectral-fusion; install it again.")

@@ -50,7 +50,8 @@ def accelerated(pipe: Pipeline, config: TrainingConfig) -> Generator[Accelerator
     )
     if accelerator.num_processes > 1:
         raise ConfigError("A training runs in one process; start it without a launcher of several.")
-    setattr(accelerator.state, "device", pipe.device)  # noqa: B010 (a shared state; accelerate takes the first GPU, whichever the base is on)
+    # Accelerate takes the first GPU, whichever the base is on; its state has no declared attributes.
+    setattr(accelerator.state, "device", pipe.device)  # noqa: B010
     if config.report_to:
         # Trackers take flat values only.
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.lasting_settings().items()}

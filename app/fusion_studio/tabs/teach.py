@@ -188,9 +188,10 @@ def suggest_token(noun: str, token: str) -> str:
 
 
 def example_concepts() -> dict[str, Path]:
-    """Example folders that come with a checkout, by name."""
-    folder = Path(fusion.__file__).parent.parent / "assets" / "concepts"
-    return {path.parent.name: path.parent for path in sorted(folder.glob("*/concept.toml"))}
+    """Example folders that come with the toolkit, by name."""
+    package = Path(fusion.__file__).parent
+    folders = (package / "_assets", package.parent / "assets")
+    return {path.parent.name: path.parent for f in folders for path in sorted(f.glob("concepts/*/concept.toml"))}
 
 
 def load_example(session: Session, folder: Path) -> tuple[Any, ...]:
