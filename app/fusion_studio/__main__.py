@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
     parser.add_argument("--base", help="base model: a diffusers folder or hub id (default: the embedded pocket)")
     parser.add_argument("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet: faster drawing after the first picture"
+    )
     parser.add_argument("--library", type=Path, default=Path("out"), help="folder of adapters (default: out)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets in everyone who can reach this machine")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")

@@ -25,8 +25,10 @@ LIFETIME = 6 * 3600  # seconds that an upload waits to be taught, and a drawing 
 class Session:
     """Base, library and queue. `base` None is the embedded pocket base, `device` None the best there is."""
 
-    def __init__(self, base: str | None = None, library: str | Path = "out", *, device: str | None = None) -> None:
-        self.base, self.library, self.device = base, Path(library), device
+    def __init__(
+        self, base: str | None = None, library: str | Path = "out", *, device: str | None = None, compiled: bool = False
+    ) -> None:
+        self.base, self.library, self.device, self.compiled = base, Path(library), device, compiled
         from fusion_studio.jobs import JobQueue  # which knows sessions
 
         self.jobs = JobQueue(self)
@@ -46,8 +48,14 @@ class Session:
         """The base's pipeline, opened on first use."""
         with self._opening:
             if self._pipe is None:
-                self._pipe = fusion.open_pipeline(self.base, device=self.device)
+                self._pipe = self._open(self.base)
             return self._pipe
+
+    def _open(self, base: str | None) -> Any:
+        pipe = fusion.open_pipeline(base, device=self.device)
+        if self.compiled:
+            fusion.compile_unet(pipe)
+        return pipe
 
     @property
     def is_open(self) -> bool:
@@ -97,7 +105,7 @@ class Session:
         if jobs := self.jobs.unfinished:
             raise fusion.FusionError(f"{jobs[0].activity} on this base; wait until that is done.")
         with self.queue.acquire("The base is being changed"), self._opening:
-            self._pipe, self.base = fusion.open_pipeline(base, device=self.device), base
+            self._pipe, self.base = self._open(base), base
 
     def close(self) -> None:
         """End the training under way, so that it can be resumed, and delete all temporary files."""

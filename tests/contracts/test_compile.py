@@ -1,11 +1,14 @@
 """Gates act in compiled models, bit for bit as they do uncompiled: no prompt, concept or strength is compiled in."""
 
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
 
+import fusion
 import tiny
+from fusion.errors import ConfigError
 from fusion.models.attachment import attach
 from fusion.models.layer_sites import components
 from trained import attached, draw, everywhere, trained_adapter
@@ -68,22 +71,25 @@ def test_every_order_of_prompts_is_drawn_as_without_a_compiler(how, order, expec
     assert torch.equal(draw(pipe, "a dog", num_inference_steps=1), by_prompt["a dog"])
 
 
-def test_strengths_and_what_is_attached_change_no_graph(expected):
+def test_twenty_changes_of_concepts_strengths_and_prompts_compile_nothing_anew(expected):
     torch._dynamo.reset()
-    one, two, _ = expected[0]
+    adapters = expected[0][:2]
     pipe, plain = tiny.pipeline("sd1"), tiny.pipeline("sd1")
     pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-    prompts = ("a dog", "a <a> and a <b>")
-    for adapters in ((one,), (two, one), (two,), (one, two)):
-        with attached(pipe, *adapters), attached(plain, *adapters):
-            assert all(map(torch.equal, pictures(pipe, prompts), pictures(plain, prompts)))
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with attach(pipe, one) as handle, attach(plain, one) as reference:
-        for strength in (0.5, 0.0, 2.0):
-            handle.strength("<a>", strength)
-            reference.strength("<a>", strength)
-            assert torch.equal(*(draw(p, "a <a>", num_inference_steps=1) for p in (pipe, plain)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    prompts = ("a dog", "a <a> and a <b>", "the snow and a <b>", "<a>")
+    graphs = None
+    for change in range(20):
+        chosen = [a for a, there in zip(adapters, ((1, 1), (1, 0), (0, 1))[change % 3], strict=True) if there]
+        with ExitStack() as attached:
+            for adapter in chosen[:: 1 - 2 * (change % 2)]:
+                for each in (pipe, plain):
+                    handle = attached.enter_context(attach(each, adapter))
+                    handle.strength(adapter.info.name, (1.0, 0.5, 0.0, -2.0)[change % 4])
+            prompt = prompts[change % 4].replace("<a>", "<a>" if adapters[0] in chosen else "a dog")
+            assert torch.equal(*(draw(p, prompt, num_inference_steps=1, guidance_scale=1.0) for p in (pipe, plain)))
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        graphs = graphs or compiled
+        assert compiled == graphs
 
 
 @pytest.mark.long
@@ -112,7 +118,19 @@ def test_inductor_draws_what_the_eager_model_draws(expected):
     torch._dynamo.reset()
     adapters, by_prompt = expected
     pipe = tiny.pipeline("sd1")
-    COMPILERS["regional"](pipe)
+    fusion.compile_unet(pipe)
     with attached(pipe, *adapters):
         for prompt, picture in zip(ORDERS[0], pictures(pipe, ORDERS[0]), strict=True):
             assert torch.allclose(picture, by_prompt[prompt], atol=1e-4)
+
+
+def test_a_missing_compiler_is_said_before_anything_is_drawn(monkeypatch):
+    pipe = tiny.pipeline("sd1")
+    monkeypatch.setattr("shutil.which", {}.get)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+        fusion.compile_unet(pipe)
+    monkeypatch.setattr(type(pipe), "device", torch.device("cuda"))  # as on Windows
+    monkeypatch.setattr("shutil.which", {"cmd.exe": "cmd.exe"}.get)
+    monkeypatch.setattr("fusion.models.compilation.find_spec", {}.get)
+    with pytest.raises(ConfigError, match=r"pip install triton-windows$"):
+        fusion.compile_unet(pipe)
