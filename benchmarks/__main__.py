@@ -11,7 +11,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "RESULTS.md"
 MEASUREMENTS = {  # imported when they run, so that help is immediate
     "training": "training.measure",
-    "gating": "gating.measure",
+    "drawing": "drawing.measure",
     "fusing": "fusing.measure",
     "files": "fusing.measure_files",
     "spectra": "fusing.measure_spectra",

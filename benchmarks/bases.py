@@ -13,12 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
+from fusion.models.devices import as_device, as_dtype
 from fusion.models.layer_sites import matrix, sites
 from fusion.models.pipelines import base_info
 from fusion.models.targets import GATED_TARGETS, UNGATED_TARGETS, resolve
 from fusion.models.tokens import initial_rows
 from fusion.spectral.slices import SpectralSlice
-from fusion.spectral.spectrum import Spectrum, decompose
+from fusion.spectral.spectrum import Spectrum
 
 TOKENIZER = Path(__file__).parent.parent / "assets/pocket/tokenizer"
 
@@ -39,14 +40,18 @@ TOY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
 class Base:
     """A pipeline, and adapters for it; all computed on first use."""
 
-    def __init__(self, *, toy: bool) -> None:
-        self.toy = toy
+    def __init__(self, *, toy: bool, device: str = "cpu", latents: int = 32) -> None:
+        self.toy, self.device = toy, as_device(device)
         self.rank = 4 if toy else 8
-        self.latents = 8 if toy else 32  # height and width of the latents in training
+        self.latents = 8 if toy else latents  # height and width of the latents
 
     @cached_property
     def pipe(self) -> StableDiffusionPipeline:
-        return build_pipeline(TOY_UNET if self.toy else UNET, TOY_TEXT if self.toy else TEXT)
+        """On a GPU in the precision in which bases are opened there."""
+        pipe = build_pipeline(TOY_UNET if self.toy else UNET, TOY_TEXT if self.toy else TEXT)
+        for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+            nn.Module.to(model, self.device, as_dtype(None, self.device))
+        return pipe
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -57,8 +62,8 @@ class Base:
 
     @cached_property
     def spectra(self) -> dict[str, Spectrum]:
-        """Full spectra of `weights`: some 40 seconds at full size."""
-        return {name: decompose(weight) for name, weight in self.weights.items()}
+        """Full spectra of `weights`, which are replaced by weights made of them: that needs no SVD."""
+        return {name: _with_known_spectrum(weight) for name, weight in self.weights.items()}
 
     def layers(self, *, gated: bool, unet_only: bool = False) -> list[str]:
         patterns = [t for t in (GATED_TARGETS if gated else UNGATED_TARGETS) if t != "text_encoder_2"]
@@ -69,21 +74,33 @@ class Base:
         self, kind: str, k: int = 0, *, gated: bool = False, unet_only: bool = False, trained: bool = True
     ) -> Adapter:
         """An adapter of type `kind` on slice k; `trained` fills it with random values."""
-        concept = Concept(f"<concept-{k}>", "dog")
-        directions = SpectralSlice.contiguous(k, self.rank)
+        concept, names = Concept(f"<concept-{k}>", "dog"), self.layers(gated=gated, unet_only=unet_only)
+        slices = min(len(self.spectra[name].S) for name in names) // self.rank
+        directions = SpectralSlice.contiguous(k % slices, self.rank)  # of many gated adapters, some share a slice
         layers = {
-            name: ADAPTERS[kind].fresh(self.weights[name], directions, spectrum=self.spectra[name])
-            for name in self.layers(gated=gated, unet_only=unet_only)
+            name: ADAPTERS[kind].fresh(self.weights[name].float(), directions, spectrum=self.spectra[name])
+            for name in names
         }
         if trained:
             generator = torch.Generator().manual_seed(k)
             for layer in layers.values():
                 for parameter in layer.parameters():
-                    parameter.data.normal_(0, 1e-3, generator=generator)
+                    parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter) * 1e-3
         gate = (concept.token,) if gated else ()
         branch = Branch(f"concept-{k}", kind, layers, (directions,), (), gate)
         info = AdapterInfo(f"concept-{k}", base_info(self.pipe), (concept,))
         return Adapter(info, (branch,), {concept.token: initial_rows(self.pipe, concept)})
+
+
+def _with_known_spectrum(weight: Tensor) -> Spectrum:
+    """Replace a weight (O, I) of variance 1/I by another with a random spectrum, which is returned."""
+    generator, count = torch.Generator(weight.device).manual_seed(0), min(weight.shape)
+    options: Any = {"generator": generator, "device": weight.device}
+    U, V = (torch.linalg.qr(torch.randn(side, count, **options))[0] for side in weight.shape)  # (O, K), (I, K)
+    S = torch.linspace(2, 0.05, count, device=weight.device)
+    S *= (weight.shape[0] / S.square().sum()) ** 0.5
+    weight.copy_((U * S) @ V.T)
+    return Spectrum(U.contiguous(), S, V.contiguous())
 
 
 def build_pipeline(unet: dict[str, Any], text: dict[str, Any]) -> StableDiffusionPipeline:

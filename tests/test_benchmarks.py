@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import drawing
 from benchmarks.__main__ import measurement
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
@@ -29,8 +30,19 @@ def test_a_measurement_gives_a_section(base, name):
     assert all(block.startswith("| ") for block in section.tables)
 
 
+def test_after_a_pictures_first_call_gated_adapters_cost_no_operator(base):
+    """None is started that the base would not start, and no prompt is projected where adapters act."""
+    gated = [base.adapter("additive", k, gated=True) for k in range(50)]
+    most, projections = drawing.operators(base, [], drawing.PLAIN)
+    assert projections == sum(name.endswith(("attn2.to_k", "attn2.to_v")) for name in sites(base.pipe))
+    for count in (1, 10, 50):
+        for prompt in (drawing.PLAIN, drawing.ONE):
+            operators, of_prompt = drawing.operators(base, gated[:count], prompt)
+            assert operators <= most - projections and not of_prompt
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["training", "gating", "balance"])
+@pytest.mark.parametrize("name", ["training", "drawing", "balance"])
 def test_a_long_measurement_gives_a_section(base, name):
     assert measurement(name)(base, silent).tables
 
