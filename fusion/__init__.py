@@ -6,6 +6,7 @@ spectral/                      the mathematics: spectrum, slices, Delta, rotatio
 adapters/  methods/            trainable changes to one weight; ways to merge several changes
 models/                        Stable Diffusion pipelines: layers, targets, tokens, gates, attach and bake
 formats/                       adapters in files, our own and other programs'
+base_models/                   bases opened from folders, hub ids and single files
 distillation/                  gated adapters -> one plain LoRA
 composition/                   fuse, and compatibility before it
 generation/                    pipeline + adapters + prompt -> pictures with recipes

@@ -3,6 +3,7 @@
 from fusion.adapters import ADAPTERS as ADAPTERS
 from fusion.adapters.adapter import Adapter as Adapter
 from fusion.adapters.adapter import Concept as Concept
+from fusion.base_models.opening import open_pipeline as open_pipeline
 from fusion.composition.compatibility_report import compatibility as compatibility
 from fusion.composition.fusing import fuse as fuse
 from fusion.composition.input_interference import cross_talk as cross_talk
@@ -55,7 +56,6 @@ from fusion.models.embedded_models import pocket as pocket
 from fusion.models.input_moments import record_moments as record_moments
 from fusion.models.pipelines import base_defaults as base_defaults
 from fusion.models.pipelines import base_info as base_info
-from fusion.models.pipelines import open_pipeline as open_pipeline
 from fusion.spectral.slices import SpectralSlice as SpectralSlice
 from fusion.training.config import TrainingConfig as TrainingConfig
 from fusion.training.loop import TrainStep as TrainStep

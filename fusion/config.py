@@ -215,10 +215,17 @@ def to_toml(model: StrictModel) -> str:
     return "".join(lines).replace("\x7f", "\\u007f")
 
 
-def read_base_defaults(folder: str | Path | None, table: str) -> dict[str, Any]:
-    """A table of a base folder's `fusion.toml`, one of _BASE_TABLES; empty when there is none."""
-    path = Path(folder) / BASE_DEFAULTS if folder else None
-    tables = _parse(path) if path and path.is_file() else {}
+def read_base_defaults(base: str | Path | None, table: str) -> dict[str, Any]:
+    """A table of a base's `fusion.toml`, one of _BASE_TABLES; empty when there is none, or the base is from the hub.
+
+    It is in the base's folder. Beside a single file `model.safetensors` it is `model.fusion.toml`, else `fusion.toml`.
+    """
+    where = str(base or "")
+    paths = [Path(where) / BASE_DEFAULTS] if os.path.isdir(where) else []  # noqa: PTH112 (long names raise)
+    if os.path.isfile(where):  # noqa: PTH113
+        paths = [Path(where).with_suffix(f".{BASE_DEFAULTS}"), Path(where).with_name(BASE_DEFAULTS)]
+    path = next((path for path in paths if path.is_file()), None)
+    tables = _parse(path) if path else {}
     for name, content in tables.items():
         if name not in _BASE_TABLES or not isinstance(content, dict):
             raise ConfigError(f"{path}: '{name}' is no table of a base's defaults{closest(name, _BASE_TABLES)}")

@@ -19,7 +19,7 @@ LAYERS = [
     ["config", "layer_names", "output_files", "spectral"],
     ["adapters", "methods"],
     ["formats", "models"],
-    ["distillation"],
+    ["base_models", "distillation"],
     ["composition", "generation", "library"],
     ["training", "evaluation"],
     ["cli"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fusion
 from fusion_studio.access import LOOPBACK, is_host_name
 
 
@@ -20,7 +21,11 @@ def main() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `run` reads."""
     parser.set_defaults(parser=parser)
-    parser.add_argument("--base", help="base model: a diffusers folder or hub id (default: the embedded pocket)")
+    text = "base model: diffusers folder, hub id or .safetensors checkpoint (default: the embedded pocket)"
+    parser.add_argument("--base", metavar="NAME", help=text)
+    for setting in base_options():
+        choices = {"choices": setting.choices} if setting.choices else {"type": setting.parse}
+        parser.add_argument(f"--{setting.name}", help=setting.help, **choices)
     parser.add_argument("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the UNet: faster drawing after the first picture"
@@ -35,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME",
         help="a further name under which browsers reach the studio, as behind a proxy; can be repeated",
     )  # fmt: skip
+
+
+def base_options() -> list[Any]:
+    """How a base is opened: the settings of trainings that are about it, but its name."""
+    return [s for s in fusion.settings_of(fusion.TrainingConfig) if s.group == "base"][1:]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
 
     from fusion_studio.session import Session
 
-    session = Session(
-        args.base, args.library, device=args.device
-    )  # before gradio is imported: it has the folder for gradio's files
+    options = {s.name: value for s in base_options() if (value := getattr(args, s.name)) is not None}
+    # Before gradio is imported: the session has the folder for gradio's files.
+    session = Session(args.base, args.library, device=args.device, **options)
     try:
         serve(session, args, auth, parser)
     except KeyboardInterrupt:

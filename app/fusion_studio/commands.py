@@ -64,10 +64,9 @@ def distill(
 
 
 def train(session: Session, token: str, noun: str, preset: str, settings: Mapping[str, str], folder: object) -> str:
-    base = ["--pretrained_model_name_or_path", session.base] if session.base else []
     further = [word for name, text in settings.items() for word in (f"--{name}", *text.splitlines())]
     named = ["--token", token, "--noun", noun, "--preset", preset, "--library", session.library]
-    return command("train", *base, "--instance_data_dir", folder or PICTURES, *named, *further)
+    return command("train", *session.base_flags, "--instance_data_dir", folder or PICTURES, *named, *further)
 
 
 def resume(folder: Path) -> str:

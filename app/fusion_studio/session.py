@@ -23,12 +23,17 @@ LIFETIME = 6 * 3600  # seconds that an upload waits to be taught, and a drawing 
 
 
 class Session:
-    """Base, library and queue. `base` None is the embedded pocket base, `device` None the best there is."""
+    """Base, library and queue. `base` None is the embedded pocket base, `device` None the best there is.
+
+    `options` are further ones of `open_pipeline` for this base.
+    """
 
     def __init__(
-        self, base: str | None = None, library: str | Path = "out", *, device: str | None = None, compiled: bool = False
-    ) -> None:
+        self, base: str | None = None, library: str | Path = "out", *, device: str | None = None,
+        compiled: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         self.base, self.library, self.device, self.compiled = base, Path(library), device, compiled
+        self.options = options
         from fusion_studio.jobs import JobQueue  # which knows sessions
 
         self.jobs = JobQueue(self)
@@ -48,11 +53,11 @@ class Session:
         """The base's pipeline, opened on first use."""
         with self._opening:
             if self._pipe is None:
-                self._pipe = self._open(self.base)
+                self._pipe = self._open(self.base, self.options)
             return self._pipe
 
-    def _open(self, base: str | None) -> Any:
-        pipe = fusion.open_pipeline(base, device=self.device)
+    def _open(self, base: str | None, options: Mapping[str, Any]) -> Any:
+        pipe = fusion.open_pipeline(base, device=self.device, **options)
         if self.compiled:
             fusion.compile_unet(pipe)
         return pipe
@@ -98,14 +103,14 @@ class Session:
         return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
     def open_base(self, name: str) -> None:
-        """Change to another base: "pocket", a folder or a hub id. On an error the old one stays."""
+        """Change to another base: "pocket", a folder, file or hub id. On an error the old one stays."""
         base = None if name.strip().lower() in ("", "pocket") else name.strip()
         if base == self.base:
             return
         if jobs := self.jobs.unfinished:
             raise fusion.FusionError(f"{jobs[0].activity} on this base; wait until that is done.")
         with self.queue.acquire("The base is being changed"), self._opening:
-            self._pipe, self.base = self._open(base), base
+            self._pipe, self.base, self.options = self._open(base, {}), base, {}
 
     def close(self) -> None:
         """End the training under way, so that it can be resumed, and delete all temporary files."""
@@ -124,13 +129,14 @@ class Session:
 
     @property
     def base_flags(self) -> list[str]:
-        """The base as flags of the command line."""
-        return ["--base", self.base] if self.base else []
+        """The base, and how it is opened, as flags of the command line."""
+        flags = {"base": self.base, **self.options}
+        return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
 
     @property
     def base_path(self) -> str | None:
-        """The base as settings on disk name it: a folder by its whole path."""
-        return str(Path(self.base).absolute()) if self.base and Path(self.base).is_dir() else self.base
+        """The base as settings on disk name it: a folder or file by its whole path."""
+        return str(Path(self.base).absolute()) if self.base and os.path.exists(self.base) else self.base  # noqa: PTH110
 
     def resolution(self) -> int:
         """Width and height of the pictures that the base draws, in pixels."""

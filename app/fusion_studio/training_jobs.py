@@ -28,6 +28,7 @@ REFERENCES = 4  # pictures shown beside the results at the end
 # What the page itself decides; a path typed by a visitor would name any folder of this machine.
 PAGE_SETTINGS = {
     *("token", "noun", "library", "pretrained_model_name_or_path", "revision", "variant", "report_to"),
+    *("base_config", "pretrained_vae_model_name_or_path"),
     *("instance_data_dir", "class_data_dir", "output_dir", "output_name"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
 }
@@ -177,7 +178,7 @@ def _config(
     previews = {"validation_steps": max(1, total // PREVIEWS), "num_validation_images": 1}
     every = max(1, min(MAX_LOST_STEPS, total // CHECKPOINTS))
     folders = {"instance_data_dir": folder, "output_dir": folder.parent, "library": session.library}
-    base = {"pretrained_model_name_or_path": session.base_path} if session.base else {}
+    base = {"pretrained_model_name_or_path": session.base_path, **session.options} if session.base else {}
     page = {**folders, **base, "checkpointing_steps": every, "checkpoints_total_limit": 1, "token": token, "noun": noun}
     return fusion.TrainingConfig.model_validate({"validation_prompt": "a {token}", **previews, **values, **page})
 

@@ -42,8 +42,20 @@ class BaseInfo:
     """The base model an adapter was trained on."""
 
     family: str  # "sd1", "sd2" or "sdxl"
-    name: str  # last part of the folder or hub id
+    name: str  # last part of the folder or hub id; of a single file, its name without the ending
     prediction: str  # "epsilon" or "v_prediction"
+    digest: str = ""  # of the weights, in whatever precision; empty where an earlier version did not store it
+
+    def is_same(self, other: "BaseInfo") -> bool:
+        """Whether both are one base: by their weights where both are known, else by family and name."""
+        if self.digest and other.digest:
+            return self.digest == other.digest
+        return (self.family, self.name) == (other.family, other.name)
+
+    def lasting_settings(self) -> dict[str, object]:
+        """What has to be the same for a training to be resumed."""
+        base = {"family": self.family, "name": self.name, "prediction": self.prediction}
+        return {"base": base, "base_digest": self.digest}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,12 @@ from typing import Any, NoReturn
 
 from fusion.config import MAX_STRENGTH, Setting, StrictModel, settings_of
 from fusion.errors import FusionError, closest
+from fusion.training.config import TrainingConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
 BASE_NAMES = ("--base", "--pretrained_model_name_or_path")
+# How a base is opened, as open_pipeline takes it.
+BASE_OPTIONS = [s for s in settings_of(TrainingConfig) if s.group == "base" and f"--{s.name}" not in BASE_NAMES]
 
 
 class UsageError(FusionError):
@@ -91,20 +94,24 @@ def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequen
             continue
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(f"{prefix}{setting.group}")
-        default = "" if setting.default in (None, "") else f" (default: {json.dumps(setting.default, default=str)})"
-        others = f" Also {', '.join(f'--{other}' for other in setting.aliases)}." if setting.aliases else ""
-        text = f"{setting.help}{others}{default}".replace("%", "%%")
-        reading: dict[str, Any] = {"type": setting.parse, "metavar": metavar(setting)}
-        if setting.choices:
-            reading = {"choices": setting.choices}
-        elif list in setting.kinds:
-            reading = {"nargs": "+", "metavar": "TEXT"}
-        elif bool in setting.kinds:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
-            reading |= {"nargs": "?", "const": True}
-        add = groups[setting.group].add_argument
-        add(f"--{setting.name}", default=SUPPRESS, help=text, **reading)
-        for other in setting.aliases:
-            add(f"--{other}", dest=setting.name, default=SUPPRESS, help=SUPPRESS, **reading)
+        add_setting(groups[setting.group], setting)
+
+
+def add_setting(group: Any, setting: Setting) -> None:
+    """A flag for one setting."""
+    default = "" if setting.default in (None, "") else f" (default: {json.dumps(setting.default, default=str)})"
+    others = f" Also {', '.join(f'--{other}' for other in setting.aliases)}." if setting.aliases else ""
+    text = f"{setting.help}{others}{default}".replace("%", "%%")
+    reading: dict[str, Any] = {"type": setting.parse, "metavar": metavar(setting)}
+    if setting.choices:
+        reading = {"choices": setting.choices}
+    elif list in setting.kinds:
+        reading = {"nargs": "+", "metavar": "TEXT"}
+    elif bool in setting.kinds:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
+        reading |= {"nargs": "?", "const": True}
+    group.add_argument(f"--{setting.name}", default=SUPPRESS, help=text, **reading)
+    for other in setting.aliases:
+        group.add_argument(f"--{other}", dest=setting.name, default=SUPPRESS, help=SUPPRESS, **reading)
 
 
 def metavar(setting: Setting) -> str:
@@ -134,10 +141,27 @@ def number(kind: type[int | float], least: float, most: float) -> Callable[[str]
 
 def add_base_arguments(parser: ArgumentParser) -> None:
     """What `open_base` reads."""
-    add = parser.add_argument_group("base").add_argument
-    add(*BASE_NAMES, dest="base", metavar="NAME", help="diffusers folder or hub id (default: the embedded pocket base)")
-    add("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
-    add("--dtype", metavar="TYPE", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, else float32")
+    group = parser.add_argument_group("base")
+    add_base(group)
+    text = "default: bfloat16 or float16 on a GPU, else float32"
+    group.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help=text)
+
+
+def add_base(group: Any, purpose: str = "") -> None:
+    """Which base, how it is opened, and where it runs; `purpose` begins the help."""
+    text = f"{purpose}diffusers folder, hub id or .safetensors checkpoint (default: the embedded pocket base)"
+    group.add_argument(*BASE_NAMES, dest="base", metavar="NAME", help=text)
+    for setting in BASE_OPTIONS:
+        add_setting(group, setting)
+    text = f"{purpose}cpu, gpu, cuda:1, mps, ... (default: the best there is)"
+    group.add_argument("--device", metavar="NAME", help=text)
+
+
+def base_flags(name: str | None, options: Namespace | TrainingConfig) -> list[str]:
+    """The flags by which another command opens the same base."""
+    values = {"base": name, **{s.name: getattr(options, s.name, None) for s in BASE_OPTIONS}}
+    texts = {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in values.items()}
+    return [word for key, text in texts.items() if values[key] is not None for word in (f"--{key}", text)]
 
 
 def add_file_arguments(parser: ArgumentParser, what: str) -> None:
@@ -166,13 +190,12 @@ def add_strengths(parser: ArgumentParser) -> None:
     parser.add_argument("--strength", nargs="+", type=STRENGTH, metavar="X", help=text)
 
 
-def open_base(
-    name: str | None, args: Namespace, dtype: str | None, *, revision: str | None = None, variant: str | None = None
-) -> Any:
-    """The pipeline of the command's base, device and dtype."""
-    from fusion.models.pipelines import open_pipeline
+def open_base(name: str | None, args: Namespace, dtype: str | None, settings: TrainingConfig | None = None) -> Any:
+    """The pipeline of the command's base, device and dtype; how it is opened is in the flags, or in `settings`."""
+    from fusion.base_models.opening import open_pipeline
 
-    return open_pipeline(name, device=args.device, dtype=dtype, revision=revision, variant=variant)
+    options = {setting.name: getattr(settings or args, setting.name, None) for setting in BASE_OPTIONS}
+    return open_pipeline(name, device=args.device, dtype=dtype, **options)
 
 
 STRENGTH = number(float, -MAX_STRENGTH, MAX_STRENGTH)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import BASE_NAMES, add_file_arguments, example, file_size, open_base, print_list
+from fusion.cli.console import add_base, add_file_arguments, example, file_size, open_base, print_list
 from fusion.cli.distillation import (
     add_distillation_settings,
     distill_adapters,
@@ -27,8 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--to", required=True, metavar="FORM", choices=forms, help="diffusers/PEFT, or kohya (A1111, ComfyUI)")
     add_file_arguments(parser, "the LoRA")
     add("--distill", action="store_true", help="learn a LoRA of --rank that leaves other words alone")
-    add(*BASE_NAMES, dest="base", metavar="NAME", help="for --distill: diffusers folder or hub id (default: pocket)")
-    add("--device", metavar="NAME", help="for --distill: cpu, gpu, cuda:1, mps, ... (default: the best there is)")
+    add_base(parser.add_argument_group("base"), "for --distill: ")
     add_distillation_settings(parser)
 
 

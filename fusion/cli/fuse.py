@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.cli.console import (
-    BASE_NAMES,
     UsageError,
+    add_base,
     add_file_arguments,
     add_strengths,
     example,
@@ -50,9 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         kind: Any = type(option.default)
         text = f"{option.metadata['help']} (default: {option.default:g})"
         add(f"--{option.name}", type=kind, default=option.default, metavar="N" if kind is int else "X", help=text)
-    text = "diffusers folder or hub id, where a method needs it (default: pocket)"
-    add(*BASE_NAMES, dest="base", metavar="NAME", help=text)
-    add("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
+    add_base(parser.add_argument_group("base"), "where a method needs it: ")
     add_distillation_settings(parser, leave=["seed"])
 
 

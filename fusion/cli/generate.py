@@ -20,6 +20,7 @@ from fusion.cli.console import (
     add_overwrite,
     add_settings,
     add_strengths,
+    base_flags,
     example,
     flags_of,
     open_base,
@@ -81,7 +82,7 @@ def run(args: Namespace) -> None:
     if recipe and again:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     paths = write(pictures, files, args)
-    on, another = ["--base", args.base] if args.base else [], (config.seeds()[-1] + 1) % (MAX_SEED + 1)
+    on, another = base_flags(args.base, args), (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
 
 

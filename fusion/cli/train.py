@@ -17,6 +17,7 @@ from fusion.cli.console import (
     UsageError,
     add_overwrite,
     add_settings,
+    base_flags,
     example,
     file_size,
     flags_of,
@@ -78,15 +79,14 @@ def run(args: argparse.Namespace) -> None:
     base = config.pretrained_model_name_or_path
     defaults = read_base_defaults(base or pocket_folder(), "training")
     dtype = PRECISION[config.with_base_defaults(defaults).mixed_precision]
-    pipe = open_base(base, args, dtype, revision=config.revision, variant=config.variant)
+    pipe = open_base(base, args, dtype, config)
     last, target = follow(pipe, config, args)
     slices = ", ".join(map(str, last.adapter.slices))
     where = f" on slice {slices}" if slices else ""
     print(f"wrote {target} ({file_size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
     if config.num_validation_images:
         write_picture(pipe, config, last, target)
-    on = ["--base", base] if base else []
-    print(f"next: {example('generate', target, *on, '--prompt', f'a {config.token}')}")
+    print(f"next: {example('generate', target, *base_flags(base, config), '--prompt', f'a {config.token}')}")
 
 
 def check_outputs(config: TrainingConfig, *, overwrite: bool) -> None:

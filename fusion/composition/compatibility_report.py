@@ -142,9 +142,10 @@ def _cautions(adapters: Sequence[Adapter], measured: Interference) -> tuple[list
             f"{'it' if len(ungated) == 1 else 'they'} will change the other concepts too."
         )
         advice.append("Train with gating 'tokens' to keep concepts apart; slices of their own do not isolate them.")
-    names = [a.info.base.name for a in adapters if a.info.base]
-    if len(set(names)) > 1:
-        cautions.append(f"These were trained on different bases: {quoted(dict.fromkeys(names))}.")
+    bases = [a.info.base for a in adapters if a.info.base]
+    if any(not base.is_same(bases[0]) for base in bases):
+        names = quoted(dict.fromkeys(base.name for base in bases))
+        cautions.append(f"These were trained on bases with different weights: {names}.")
         advice.append("Slices are only known to be disjoint on one and the same base.")
     alike = [pair for pair in measured.worst(1) if abs(pair[3]) > MAX_COSINE]
     if alike and ungated:

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class _Distillation:
     def _lasting_settings(self, ordered: Sequence[Adapter]) -> dict[str, Any]:
         """Everything that shapes the result, in JSON values: a distillation is resumed under the same only."""
         return {
-            "base": asdict(base_info(self.pipe)),
+            **base_info(self.pipe).lasting_settings(),
             "adapters": [adapter.digest()[:16] for adapter in ordered],
             **self.config.lasting_settings(),
         }

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,29 @@ _OTHER_KINDS = {
     b"<": "a web page, as failed downloads leave behind",
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with 'git lfs pull'",
 }
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says it holds, whatever the kinds of its tensors."""
+
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # in the format's words: F16, I64, F8_E4M3 …
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header alone, checked against the file's length. Raises FormatError as `opened` does."""
+    file = Path(path)
+    _check_beginning(file)
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
+            dtypes = {name: str(entry.get_dtype()) for name, entry in entries.items()}
+            return Header(dict(handle.metadata() or {}), shapes, dtypes)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"'{file}' is damaged or cut short: {error}. Fetch or save it again.") from error
 
 
 class OpenFile:

@@ -23,7 +23,7 @@ from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 from fusion.models.attachment import attach
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
-from fusion.models.pipelines import base_defaults, base_info
+from fusion.models.pipelines import base_defaults, base_name
 from fusion.models.prompt_length import check_prompts
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def generate(
     values = checked_strengths(adapters, strengths)
     recipe = Recipe(
         config=config,
-        base=base_info(pipe).name,
+        base=base_name(pipe),
         adapters=tuple(_used(adapter, value) for adapter, value in zip(adapters, values, strict=True)),
         image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
     )

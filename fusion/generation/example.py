@@ -1,6 +1,5 @@
 """[example] of a base's `fusion.toml`: a picture that shows the base at its best. No torch."""
 
-import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,11 +23,10 @@ class Example(StrictModel):
 
 
 def base_example(base: str | Path | None = None) -> GenerationConfig:
-    """Prompt and seed of a picture that shows `base` at its best: a folder or hub id, None for the embedded one.
+    """Prompt and seed of a picture that shows `base` at its best: a folder, file or hub id, None for the embedded one.
 
     They stand in the base's `fusion.toml`, read as strictly as its other tables. Raises ConfigError.
     """
-    folder = str(base) if base is not None else str(pocket())
-    table = read_base_defaults(folder if os.path.isdir(folder) else None, "example")  # noqa: PTH112 (long names raise)
+    table = read_base_defaults(base if base is not None else pocket(), "example")
     example = Example.model_validate({}).with_base_defaults(table)
     return GenerationConfig(prompt=example.prompt, seed=example.seed)

@@ -201,7 +201,7 @@ def _next_slice(
 def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[tuple[str, ...], SpectralSlice, bool]]:
     """The slices of this kind of `base` that an adapter owns: the tokens each was trained for, and if they gate it."""
     of = entry.info.base
-    if of is None or (of.family, of.name) != (base.family, base.name):
+    if of is None or not of.is_same(base):
         return []
     concepts = tuple(concept.token for concept in entry.info.concepts)
     branches = [branch for branch in entry.branches if ADAPTERS[branch.type].slice_of == slice_of]

@@ -72,7 +72,7 @@ def reserved_slices(folder: Path, base: BaseInfo, slice_of: str) -> list[OwnedSl
 
 def _kind(base: BaseInfo, slice_of: str) -> str:
     """The base and the kind of slices, as letters that any file name may have."""
-    return hashlib.sha256(f"{base.family}\n{base.name}\n{slice_of}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{base.family}\n{base.digest or base.name}\n{slice_of}".encode()).hexdigest()[:16]
 
 
 def _delete(lock: FileLock) -> None:

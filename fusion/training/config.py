@@ -32,7 +32,8 @@ PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand f
 # What may be another when a training is resumed; every other setting shapes the adapter (`lasting_settings`).
 MAY_CHANGE = {
     # Where things are. What is found there is compared instead: the base's name, the pictures, the slice.
-    *("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "library", "output_dir", "output_name"),
+    *("pretrained_model_name_or_path", "base_config", "pretrained_vae_model_name_or_path"),
+    *("instance_data_dir", "class_data_dir", "library", "output_dir", "output_name"),
     *("resume_from_checkpoint", "exclusive_slice"),
     # How the training is watched and what is written of it.
     *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
@@ -56,7 +57,9 @@ class TrainingConfig(StrictModel):
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    names_or_paths = ("pretrained_model_name_or_path", "resume_from_checkpoint")
+    names_or_paths = (
+        "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"
+    )  # fmt: skip
     aliases: ClassVar = {"base": "pretrained_model_name_or_path", "placeholder_token": "token"}
     users_own = (
         *("token", "noun", "revision", "variant", "output_name", "report_to"),
@@ -78,11 +81,19 @@ class TrainingConfig(StrictModel):
     }
 
     pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder or hub id. Default: the embedded pocket base."""
+    """Base model: a diffusers folder, hub id or .safetensors checkpoint. Default: the embedded pocket base."""
     revision: str | None = None
     """Branch, tag or commit of a base from the hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
+    base_config: Path | None = None
+    """Diffusers folder with configs for a base in a single file. Default: those of its family."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts. Default: what it says itself."""
+    rescale_betas_zero_snr: bool | None = None
+    """Noise of zero terminal SNR, and trailing timesteps. Default: what the base says itself."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE: a folder, hub id or .safetensors file. Default: the base's own."""
 
     token: str
     """The concept's word in prompts, in angle brackets: <dog>."""
@@ -161,8 +172,6 @@ class TrainingConfig(StrictModel):
     """Min-SNR weighting (arXiv 2303.09556), usually 5. Default: all timesteps weigh the same."""
     noise_offset: float = Field(0.0, ge=0, le=10)
     """Noise added per channel, for very dark or bright pictures. The paper uses 0.01."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts. Default: what its scheduler says."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of noise, order and crops: equal seeds give equal adapters."""
 
@@ -270,7 +279,7 @@ class TrainingConfig(StrictModel):
             "without validation_prompt": (not self.validation_prompt, ("validation_steps",)),
             "with checkpointing_steps = 0": (not self.checkpointing_steps, ("checkpoints_total_limit",)),
             "where no text encoder is among the targets": (unet_only, ("text_encoder_lr",)),
-            "without a base from the hub": (base is None or os.path.isdir(base), ("revision",)),  # noqa: PTH112
+            "without a base from the hub": (base is None or os.path.exists(base), ("revision",)),  # noqa: PTH110
         }  # fmt: skip
         default = {name: field.default for name, field in type(self).model_fields.items()}
         return [

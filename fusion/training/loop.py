@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def lasting_settings(
     """
     directions = adapter.slices[0] if adapter and adapter.slices else setup.named_slice(config)
     part = {"slice": directions.to_json() if directions else None}
-    return {"base": asdict(base_info(pipe)), **config.lasting_settings(), **part, **data.digests()}
+    return {**base_info(pipe).lasting_settings(), **config.lasting_settings(), **part, **data.digests()}
 
 
 def checkpoint_folder(config: TrainingConfig) -> Path:
@@ -157,9 +157,9 @@ class _Training:
         )  # fmt: skip
         self.optimizer: Any = accelerator.prepare(optimizer)
         self.scaler: Any = accelerator.scaler  # of gradients, in fp16; else None
-        self.noise: Any = DDPMScheduler.from_config(pipe.scheduler.config)  # the base's own forward process
-        if config.prediction_type:
-            self.noise.register_to_config(prediction_type=config.prediction_type)
+        names = ("prediction_type", "rescale_betas_zero_snr")
+        others = {name: value for name in names if (value := getattr(config, name)) is not None}
+        self.noise: Any = DDPMScheduler.from_config({**pipe.scheduler.config, **others})  # the base's forward process
         trained = {id(p) for group in groups for p in group["params"]}
         self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)

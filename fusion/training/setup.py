@@ -18,7 +18,7 @@ from fusion.library.library_folder import Library
 from fusion.library.spectrum_cache import cached_spectrum
 from fusion.models.layer_sites import Site, components, matrix, sites
 from fusion.models.pipeline import Pipeline
-from fusion.models.pipelines import base_info
+from fusion.models.pipelines import base_info, base_name
 from fusion.models.stored_weights import StoredWeights
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 def check_base_name(pipe: Pipeline, config: TrainingConfig) -> None:
     """Raise ConfigError if the settings name another base than the one that is open."""
-    named, opened = config.pretrained_model_name_or_path, base_info(pipe).name
-    if named and opened != "unnamed" and Path(named).name != opened:
+    named, opened = config.pretrained_model_name_or_path, base_name(pipe)
+    if named and opened != "unnamed" and Path(named).name.removesuffix(".safetensors") != opened:
         raise ConfigError(
             f"pretrained_model_name_or_path is '{named}', but '{opened}' is open; open that base, or leave it out."
         )

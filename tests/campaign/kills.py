@@ -14,8 +14,8 @@ from pathlib import Path
 import fusion
 from campaign import laws, materials, processes, studio
 from campaign.processes import Action, Child, Counter, Ending
+from fusion.base_models import opening
 from fusion.distillation.config import DistillationConfig
-from fusion.models import pipelines
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -76,7 +76,7 @@ def distill(base: Path, checkpoint: str | None = None) -> None:
     values = {"max_train_steps": 4, "checkpointing_steps": 2, "num_prompts": 16, "train_batch_size": 2, "rank": 2}
     values |= {"decoys": 2, "lr_warmup_steps": 0, "resume_from_checkpoint": checkpoint, "output_dir": Path("out")}
     config, adapter = DistillationConfig(**values), fusion.load("lib/rex.safetensors")
-    *_, last = fusion.distill(pipelines.open_pipeline(base, device="cpu"), [adapter], config)
+    *_, last = fusion.distill(opening.open_pipeline(base, device="cpu"), [adapter], config)
     fusion.save(last.adapter, "out/distilled.safetensors")
 
 
@@ -157,8 +157,8 @@ def in_folder(work: Path, prepare: Callable[[], object] | None = None) -> Callab
 
 def run(folder: Path, seed: int, times: dict[str, int] | int) -> tuple[dict[str, int], list[str]]:
     """Kill every workload so often. Returns the number of kills by workload, and what was wrong."""
-    campaign, pipe = Campaign(folder, seed), pipelines.open_pipeline(folder / materials.BASE, device="cpu")
-    pipelines.open_pipeline = lambda *_, **__: pipe  # once, instead of in every child
+    campaign, pipe = Campaign(folder, seed), opening.open_pipeline(folder / materials.BASE, device="cpu")
+    opening.open_pipeline = lambda *_, **__: pipe  # once, instead of in every child
     for workload in workloads(folder / materials.BASE):
         count = times if isinstance(times, int) else times.get(workload.name, 0)
         if count:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from campaign import fork_server, kills, laws, materials, processes
 from campaign.processes import Counter
-from fusion.models import pipelines
+from fusion.base_models import opening
 
 OTHERS = b"somebody else's work"
 
@@ -231,8 +231,8 @@ CHANGEABLE = ("file as parent", "somebody's file", "somebody's file beside it", 
 
 def run(folder: Path, names: list[str] | None = None, sizes: tuple[int, ...] = (0, 3000)) -> tuple[dict, list[str]]:
     """Every verb into every target. Returns what is wrong, by row of the table, and each problem with its output."""
-    table, pipe = Table(folder), pipelines.open_pipeline(folder / materials.BASE, device="cpu")
-    pipelines.open_pipeline = lambda *_, **__: pipe
+    table, pipe = Table(folder), opening.open_pipeline(folder / materials.BASE, device="cpu")
+    opening.open_pipeline = lambda *_, **__: pipe
     for writer in writers(folder / materials.BASE):
         if names is None or writer.name in names:
             table.impossible_targets(writer)

@@ -150,5 +150,7 @@ def test_a_senseless_path_is_refused(name, trained, tmp_path):
 
 
 def test_folders_are_made(trained, tmp_path):
-    adapter_file.save(trained(tiny.pipeline("sd1")), tmp_path / "new" / "deep" / "rex.safetensors")
-    assert load(tmp_path / "new" / "deep" / "rex.safetensors").info.base == BaseInfo("sd1", "unnamed", "epsilon")
+    adapter = trained(tiny.pipeline("sd1"))
+    adapter_file.save(adapter, tmp_path / "new" / "deep" / "rex.safetensors")
+    base = load(tmp_path / "new" / "deep" / "rex.safetensors").info.base
+    assert base == BaseInfo("sd1", "unnamed", "epsilon", adapter.info.base.digest)

@@ -7,16 +7,18 @@ from torch import nn
 
 import tiny
 from fusion.adapters.adapter import BaseInfo
+from fusion.base_models.opening import open_pipeline
 from fusion.errors import BaseMismatch, ConfigError
 from fusion.evaluation.clip_judge import open_judge
-from fusion.models.pipelines import base_info, open_pipeline
+from fusion.models.pipelines import base_info
 from fusion.models.pipelines import family as family_of
 
 
 def test_each_pipeline_is_of_its_family(pipe, family):
     assert family_of(pipe) == family
     prediction = "v_prediction" if family == "sd2" else "epsilon"
-    assert base_info(pipe) == BaseInfo(family, "unnamed", prediction)
+    digest = base_info(pipe).digest
+    assert base_info(pipe) == BaseInfo(family, "unnamed", prediction, digest) and len(digest) == 16
 
 
 def test_the_scheduler_says_what_is_predicted_and_the_folder_the_name(tmp_path):
@@ -24,7 +26,7 @@ def test_the_scheduler_says_what_is_predicted_and_the_folder_the_name(tmp_path):
     pipe.save_pretrained(tmp_path / "my-base", safe_serialization=True)
     again = type(pipe).from_pretrained(tmp_path / "my-base", local_files_only=True)
     again.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
-    assert base_info(again) == BaseInfo("sd1", "my-base", "v_prediction")
+    assert base_info(again) == BaseInfo("sd1", "my-base", "v_prediction", base_info(pipe).digest)
 
 
 def test_other_pipelines_are_refused_by_name():

@@ -122,7 +122,7 @@ def bake_picked(
     if folder.exists():
         raise fusion.FusionError(f"'{folder}' is there already; give the result another name.")
     fused = session.fused(picked, method, folder.name)
-    copy = fusion.open_pipeline(session.base)
+    copy = fusion.open_pipeline(session.base, device=session.device, **session.options)
     fusion.bake(copy, fused, "none")
     fusion.save_model(copy, folder)
     message = f"'{folder}' is a base of its own now: choose it above, or open it anywhere diffusers folders are read."

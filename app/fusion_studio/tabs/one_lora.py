@@ -238,11 +238,15 @@ def guides(
     settings += [f"guidance_rescale={config.guidance_rescale:g}"] if config.guidance_rescale else []
     calls = [line for note in notes if note.startswith("diffusers: ") for line in note[11:].split("; ")]
     calls = [line.replace(f"{lora.parent}/", "") for line in calls]
+    base = str(session.base or commands.near(fusion.pocket()))
+    kind, opener = "DiffusionPipeline", "from_pretrained"
+    if Path(base).is_file():
+        kind, opener = type(session.pipe).__name__, "from_single_file"
     lines = [
         *["import safetensors.torch"] * any("safetensors.torch" in line for line in calls),
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {kind}",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({str(session.base or commands.near(fusion.pocket()))!r})",
+        f"pipe = {kind}.{opener}({base!r})",
         *calls,
         f"settings = dict({', '.join(settings)})",
         f'pipe("{job.prompt}", **settings).images[0].save("picture.png")',

@@ -1,0 +1,1 @@
+"""Base models: opened safely from folders, hub ids and single files."""
