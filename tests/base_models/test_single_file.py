@@ -241,6 +241,7 @@ def test_bases_that_cannot_be_used_are_refused_in_one_line(sd1, tmp_path):
     pipe = tiny.pipeline("sd1")
     tensors = {name: tensor.contiguous().clone() for name, tensor in single_files.tensors_of(pipe).items()}
     timeless = {k: v for k, v in tensors.items() if "time_embed." not in k}
+    out = "model.diffusion_model.out.2.bias"
     first = "model.diffusion_model.input_blocks.0.0.weight"
     wide = torch.cat([tensors[first], tensors[first], tensors[first][:, :1]], dim=1)
     unusable = {
