@@ -36,7 +36,7 @@ OTHER = {
     "learning_rate": 1e-3, "text_encoder_lr": 1e-3, "token_lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
     "max_train_steps": 4, "train_batch_size": 1, "gradient_accumulation_steps": 2, "adam_beta1": 0.8,
     "adam_beta2": 0.99, "adam_weight_decay": 0.0, "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "snr_gamma": 5.0,
-    "noise_offset": 0.1, "prediction_type": "v_prediction", "seed": 1,
+    "noise_offset": 0.1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "seed": 1,
     "with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5,
     "quiet_loss_weight": 1.0, "mixed_precision": "bf16",
 }  # fmt: skip
