@@ -24,6 +24,7 @@ FIELDS = TrainingConfig.model_fields
 # A value other than the default for every field, all of which agree.
 EVERY = NEEDED | {
     "pretrained_model_name_or_path": "runwayml/sd", "revision": "main", "variant": "fp16", "noun": "dog",
+    "base_config": "/configs", "rescale_betas_zero_snr": True, "pretrained_vae_model_name_or_path": "madebyollin/vae",
     "num_vectors": 2, "instance_prompt": "a photo of [trigger]", "repeats": 3,
     "resolution": 512, "center_crop": False, "random_flip": True,
     "use_masks": False, "unmasked_weight": 0.5, "adapter_type": "lora", "rank": 4, "slice": 3, "layout": "strided",
