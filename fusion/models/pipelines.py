@@ -13,6 +13,7 @@ from torch import nn
 
 from fusion.adapters.adapter import BaseInfo
 from fusion.config import read_base_defaults
+from fusion.errors import BaseMismatch
 from fusion.models.layer_sites import components, sites
 from fusion.models.pipeline import Pipeline, config_of, uncompiled
 
