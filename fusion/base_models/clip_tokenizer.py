@@ -13,7 +13,7 @@ _MERGES = "configs/clip_merges.txt.gz"  # from OpenAI's bpe_simple_vocab_16e6.tx
 _LENGTH = 77  # text positions of every CLIP text encoder
 
 
-def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+def make_clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """The tokenizer of CLIP ViT-L; OpenCLIP's (SD 2.x, the second of XL) pads with "!"."""
     text = gzip.decompress((files("fusion.base_models") / _MERGES).read_bytes()).decode()
     merges = [(first, second) for first, _, second in (line.partition(" ") for line in text.splitlines())]

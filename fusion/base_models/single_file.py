@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fusion.base_models.clip_tokenizer import clip_tokenizer
+from fusion.base_models.clip_tokenizer import make_clip_tokenizer
 from fusion.errors import BaseMismatch
 from fusion.formats.adapter_file import FORMAT
 from fusion.formats.safetensors_file import Header, read_header
@@ -181,7 +181,7 @@ def _check_weights(path: Path, name: str, missing: list[str]) -> None:
 
 
 def _tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else clip_tokenizer(pad)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else make_clip_tokenizer(pad)
 
 
 def _flat_text_encoder(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -375,7 +375,7 @@ def test_two_drawings_take_turns_and_the_second_says_so(session):
 def pocket_is_small(base, monkeypatch):
     """The embedded base is the toy: what it is asked to draw."""
     asked, opened, plain = [], fusion.open_pipeline(base), fusion.generate
-    monkeypatch.setattr(fusion, "open_pipeline", lambda name=None: opened, raising=False)
+    monkeypatch.setattr(fusion, "open_pipeline", lambda name=None, **_: opened, raising=False)
     watched = lambda pipe, config, *a, **n: asked.append(config) or plain(pipe, config, *a, **n)  # noqa: E731
     monkeypatch.setattr(fusion, "generate", watched, raising=False)
     return asked

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import fusion
 import tiny
-from fusion.base_models.clip_tokenizer import clip_tokenizer
+from fusion.base_models.clip_tokenizer import make_clip_tokenizer
 from fusion.base_models.single_file import _FAMILIES as FAMILY_KEYS
 from fusion.base_models.single_file import configs_of, read_single_file
 from fusion.cli import main
@@ -206,10 +206,10 @@ def test_packaged_configs_claim_every_tensor_of_the_published_files(family):
 
 def test_the_tokenizer_knows_clips_words():
     """Ids that every user of CLIP has seen, and padding as SD 1.x and OpenCLIP have it."""
-    tokenizer = clip_tokenizer()
+    tokenizer = make_clip_tokenizer()
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
     assert tokenizer("a photo of a dog, cat").input_ids == [49406, 320, 1125, 539, 320, 1929, 267, 2368, 49407]
-    assert tokenizer.pad_token_id == 49407 and clip_tokenizer("!").pad_token_id == 0
+    assert tokenizer.pad_token_id == 49407 and make_clip_tokenizer("!").pad_token_id == 0
     for text in ("Ünïcode café 日本語", "don't  THE\n1234 ##", "😀 (masterpiece:1.2)"):
         ids, letters = tokenizer(text).input_ids, "".join(text.lower().split())
         assert max(ids[1:-1]) < 49406 and tokenizer.decode(ids[1:-1]).replace(" ", "") == letters
