@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -39,14 +41,21 @@ def interleaved(work: Mapping[str, Callable[[], float]], rounds: int, log: Calla
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds `call` takes, without a garbage collection in between."""
+    """Seconds `call` takes, with what it started on a GPU, and without a garbage collection in between."""
     gc.disable()
     try:
+        _wait()
         start = time.perf_counter()
         call()
+        _wait()
         return time.perf_counter() - start
     finally:
         gc.enable()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def repeated(call: Callable[[], object], rounds: int) -> Timing:

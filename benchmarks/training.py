@@ -1,13 +1,13 @@
 """A training step and its peak memory: our adapters, PEFT's LoRA and the dense formulation."""
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.bases import Base
-from benchmarks.clock import Timing, interleaved, paired
+from benchmarks.clock import Timing, interleaved, paired, timed
 from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table
 from benchmarks.variants import VARIANTS, Variant
@@ -21,33 +21,34 @@ class Steps:
     def __init__(self, base: Base, variant: Variant) -> None:
         generator = torch.Generator().manual_seed(1)
         size = (1, 4, base.latents, base.latents)
-        self.noisy, self.noise = (torch.randn(size, generator=generator) for _ in range(2))
-        self.time = torch.tensor([500])
+        device, dtype = base.device, base.pipe.unet.dtype
+        self.noisy, self.noise = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+        self.time = torch.tensor([500], device=device)
         self.pipe, self.variant = base.pipe, variant
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         self.cached = self.encode("a photo of a dog").detach()
         self.optimizer = torch.optim.AdamW(variant.parameters) if variant.parameters else None
 
     def encode(self, prompt: str) -> Tensor:
         tokens = self.pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return self.pipe.text_encoder(tokens.input_ids)[0]  # (1, T, D)
+        return self.pipe.text_encoder(tokens.input_ids.to(self.time.device))[0]  # (1, T, D)
 
     def step(self) -> None:
         """Forward, backward and update."""
-        if self.variant.prompt:
-            text = self.encode(self.variant.prompt)
-        else:
-            text = self.cached.detach().requires_grad_(self.optimizer is None)
-        prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
-        torch.nn.functional.mse_loss(prediction, self.noise).backward()
+        with self.autocast():
+            if self.variant.prompt:
+                text = self.encode(self.variant.prompt)
+            else:
+                text = self.cached.detach().requires_grad_(self.optimizer is None)
+            prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
+        torch.nn.functional.mse_loss(prediction.float(), self.noise.float()).backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     def seconds(self) -> float:
         with self.variant.installed():
-            start = time.perf_counter()
-            self.step()
-            return time.perf_counter() - start
+            return timed(self.step)
 
     def peak(self) -> int:
         """Bytes beyond the base: the variant's tensors, its optimizer's state, and a step's peak activations."""

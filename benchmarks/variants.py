@@ -58,6 +58,9 @@ def peft_lora(base: Base) -> Variant:
     wrappers = {name: site.module for name, site in places.items()}
     _put(places, layers)
     del base.pipe.unet.peft_config
+    for wrapper in wrappers.values():
+        for parameter in (p for p in wrapper.parameters() if p.requires_grad):
+            parameter.data = parameter.data.float()  # as ours, whatever the base is in
     # The wrappers contain the base layers too: only what is trainable is LoRA's own.
     parameters = [p for module in wrappers.values() for p in module.parameters() if p.requires_grad]
     return Variant(parameters, list(parameters), lambda: _swapped(places, wrappers))

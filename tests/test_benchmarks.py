@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import drawing
+from benchmarks import drawing, gpu
 from benchmarks.__main__ import measurement
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
@@ -39,6 +39,15 @@ def test_after_a_pictures_first_call_gated_adapters_cost_no_operator(base):
         for prompt in (drawing.PLAIN, drawing.ONE):
             operators, of_prompt = drawing.operators(base, gated[:count], prompt)
             assert operators <= most - projections and not of_prompt
+
+
+@pytest.mark.long
+def test_the_check_of_a_gpu_runs_on_a_cpu_at_toy_size(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--steps", "2"])
+    assert gpu.main() == 0
+    shown = capsys.readouterr().out
+    assert "FAIL" not in shown and "## GPU" in shown and "## Drawing" in shown
 
 
 @pytest.mark.slow
