@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fusion.adapters import ADAPTERS
-from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept
+from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Concept, DigestCache
 from fusion.models.devices import as_device, as_dtype
 from fusion.models.layer_sites import matrix, sites
 from fusion.models.pipelines import base_info
@@ -89,7 +89,8 @@ class Base:
         gate = (concept.token,) if gated else ()
         branch = Branch(f"concept-{k}", kind, layers, (directions,), (), gate)
         info = AdapterInfo(f"concept-{k}", base_info(self.pipe), (concept,))
-        return Adapter(info, (branch,), {concept.token: initial_rows(self.pipe, concept)})
+        rows = {concept.token: initial_rows(self.pipe, concept)}
+        return Adapter(info, (branch,), rows, digest_cache=DigestCache())  # as one that was loaded
 
 
 def _with_known_spectrum(weight: Tensor) -> Spectrum:

@@ -5,6 +5,7 @@ Knows nothing of files or of training; the training loop attaches live layers by
 
 import itertools
 import threading
+import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,6 +13,7 @@ from types import TracebackType
 import torch
 
 from fusion.adapters.adapter import Adapter, Branch, checked_strengths, float32
+from fusion.adapters.layer import AdapterLayer
 from fusion.errors import ConfigError, GatingError, UnknownName, closest
 from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
@@ -25,6 +27,8 @@ GATINGS = ("tokens", "none")
 
 _keys = itertools.count()
 _lock = threading.RLock()  # threads attach and detach one after another
+# ΔW of layers that have been attached, with the state of the tensors that it was computed from.
+_deltas: "weakref.WeakKeyDictionary[AdapterLayer, tuple[object, Delta]]" = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -73,8 +77,7 @@ class Attachment:
     def _add(self, pipe: Pipeline, state: AttachedState, branch: Branch, gate: tuple[str, ...], *, live: bool) -> None:
         key, table = next(_keys), sites(pipe)
         for name, layer in branch.layers.items():
-            with torch.no_grad():
-                source = layer.delta if live else float32(layer).delta().detach()
+            source = layer.delta if live else _fixed_delta(layer)
             if isinstance(source, Delta) and not source.rank:
                 continue
             state.add_branch(name, table[name], key, LayerBranch(source, self._strengths[branch.name], gate))
@@ -109,6 +112,20 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.detach()
+
+
+@torch.no_grad()
+def _fixed_delta(layer: AdapterLayer) -> Delta:
+    """ΔW of a layer as it is now, computed once for as long as none of its tensors changes."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+        return float32(layer).delta().detach()  # changes of these are not counted
+    # Fused optimizers do not count versions up, but move the first number.
+    first = tensors[0].reshape(-1)[:1].tolist()
+    state = first, [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+    if (cached := _deltas.get(layer)) is None or cached[0] != state:
+        cached = _deltas[layer] = state, float32(layer).delta().detach()
+    return cached[1]
 
 
 def attach(pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live: bool = False) -> Attachment:

@@ -303,6 +303,23 @@ def test_strength_is_named_by_branch_token_or_adapter(pipe):
             handle.strength("zzz", 1)
 
 
+def test_a_layer_that_has_not_changed_is_computed_once(monkeypatch):
+    pipe = tiny.pipeline("sd1")
+    adapter = trained_adapter(pipe)
+    layer, calls = next(iter(adapter.layers.values())), []
+    delta = layer.delta
+    object.__setattr__(layer, "delta", lambda: calls.append(1) or delta())
+    pictures = []
+    for change in (None, None, lambda p: p.mul_(2), lambda p: p.detach().view(-1)[0].add_(1)):
+        if change:
+            with torch.no_grad():
+                change(next(layer.parameters()))
+        with attached(pipe, adapter):
+            pictures.append(draw(pipe, "a <rex>", num_inference_steps=1))
+    assert len(calls) == 3
+    assert torch.equal(*pictures[:2]) and not torch.equal(*pictures[1:3]) and not torch.equal(*pictures[2:])
+
+
 def test_gating_is_a_choice_of_two(pipe):
     adapter = trained_adapter(pipe)
     with pytest.raises(ConfigError, match=r"'tokens' or 'none', got 'token'; did you mean 'tokens'\?"):
