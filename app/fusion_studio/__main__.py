@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = {s.name: value for s in base_options() if (value := getattr(args, s.name)) is not None}
     # Before gradio is imported: the session has the folder for gradio's files.
-    session = Session(args.base, args.library, device=args.device, **options)
+    session = Session(args.base, args.library, device=args.device, compiled=args.compile, **options)
     try:
         serve(session, args, auth, parser)
     except KeyboardInterrupt:

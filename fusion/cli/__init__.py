@@ -28,6 +28,7 @@ VERBS = {
     "bake": "add an adapter into a copy of the base",
     "evaluate": "measure adapters in weights and in model output",
     "compare": "draw one prompt over strengths, methods and adapters",
+    "doctor": "try a base on this machine, and print a report",
     "demo": "teach three concepts to the embedded base, and draw them together",
     "studio": "open the studio in the browser",
 }
