@@ -54,11 +54,11 @@ class DistillationConfig(StrictModel):
     """What sentences are about beside the concepts; a base's fusion.toml may list what that base knows."""
     styles: Phrases = Field([])
     """Styles that sentences name, as in "a STYLE style SUBJECT"."""
-    num_prompts: int = Field(3000, ge=1, le=1_000_000)
+    num_prompts: int = Field(5000, ge=1, le=1_000_000)
     """Different prompts in all; each is used several times."""
-    free_share: float = Field(0.35, ge=0, lt=1)
+    free_share: float = Field(0.5, ge=0, lt=1)
     """Share of prompts without a concept. A tenth of them are empty."""
-    free_weight: float = Field(3.0, gt=0, le=MAX_WEIGHT)
+    free_weight: float = Field(12.0, gt=0, le=MAX_WEIGHT)
     """Weight of a prompt without a concept in the loss; one with concepts has 1."""
     decoys: int = Field(32, ge=0, le=1000)
     """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""

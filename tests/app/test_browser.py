@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 import fusion
+from fusion_studio.distillation_jobs import THOROUGHNESS
 from fusion_studio.interface import build
 from fusion_studio.session import Session
 from fusion_studio.tabs.teach import example_concepts
@@ -69,7 +70,25 @@ def fill_lesson(tab, name: str, steps: str) -> None:
     tab.locator("#all-settings [name=max_train_steps]").fill(steps)
 
 
-def test_teach_combine_draw_two_regions_and_export(tab, session):
+def make_one_lora(tab) -> None:
+    """From the picked concepts to the files and what to do with them."""
+    tab.locator("#one-lora-part button").first.click()
+    tab.locator("#one-lora-part").get_by_label("Quick").check()
+    tab.locator("#make-lora").click()
+    expect(tab.locator("#lora-state")).to_contain_text("Learned in")
+    expect(tab.locator("#lora-state")).to_contain_text("other prompts change by")
+    expect(tab.locator("#lora-files a")).to_have_count(3)  # the LoRA and two embeddings
+    photograph(tab, "one-lora")
+    tab.locator("#program").get_by_label("diffusers").check()
+    expect(tab.locator("#guide-text textarea")).to_have_value(re.compile("load_lora_weights"))
+    with tab.expect_download() as download:
+        tab.locator("#lora-files a").first.click()
+    assert download.value.path().stat().st_size > 10_000
+
+
+def test_teach_combine_draw_two_regions_and_export(tab, session, monkeypatch):
+    if not PICTURES:
+        monkeypatch.setitem(THOROUGHNESS, "quick", 0.02)
     expect(tab.locator("#prompt textarea")).to_have_value(fusion.base_example().prompt)  # something to draw at once
     tab.locator("#teach-first").click()
     for name in ("robot", "octopus"):  # the second waits for the first
@@ -131,6 +150,7 @@ def test_teach_combine_draw_two_regions_and_export(tab, session):
     with tab.expect_download() as download:
         tab.locator("#files a").first.click()
     assert download.value.path().stat().st_size > 10_000
+    make_one_lora(tab)
     open_tab(tab, "Library")
     expect(tab.locator(".card")).to_have_count(2)
     expect(tab.locator("#slices")).to_contain_text("directions are free")
