@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch, Concept, float32
+from fusion.config import TOKEN
 from fusion.errors import ConfigError
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import gated_change
@@ -70,13 +71,25 @@ class Teacher:
         gates = [[float(token in branch.gate) for token in tokens] for branch in self._branches]
         self._gates = torch.tensor(gates, device=pipe.unet.device).view(len(gates), len(tokens))
         self._layers: dict[str, tuple[Delta, Tensor]] = {}
+        everything = [*self.concepts, *decoys.info.concepts]
+        self._pieces = {concept.token: " ".join(concept.pieces) for concept in everything}
 
     @contextmanager
     def attached(self) -> Generator[None]:
+        pipe: Any = self.pipe
         with ExitStack() as stack, silent_loading():  # random prompts may be cut; that is no news
             for adapter in (*self.adapters, self.decoys):
                 stack.enter_context(attach(self.pipe, adapter))
+            # The pipeline's own method goes through all added tokens for every word: half the time of an answer.
+            pipe.maybe_convert_prompt = self._expanded
+            stack.callback(delattr, pipe, "maybe_convert_prompt")
             yield
+
+    def _expanded(self, prompt: str | list[str], _tokenizer: object) -> str | list[str]:
+        """Prompts with every vector of a concept, as the pipeline's `maybe_convert_prompt` writes them."""
+        if not isinstance(prompt, str):
+            return [str(self._expanded(text, _tokenizer)) for text in prompt]
+        return TOKEN.sub(lambda match: self._pieces.get(match[0], match[0]), prompt)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str]) -> Answers:

@@ -87,15 +87,15 @@ def test_student_and_teacher_read_prompts_as_the_pipeline_does(family, clip_skip
         with pytest.raises(ConfigError, match="as installed have no clip_skip"):
             next(fusion.distill(pipe, two(pipe), config(tmp_path, clip_skip=1)))
         pipe.text_encoder = tiny.old_clip_layout(pipe.text_encoder)
-    adapters, prompts = two(pipe), ["a <rex> and a <tom>", "a dog", "", "<tom> <tom> in the snow"]
+    adapters, prompts = two(pipe), ["a <rex> and a <tom>", "a dog", "", "<tom> <tom> in the snow", "<tom>, (<rex>)"]
     with attached(pipe, *adapters):
         expected = encode_prompts(pipe, prompts, clip_skip)
     teacher = Teacher(pipe, adapters, trained_adapter(pipe, "<decoy>"), clip_skip)
     with teacher.attached():
         answers = teacher.answer(prompts)
     torch.testing.assert_close(answers.states.float(), expected.states, rtol=1e-2, atol=1e-2)
-    assert answers.owners[:, 0].amax(dim=1).tolist() == [1, -1, -1, 1]
-    assert teacher.presence(answers.owners).tolist() == [[1, 1], [0, 0], [0, 0], [0, 1]]
+    assert answers.owners[:, 0].amax(dim=1).tolist() == [1, -1, -1, 1, 1]
+    assert teacher.presence(answers.owners).tolist() == [[1, 1], [0, 0], [0, 0], [0, 1], [1, 1]]
     bare = [fusion.fuse([adapter], [0.0]) for adapter in adapters]
     with attached(pipe, *bare):
         base = encode_prompts(pipe, prompts, clip_skip)
