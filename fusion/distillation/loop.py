@@ -39,7 +39,7 @@ from fusion.spectral.delta import Delta
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
 HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
 TARGET_STEPS = 50  # steps from one comparison with target_error to the next
-WHOLE_STEPS = 3  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
+WHOLE_STEPS = 6  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
 LEAST_RATE = 0.02  # what is left of the learning rate at the end
 
 

@@ -25,7 +25,7 @@ def picks(**strengths):
 @pytest.fixture
 def small(monkeypatch):
     """Few steps and prompts."""
-    monkeypatch.setitem(distillation_jobs.THOROUGHNESS, "quick", 0.016)
+    monkeypatch.setitem(distillation_jobs.THOROUGHNESS, "quick", 0.01)
     monkeypatch.setattr("fusion.distillation.loop.HELD_OUT", 4)
     monkeypatch.setattr("fusion.distillation.loop.SCALE_PROMPTS", 2)
 
