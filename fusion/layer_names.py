@@ -47,11 +47,16 @@ _UNET_LAYER = (
     r"(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))))"
     r"|(time|add)_embedding\.linear_[12]"
 )
+_CONVOLUTION = r"conv_(in|out)|.*\.(resnets\.\d+\.conv[12]|(down|up)samplers\.0\.conv)"
 _TEXT_LAYER = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection"
 _ADAPTABLE = re.compile(rf"unet\.({_UNET_LAYER})|text_encoder(_2)?\.({_TEXT_LAYER})")
 
 # SDXL's UNet in the names of its first release (Stability AI's generative-models), outside of its blocks and in them.
 _DIFFUSERS = {
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
     "time_embed.0": "time_embedding.linear_1",
@@ -80,16 +85,32 @@ def is_adaptable(layer: str) -> bool:
     return _ADAPTABLE.fullmatch(layer) is not None
 
 
-def is_convolution(layer: str, family: str | None) -> bool:
-    """Whether an adaptable layer is a 1x1 convolution in the base: SD 1.x's projections, shortcuts in all."""
-    last = layer.rpartition(".")[2]
-    return last == "conv_shortcut" or (family == "sd1" and last in ("proj_in", "proj_out"))
+def is_importable(layer: str) -> bool:
+    """Whether imported adapters may change it: adaptable layers, and the convolutions of the UNet."""
+    return is_adaptable(layer) or kernel_of(layer, None) == (3, 3)
+
+
+def kernel_of(layer: str, family: str | None) -> tuple[int, ...]:
+    """The kernel of a layer in the base: 1x1 of SD 1.x's projections, and of shortcuts in all; () of a linear layer."""
+    component, _, path = layer.partition(".")
+    last = path.rpartition(".")[2]
+    if component == "unet" and re.fullmatch(_CONVOLUTION, path):
+        return (3, 3)
+    return (1, 1) if last == "conv_shortcut" or (family == "sd1" and last in ("proj_in", "proj_out")) else ()
 
 
 def sees_tokens(layer: str) -> bool:
     """Whether the rows of this layer's input are the prompt's tokens: here a gate can act position by position."""
     component, _, path = layer.partition(".")
     return component in COMPONENTS and re.fullmatch(COMPONENTS[component].token_layers, path) is not None
+
+
+def component_by_path(path: str) -> str:
+    """The component that a path without one belongs to: a text encoder's begins with its encoder, all else is a UNet's.
+
+    Of two text encoders, the first: their paths are alike.
+    """
+    return "text_encoder" if re.match(r"(text_model\.)?encoder\.layers|text_projection", path) else "unet"
 
 
 def with_text_model(path: str) -> str:
@@ -104,6 +125,9 @@ def original_path(path: str) -> str | None:
     """
     if path in _ORIGINAL:
         return _ORIGINAL[path]
+    if sampler := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv", path):
+        number = _PER_BLOCK * int(sampler[2]) + 2
+        return f"input_blocks.{number + 1}.0.op" if sampler[1] == "down" else f"output_blocks.{number}.2.conv"
     match = _DIFFUSERS_BLOCK.fullmatch(path)
     side, _, block = match[1].partition(".") if match else ("", "", "")
     if match is None or int(match[3]) >= _LAYERS[side]:
@@ -126,4 +150,6 @@ def diffusers_path(path: str) -> str:
         return f"mid_block.attentions.0.{end}" if inner == 1 else f"mid_block.resnets.{inner // 2}.{end}"
     down, kind = side == "input_blocks", "attentions" if inner else "resnets"
     block, layer = divmod(int(number) - down, _PER_BLOCK)
+    if end in ("op", "conv"):
+        return f"{'down' if down else 'up'}_blocks.{block}.{'down' if down else 'up'}samplers.0.conv"
     return f"{'down' if down else 'up'}_blocks.{block}.{kind}.{layer}.{end}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusion.adapters.layer import AdapterLayer
 from fusion.config import MAX_STRENGTH, TOKEN
-from fusion.errors import ConfigError, FusionError, TokenConflict
+from fusion.errors import BaseMismatch, ConfigError, FusionError, TokenConflict
 from fusion.spectral.delta import Delta
 from fusion.spectral.slices import SpectralSlice
 
@@ -86,7 +86,7 @@ class Branch:
     """
 
     name: str
-    type: str  # a row of ADAPTERS
+    type: str  # a row of LAYER_TYPES
     layers: Mapping[str, AdapterLayer]  # canonical layer name -> layer
     slices: tuple[SpectralSlice, ...] = ()
     targets: tuple[str, ...] = ()
@@ -143,8 +143,21 @@ class Adapter:
         """The largest rank of ΔW over all layers."""
         return max((delta.rank for delta in self.deltas().values()), default=0)
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether some ΔW depends on the weights of the base (DoRA): `with_base_weights` provides them."""
+        return any(layer.needs_base for branch in self.branches for layer in branch.layers.values())
+
     def deltas(self) -> dict[str, Delta]:
-        """ΔW of every layer: Σ strength · Δ over branches, as if every gate were open. float32, no gradient."""
+        """ΔW of every layer: Σ strength · Δ over branches, as if every gate were open. float32, no gradient.
+
+        Raises BaseMismatch where they depend on the weights of a base that are not known.
+        """
+        if self.needs_base:
+            raise BaseMismatch(
+                f"'{self.info.name}' is a DoRA, whose change depends on its base: name that with --base, "
+                "or from Python take fusion.with_base_weights(pipe, adapter)."
+            )
         total: dict[str, Delta] = {}
         with torch.no_grad():
             for branch in self.branches:
@@ -228,7 +241,11 @@ def float32(layer: AdapterLayer) -> AdapterLayer:
 def content(tensor: Tensor) -> bytes:
     """Shape, dtype and exact bits."""
     raw = tensor.detach().cpu().contiguous()
-    return f"{tuple(raw.shape)} {raw.dtype}".encode() + raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b""
+    return (
+        f"{tuple(raw.shape)} {raw.dtype}".encode() + raw.flatten().view(torch.uint8).numpy().tobytes()
+        if raw.numel()
+        else b""
+    )
 
 
 def checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> list[float]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fusion.adapters import ADAPTERS
+from fusion.adapters import LAYER_TYPES
 from fusion.adapters.adapter import Adapter, Branch
 from fusion.errors import BaseMismatch, TokenConflict
 
@@ -68,7 +68,7 @@ def slice_clashes(adapters: Sequence[Adapter]) -> list[SliceClash]:
 
 
 def _clash(one: Adapter, a: Branch, two: Adapter, b: Branch) -> SliceClash | None:
-    kinds = {ADAPTERS[a.type].slice_of, ADAPTERS[b.type].slice_of}
+    kinds = {LAYER_TYPES[a.type].slice_of, LAYER_TYPES[b.type].slice_of}
     shared = sorted({i for s in a.slices for t in b.slices for i in s.overlap(t)})
     layers = len(set(a.layers) & set(b.layers))
     apart = bool(a.gate and b.gate) and not set(a.gate) & set(b.gate)

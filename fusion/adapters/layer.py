@@ -57,6 +57,20 @@ class AdapterLayer(nn.Module, ABC):
     def delta(self) -> Delta:
         """ΔW in factors, differentiable in the parameters."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the weight."""
+        return self.delta().shape
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether ΔW depends on the base's weight, and that is not known yet."""
+        return False
+
+    def on(self, weight: Tensor) -> Self:
+        """The layer for a base whose weight is `weight` (O, I); itself where ΔW does not depend on it."""
+        return self
+
     def learning_rate_gains(self, reference: Tensor) -> dict[str, float]:
         """Factors of the learning rate that make a slice learn as fast as the head of the spectrum, by parameter.
 

@@ -19,6 +19,7 @@ from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
 from fusion.methods import METHODS
 from fusion.methods.method import AdapterMerge, MethodOptions, WeightedSum
 from fusion.models.attachment import effective_gates
+from fusion.models.base_check import with_base_weights
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta, check_compression
@@ -67,6 +68,8 @@ def fuse(
     check_compression(rank, energy)
     values = checked_strengths(adapters, strengths)
     regated = [_with_gates(adapter, gating) for adapter in adapters]
+    if pipe is not None:
+        regated = [with_base_weights(pipe, adapter) for adapter in regated]
     check_bases(regated)
     check_tokens(regated)
     if method == "direct_sum" and not allow_overlap and (clashes := slice_clashes(regated)):

@@ -19,7 +19,7 @@ import torch
 from pydantic import Json
 from torch import Tensor
 
-from fusion.adapters import ADAPTERS
+from fusion.adapters import IMPORTED_TYPES, LAYER_TYPES
 from fusion.adapters.adapter import TOKEN, Adapter, AdapterInfo, BaseInfo, Branch, Concept, DigestCache, Provenance
 from fusion.adapters.layer import AdapterLayer
 from fusion.config import StrictModel
@@ -170,7 +170,7 @@ class _Layout:
 
 
 def _layer(branch: Branch, parts: Mapping[str, str], tensor: Callable[[str], Tensor]) -> AdapterLayer:
-    return ADAPTERS[branch.type].from_tensors({part: tensor(key) for part, key in parts.items()})
+    return LAYER_TYPES[branch.type].from_tensors({part: tensor(key) for part, key in parts.items()})
 
 
 def _layout(path: Path, metadata: Mapping[str, str], shapes: Shapes) -> _Layout:
@@ -229,9 +229,12 @@ def _check_layers(entry: _BranchEntry, layers: Keys, shapes: Shapes, weights: di
     slices = [SpectralSlice(*numbers) for numbers in entry.slices]
     if len(slices) > MAX_ENTRIES or any(part.stop > MAX_DIRECTION for part in slices):
         raise FormatError(f"branch {entry.name!r} has over {MAX_ENTRIES} slices, or one beyond {MAX_DIRECTION}.")
-    owned = sum(part.rank for part in slices) if ADAPTERS[entry.type].slice_of else 0
+    owned = sum(part.rank for part in slices) if LAYER_TYPES[entry.type].slice_of else 0
     for name, parts in layers.items():
         sizes = weights.get(name, {}) | ({"R": owned} if owned else {})
+        if entry.type in IMPORTED_TYPES:
+            weights[name] = _imported_sizes(entry.type, name, {part: shapes[key] for part, key in parts.items()}, sizes)
+            continue
         for part, letters in tensor_shapes(entry.type).items():
             if part not in parts:
                 raise FormatError(f"it lacks {name}.{part}.")
@@ -245,6 +248,19 @@ def _check_layers(entry: _BranchEntry, layers: Keys, shapes: Shapes, weights: di
     for part in slices:
         if part.stop > capacity:
             raise FormatError(f"branch {entry.name!r} has slice {part}, but its layers {capacity} directions at most.")
+
+
+def _imported_sizes(kind: str, name: str, shapes: Shapes, sizes: dict[str, int]) -> dict[str, int]:
+    """O and I of an imported layer, which should be `sizes` where these are known."""
+    try:
+        O, I = IMPORTED_TYPES[kind].sizes(shapes)  # noqa: E741 (the letters of the shape legend)
+    except KeyError as missing:
+        raise FormatError(f"it lacks {name}.{missing.args[0]}.") from None
+    except ValueError as error:
+        raise FormatError(f"{name} is no {kind}: {error}.") from None
+    if sizes and sizes != {"O": O, "I": I}:
+        raise FormatError(f"{name} has shape ({O}, {I}), which does not fit its layer {sizes}.")
+    return {"O": O, "I": I}
 
 
 def _check_rows(info: AdapterInfo, rows: Keys, shapes: Shapes) -> None:
@@ -261,14 +277,17 @@ def _check_rows(info: AdapterInfo, rows: Keys, shapes: Shapes) -> None:
 
 @lru_cache(maxsize=64)
 def tensor_shapes(kind: str) -> dict[str, str]:
-    """The tensors of an adapter type with their shapes in letters: {"dU": "OR", "dS": "R", …}.
+    """The tensors of an adapter type with their shapes in letters: {"dU": "OR", "dS": "R", …}; of imported types, "".
 
     Found by a toy layer of O = 5, I = 7, R = 3, so that a new type needs no line here. Without an SVD.
     """
-    if kind not in ADAPTERS:
-        raise UnknownName(f"no adapter type '{kind[:40]}'{closest(kind, ADAPTERS)} There are: {', '.join(ADAPTERS)}.")
+    if kind not in LAYER_TYPES:
+        known = f"{closest(kind, LAYER_TYPES)} There are: {', '.join(LAYER_TYPES)}."
+        raise UnknownName(f"no adapter type '{kind[:40]}'{known}")
+    if kind in IMPORTED_TYPES:
+        return dict.fromkeys(IMPORTED_TYPES[kind].names(), "")
     toy = Spectrum(torch.zeros(5, 3), torch.zeros(3), torch.zeros(7, 3))
-    layer = ADAPTERS[kind].fresh(torch.zeros(5, 7), SpectralSlice(0, 3), spectrum=toy)
+    layer = LAYER_TYPES[kind].fresh(torch.zeros(5, 7), SpectralSlice(0, 3), spectrum=toy)
     letters = {5: "O", 7: "I", 3: "R"}
     return {name: "".join(letters[n] for n in tensor.shape) for name, tensor in layer.state_dict().items()}
 

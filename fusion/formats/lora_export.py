@@ -7,15 +7,16 @@ SDXL           clip_l and clip_g, one for each text encoder, as A1111 and ComfyU
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
+from fusion.adapters.imported import ImportedLayer
 from fusion.errors import FormatError, UnknownName, closest
-from fusion.formats import LORA_FORMS
+from fusion.formats import EXPORT_FORMS
 from fusion.formats.lora_file import write_lora
 from fusion.formats.metadata import foreign_export, modelspec
 from fusion.formats.safetensors_file import write_file
@@ -55,24 +56,48 @@ def export(
     Raises UnknownName for another form, ConfigError for an impossible rank or energy, FormatError if there is no layer,
     OutputError where nothing can be written.
     """
-    if form not in LORA_FORMS:
-        raise UnknownName(f"No export form is '{form}'{closest(form, LORA_FORMS)} There are: {', '.join(LORA_FORMS)}.")
+    if form not in EXPORT_FORMS:
+        known = f"{closest(form, EXPORT_FORMS)} There are: {', '.join(EXPORT_FORMS)}."
+        raise UnknownName(f"No export form is '{form}'{known}")
     check_compression(rank, energy)
     target, embeddings = check_export_outputs(adapter, path, overwrite=overwrite)
-    deltas = adapter.deltas()
-    if not deltas:
+    imported = _imported(adapter) if EXPORT_FORMS[form].kinds and rank is None and energy is None else {}
+    deltas = _without(adapter, imported).deltas()
+    if not deltas and not imported:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
     factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
     with output_group(target) as group:
-        write_lora(LORA_FORMS[form], adapter.info, factors, group / target.name, dtype)
+        write_lora(EXPORT_FORMS[form], adapter.info, factors, group / target.name, dtype, imported)
         for concept, file in embeddings.items():
             _write_embedding(group / file.name, adapter.info, concept, adapter.tokens[concept.token])
     exact = all(factors[layer] is deltas[layer] for layer in deltas)
     share = 1.0 if exact else _energy(factors) / max(_energy(deltas), 1e-300)
-    largest = max(delta.rank for delta in factors.values())
+    largest = max((delta.rank for delta in factors.values()), default=0)
     notes = [] if exact else [f"Compressed to rank {largest}; {share:.2%} of the change's energy is kept."]
+    if imported:
+        notes.append(f"{len(imported)} layers are written as what they were imported as, not as a plain LoRA.")
+    family = adapter.info.base.family if adapter.info.base else ""
+    if form == "kohya" and family == "sdxl" and any("time_embedding" in layer for layer in adapter.layer_names):
+        notes.append("kohya's own loader skips the layers time_embed of SDXL; A1111, ComfyUI and diffusers read them.")
     notes += _notes(adapter, target, embeddings)
     return ExportReport(target, [target, *embeddings.values()], notes, largest, exact, share)
+
+
+def _imported(adapter: Adapter) -> dict[str, ImportedLayer]:
+    """The layers that can be written as the kinds they were imported as: nothing else changes them."""
+    names = [name for branch in adapter.branches for name in branch.layers]
+    return {
+        name: layer
+        for branch in adapter.branches if branch.strength == 1
+        for name, layer in branch.layers.items() if isinstance(layer, ImportedLayer) and names.count(name) == 1
+    }  # fmt: skip
+
+
+def _without(adapter: Adapter, layers: Mapping[str, ImportedLayer]) -> Adapter:
+    """The adapter without some of its layers."""
+    rest = [{n: layer for n, layer in branch.layers.items() if n not in layers} for branch in adapter.branches]
+    branches = tuple(replace(branch, layers=kept) for branch, kept in zip(adapter.branches, rest, strict=True))
+    return replace(adapter, branches=branches)
 
 
 def check_export_outputs(

@@ -4,7 +4,7 @@ ModelSpec 1.0.1 (`modelspec.*`), which every tool shows, and what kohya's traine
 distinguishes the families.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fusion.adapters.adapter import AdapterInfo, BaseInfo
@@ -20,6 +20,13 @@ _FAMILIES = {
     ("sd2", "v_prediction"): ("stable-diffusion-v2-768-v", "768x768", "sd_v2_v"),
     ("sdxl", "epsilon"): ("stable-diffusion-xl-v1-base", "1024x1024", "sdxl_base_v1-0"),
     ("sdxl", "v_prediction"): ("stable-diffusion-xl-v1-base", "1024x1024", "sdxl_base_v1-0"),
+}
+_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # of the embeddings of prompts
+# How the versions begin that kohya's, ai-toolkit's and OneTrainer's files name.
+_VERSIONS = {
+    **dict.fromkeys(("sd_v1", "sd_1.", "stable-diffusion-v1"), "sd1"),
+    **dict.fromkeys(("sd_v2", "sd_2.", "stable-diffusion-v2"), "sd2"),
+    **dict.fromkeys(("sdxl", "stable-diffusion-xl"), "sdxl"),
 }
 _UNKNOWN = ("stable-diffusion", "512x512", "")
 _MADE_BY = "made_by"
@@ -73,15 +80,31 @@ def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:
     return {key: value for key, value in entries.items() if value}
 
 
-def foreign_base(metadata: Mapping[str, str]) -> BaseInfo | None:
-    """The base of a LoRA file by kohya's or ModelSpec's entries; None if it has neither."""
+def foreign_base(
+    metadata: Mapping[str, str], widths: Mapping[str, int], convolutions: Collection[str]
+) -> BaseInfo | None:
+    """The base of a LoRA file by its contents, else by kohya's or ModelSpec's entries; None if nothing shows it.
+
+    `widths`: layer name -> I of its inputs; `convolutions`: the layers whose factors are those of convolutions.
+    """
     version, spec = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    for (family, _), (architecture, _, kohya) in _FAMILIES.items():
-        if version == kohya or spec.startswith(f"{architecture}/"):
-            velocity = version.endswith("_v") or metadata.get("modelspec.prediction_type") == "v"
-            name = metadata.get("ss_sd_model_name", "").removesuffix(".safetensors") or "unknown"
-            return BaseInfo(family, name, "v_prediction" if velocity else "epsilon")
-    return None
+    named = (family for start, family in _VERSIONS.items() if version.startswith(start) or spec.startswith(start))
+    family = _family_by_contents(widths, convolutions) or next(named, None)
+    if family is None:
+        return None
+    velocity = version.endswith("_v") or metadata.get("modelspec.prediction_type") == "v" or spec.endswith("-v/lora")
+    name = metadata.get("ss_sd_model_name", "").removesuffix(".safetensors") or "unknown"
+    return BaseInfo(family, name, "v_prediction" if velocity else "epsilon")
+
+
+def _family_by_contents(widths: Mapping[str, int], convolutions: Collection[str]) -> str | None:
+    """By the width of the prompts that cross-attention reads, SDXL's second text encoder, SD 1.x's convolutions."""
+    if any(layer.startswith("text_encoder_2.") for layer in widths):
+        return "sdxl"
+    for layer, width in widths.items():
+        if layer.endswith(("attn2.to_k", "attn2.to_v")) and width in _WIDTHS:
+            return _WIDTHS[width]
+    return "sd1" if any(layer.endswith((".proj_in", ".proj_out")) for layer in convolutions) else None
 
 
 def _family(base: BaseInfo | None) -> tuple[str, str, str]:

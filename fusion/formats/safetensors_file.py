@@ -4,6 +4,7 @@ Only tensors, names and metadata strings; what they mean is known by the other m
 """
 
 import json
+import math
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,10 @@ class OpenFile:
         for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
             entry = handle.get_slice(name)
             kind, shape = entry.get_dtype(), tuple(entry.get_shape())
-            if kind not in ("F16", "BF16", "F32") or len(shape) > 4 or max(shape, default=0) > MAX_SIDE:
+            floats = ("F16", "BF16", "F32")
+            if math.prod(shape) == 1 and name.endswith(".alpha"):  # some programs write it as an integer
+                floats += ("F64", "I64", "I32", "I16", "U8")
+            if kind not in floats or len(shape) > 4 or max(shape, default=0) > MAX_SIDE:
                 raise FormatError(
                     f"'{path}': {name} is {kind} of shape {shape}; float16, bfloat16 or float32 is needed, of at most "
                     f"4 dimensions up to {MAX_SIDE:,}."
@@ -79,6 +83,7 @@ class OpenFile:
         Raises FormatError for NaN, infinite values, and those whose products would be infinite.
         """
         tensor: Tensor = self._handle.get_tensor(name).clone()
+        tensor = tensor if tensor.dtype in DTYPES.values() else tensor.float()
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if not largest <= MAX_VALUE:  # NaN is not
             raise FormatError(f"'{self.path}' is damaged: {name} holds NaN or infinite values, or beyond 1e15.")

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fusion.adapters import ADAPTERS
+from fusion.adapters import LAYER_TYPES
 from fusion.adapters.adapter import Adapter, BaseInfo
 from fusion.config import NAME, NAME_RULE
 from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
@@ -204,7 +204,7 @@ def _slices_of(entry: AdapterFile, base: BaseInfo, slice_of: str) -> list[tuple[
     if of is None or not of.is_same(base):
         return []
     concepts = tuple(concept.token for concept in entry.info.concepts)
-    branches = [branch for branch in entry.branches if ADAPTERS[branch.type].slice_of == slice_of]
+    branches = [branch for branch in entry.branches if LAYER_TYPES[branch.type].slice_of == slice_of]
     return [(b.gate or concepts, directions, bool(b.gate)) for b in branches for directions in b.slices]
 
 

@@ -83,21 +83,4 @@ def _pruned(delta: Delta, context: MergeContext) -> Tensor:
 
 def _combined(combine: Callable[[Sequence[Tensor]], Tensor], matrices: Sequence[Tensor], like: Delta) -> Delta:
     """What `combine` makes of N matrices (O, I), exactly; where there are none, no change of the shape of `like`."""
-    return whole_delta(combine(matrices)) if matrices else like.zero(*like.shape)
-
-
-def whole_delta(matrix: Tensor) -> Delta:
-    """A dense matrix as a Delta, exactly: one factor is the identity, so the rank is min(O, I).
-
-    A power of two evens out the factors, which is exact and spares float16 files the loss of small numbers.
-    """
-    import torch
-
-    from fusion.spectral.delta import Delta
-
-    out_features, in_features = matrix.shape
-    largest = float(matrix.abs().max())
-    even = 2.0 ** round(torch.tensor(largest).log2().item() / 2) if largest else 1.0
-    if out_features <= in_features:
-        return Delta(torch.eye(out_features).to(matrix) * even, matrix / even)
-    return Delta(matrix / even, torch.eye(in_features).to(matrix) * even)
+    return type(like).from_dense(combine(matrices)) if matrices else like.zero(*like.shape)

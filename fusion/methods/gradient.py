@@ -28,8 +28,6 @@ def merge(deltas: Sequence[Delta], strengths: Sequence[float], context: MergeCon
     """Where no inputs were recorded there is nothing to descend on, and this is regression's result."""
     import torch
 
-    from fusion.methods.dense import whole_delta
-
     normal = normal_matrix(context)
     if normal is None:
         return solve(deltas, strengths, context)
@@ -37,7 +35,7 @@ def merge(deltas: Sequence[Delta], strengths: Sequence[float], context: MergeCon
     targets = [delta.up.double() @ (delta.down.double() @ moment.own) * s for delta, s, moment in parts if moment]
     scale = normal.diagonal().mean()
     change = _descend(normal / scale, torch.stack(targets).sum(dim=0) / scale, context.options.iterations)
-    return whole_delta(change.to(deltas[0].up.dtype))
+    return type(deltas[0]).from_dense(change.to(deltas[0].up.dtype))
 
 
 def _descend(normal: Tensor, target: Tensor, iterations: int) -> Tensor:

@@ -59,7 +59,7 @@ class LayerBranch:
 
 
 class _Adapted(nn.Module):
-    """What adapted linear layers and 1x1 convolutions share: the base module, and the branches by key."""
+    """What adapted linear layers and convolutions share: the base module, and the branches by key."""
 
     base: nn.Module
     branches: dict[int, LayerBranch]
@@ -188,11 +188,12 @@ class AdaptedLinear(_Adapted, nn.Linear):
         return y
 
 
-class AdaptedConv1x1(_Adapted, nn.Conv2d):
-    """A 1x1 convolution (O, I, 1, 1) and the branches attached to it, each a (O, I) matrix per pixel."""
+class AdaptedConv(_Adapted, nn.Conv2d):
+    """A convolution (O, I, k, k) and the branches attached to it, each a (O, I·k·k) matrix per cell of the output."""
 
     def __init__(self, base: nn.Conv2d, rows: Callable[[], Rows | None], outputs: Outputs | None) -> None:
-        nn.Conv2d.__init__(self, base.in_channels, base.out_channels, 1, bias=base.bias is not None, device="meta")
+        size = base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding
+        nn.Conv2d.__init__(self, *size, bias=base.bias is not None, device="meta")  # pyright: ignore[reportArgumentType]
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self._start(base, rows, outputs)
 
@@ -202,8 +203,8 @@ class AdaptedConv1x1(_Adapted, nn.Conv2d):
 
     def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
         if (ungated := self._ungated_delta(x)) is not None:
-            y = y + _convolve(x, ungated[0]).to(y.dtype) * ungated[1]
-        if gated := self._gated_rows(cells := x.flatten(2).transpose(1, 2)):  # (B, HW, C): pixels are rows
+            y = y + self._convolve(x, ungated[0]).to(y.dtype) * ungated[1]
+        if self._gated_branches(self._rows()) and (gated := self._gated_rows(cells := self._cells(x))):
             last = y.flatten(2).transpose(1, 2)
             for branch, rows in gated:
                 last = _add_at(last, rows, cells, branch)
@@ -211,17 +212,28 @@ class AdaptedConv1x1(_Adapted, nn.Conv2d):
             y = torch.empty_like(y).copy_(last.transpose(1, 2).view_as(y))
         return y
 
+    def _cells(self, x: Tensor) -> Tensor:
+        """What each cell of the output is computed from, (B, cells, I·k·k)."""
+        if self.kernel_size == (1, 1):
+            return x.flatten(2).transpose(1, 2)
+        options = {"padding": self.padding, "stride": self.stride}
+        return F.unfold(x, self.kernel_size, **options).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+
+    def _convolve(self, x: Tensor, delta: Delta) -> Tensor:
+        down = delta.down.unflatten(1, (self.in_channels, *self.kernel_size))  # (Q, I, k, k)
+        return F.conv2d(F.conv2d(x, down, stride=self.stride, padding=self.padding), delta.up[:, :, None, None])
+
 
 def adapted(
     base: nn.Module, rows: Callable[[], Rows | None] = lambda: None, outputs: Outputs | None = None
-) -> AdaptedLinear | AdaptedConv1x1:
+) -> AdaptedLinear | AdaptedConv:
     """`base` with room for branches.
 
     `rows`: the rows of the call under way, by token. `outputs`: where a layer that is given the same tensor again and
     again, as the prompt from one denoising step to the next, keeps its output.
     """
     if isinstance(base, nn.Conv2d):
-        return AdaptedConv1x1(base, rows, outputs)
+        return AdaptedConv(base, rows, outputs)
     assert isinstance(base, nn.Linear)
     return AdaptedLinear(base, rows, outputs)
 
@@ -266,7 +278,3 @@ def _add_at(y: Tensor, rows: Tensor, x: Tensor, branch: LayerBranch) -> Tensor:
     delta, chosen = branch.factors(x), x.flatten(0, -2).index_select(0, rows)
     change = F.linear(F.linear(chosen, delta.down), delta.up) * branch.strength.value
     return y.flatten(0, -2).index_add(0, rows, change.to(y.dtype)).view(y.shape)
-
-
-def _convolve(x: Tensor, delta: Delta) -> Tensor:
-    return F.conv2d(F.conv2d(x, delta.down[:, :, None, None]), delta.up[:, :, None, None])

@@ -17,8 +17,8 @@ from fusion.adapters.layer import AdapterLayer
 from fusion.errors import ConfigError, GatingError, UnknownName, closest
 from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
-from fusion.models.base_check import check_base
-from fusion.models.layer_sites import sites
+from fusion.models.base_check import check_base, with_base_weights
+from fusion.models.layer_sites import all_sites
 from fusion.models.model_state import AttachedState, attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta
@@ -61,7 +61,7 @@ class Attachment:
         state.denoiser_gates += self._denoiser_gates
         self._is_in = True
         state.tokens.add(self._key, self.adapter.info.concepts, self.adapter.tokens)
-        for branch in self.adapter.branches:
+        for branch in with_base_weights(pipe, self.adapter).branches:
             self._add(pipe, state, branch, self._gates[branch.name], live=self._live)
 
     def _take_out(self) -> None:
@@ -75,7 +75,7 @@ class Attachment:
         state.denoiser_gates -= self._denoiser_gates
 
     def _add(self, pipe: Pipeline, state: AttachedState, branch: Branch, gate: tuple[str, ...], *, live: bool) -> None:
-        key, table = next(_keys), sites(pipe)
+        key, table = next(_keys), all_sites(pipe)
         for name, layer in branch.layers.items():
             source = layer.delta if live else _fixed_delta(layer)
             if isinstance(source, Delta) and not source.rank:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError, GatingError, OutputError
 from fusion.models.attachment import effective_gates
-from fusion.models.base_check import check_base
-from fusion.models.layer_sites import components, sites
+from fusion.models.base_check import check_base, with_base_weights
+from fusion.models.layer_sites import all_sites, components
 from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import silent_loading
@@ -35,10 +35,10 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
     if digest in state.baked:
         raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
     check_base(pipe, adapter, state.checks)
-    table = sites(pipe)
+    table = all_sites(pipe)
     make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     with torch.no_grad():
-        for name, delta in adapter.deltas().items():
+        for name, delta in with_base_weights(pipe, adapter).deltas().items():
             weight = table[name].module.weight
             assert isinstance(weight, torch.Tensor)
             weight.copy_(weight.float() + delta.to(weight.device).dense().reshape(weight.shape))

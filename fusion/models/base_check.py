@@ -3,14 +3,15 @@
 import logging
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fusion.adapters.adapter import Adapter
-from fusion.adapters.layer import SpectralLayer
+from fusion.adapters.adapter import Adapter, float32
+from fusion.adapters.layer import AdapterLayer, SpectralLayer
 from fusion.errors import BaseMismatch
-from fusion.models.layer_sites import Site, matrix, sites
+from fusion.models.layer_sites import Site, all_sites, matrix
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.spectrum import Spectrum, residual
 
@@ -48,7 +49,7 @@ def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = N
     Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above, or where layers are missing or differ in
     shape. Types without a basis are checked by shape.
     """
-    table, trained_on = sites(pipe), _trained_on(adapter)
+    table, trained_on = all_sites(pipe), _trained_on(adapter)
     for name in adapter.layer_names:
         if name not in table:
             raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
@@ -66,6 +67,25 @@ def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = N
         )  # fmt: skip
 
 
+def with_base_weights(pipe: Pipeline, adapter: Adapter) -> Adapter:
+    """The adapter with the pipeline's weights in the layers whose change depends on them (DoRA).
+
+    Raises BaseMismatch where it does not fit.
+    """
+    if not adapter.needs_base:
+        return adapter
+    check_base(pipe, adapter)
+    table = all_sites(pipe)
+    return replace(adapter, branches=tuple(replace(b, layers=_on_weights(b.layers, table)) for b in adapter.branches))
+
+
+def _on_weights(layers: Mapping[str, AdapterLayer], table: Mapping[str, Site]) -> dict[str, AdapterLayer]:
+    return {
+        name: float32(layer).on(matrix(table[name]).float()) if layer.needs_base else layer
+        for name, layer in layers.items()
+    }
+
+
 def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[float, str]:
     """The largest residual and its layer. Raises BaseMismatch above the limit, or for other shapes."""
     worst = 0.0, ""
@@ -79,7 +99,7 @@ def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[floa
                 )
             basis = layer.basis.spectrum() if isinstance(layer, SpectralLayer) else None
             with torch.no_grad():
-                shape = (len(basis.U), len(basis.V)) if basis else layer.delta().shape
+                shape = (len(basis.U), len(basis.V)) if basis else layer.shape
             if tuple(weight.shape) != shape:
                 raise BaseMismatch(
                     f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} "

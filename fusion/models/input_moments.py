@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusion.adapters.adapter import Adapter
 from fusion.layer_names import component_of
-from fusion.models.adapted_layers import AdaptedConv1x1, AdaptedLinear
+from fusion.models.adapted_layers import AdaptedConv, AdaptedLinear
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import sites
@@ -139,7 +139,8 @@ class _Recorder:
         self.concept_free = False  # every row counts to `free`
         self._inputs: dict[str, _LayerInputs] = {}
         table = sites(pipe)
-        self._hooks = [self._record(name, table[name].module) for name in layers]
+        # Convolutions of larger kernels have none: of their I·k·k inputs each, a matrix of all pairs is too large.
+        self._hooks = [self._record(name, table[name].module) for name in layers if name in table]
 
     def _record(self, name: str, module: nn.Module) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -150,7 +151,7 @@ class _Recorder:
             if not inputs.counted(x):
                 inputs.last = weakref.ref(x)
                 own = torch.zeros(rows.shape[:-1].numel(), dtype=torch.bool, device=x.device)  # (N,)
-                if isinstance(layer, AdaptedLinear | AdaptedConv1x1) and not self.concept_free:
+                if isinstance(layer, AdaptedLinear | AdaptedConv) and not self.concept_free:
                     own = layer.acts_on(rows)
                 inputs.own.add(rows.flatten(0, -2)[own])
                 inputs.free.add(rows.flatten(0, -2)[~own])

@@ -44,8 +44,19 @@ def adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """A convolution of a larger kernel: imported adapters may change it, trained ones do not."""
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.dilation == (1, 1)
+    return plain and not adaptable(module) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
 def sites(pipe: Pipeline) -> dict[str, Site]:
     """Every adaptable layer of a pipeline under its canonical name. Modules are walked again only when they change."""
+    return {name: site for name, site in all_sites(pipe).items() if adaptable(site.module)}
+
+
+def all_sites(pipe: Pipeline) -> dict[str, Site]:
+    """`sites`, and the convolutions of larger kernels."""
     table: dict[str, Site] = {}
     for component, root in components(pipe).items():
         module = uncompiled(root)
@@ -82,12 +93,12 @@ def walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
         if any(level.startswith(_PEFT) for level in path.split(".")):
             continue
         for attribute, module in parent.named_children():
-            if adaptable(module) and attribute not in _FUSED:
+            if (adaptable(module) or is_convolution(module)) and attribute not in _FUSED:
                 yield canonical(component, f"{path}.{attribute}" if path else attribute), Site(parent, attribute)
 
 
 def matrix(site: Site) -> torch.Tensor:
-    """The base weight at a site as (O, I)."""
+    """The base weight at a site as (O, I); of a convolution as (O, I·K), K cells of its kernel."""
     weight = site.module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach().flatten(1)

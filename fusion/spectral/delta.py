@@ -26,6 +26,19 @@ class Delta:
         """No change: rank 0."""
         return cls(torch.zeros(out_features, 0), torch.zeros(0, in_features))
 
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> "Delta":
+        """A matrix (O, I), exactly: one factor is the identity, so the rank is min(O, I).
+
+        A power of two evens out the factors, which is exact and spares float16 files the loss of small numbers.
+        """
+        out_features, in_features = matrix.shape
+        largest = float(matrix.detach().abs().max())
+        even = 2.0 ** round(torch.tensor(largest).log2().item() / 2) if largest else 1.0
+        if out_features <= in_features:
+            return cls(torch.eye(out_features).to(matrix) * even, matrix / even)
+        return cls(matrix / even, torch.eye(in_features).to(matrix) * even)
+
     @property
     def rank(self) -> int:
         return self.down.shape[0]

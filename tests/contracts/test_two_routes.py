@@ -7,7 +7,7 @@ from torch import nn
 
 from fusion.adapters import ADAPTERS
 from fusion.errors import GatingError
-from fusion.models.adapted_layers import AdaptedConv1x1, AdaptedLinear, LayerBranch, Strength, adapted
+from fusion.models.adapted_layers import AdaptedConv, AdaptedLinear, LayerBranch, Strength, adapted
 from fusion.models.gates import PictureRows, TokenRows
 from trained import moved, trained_layer
 
@@ -153,7 +153,7 @@ def test_an_adapted_layer_passes_for_its_base():
     for base in (linear(), nn.Conv2d(12, 20, 1, bias=False)):
         base.eval()
         wrapped = adapted(base)
-        assert isinstance(wrapped, AdaptedLinear | AdaptedConv1x1) and isinstance(wrapped, type(base))
+        assert isinstance(wrapped, AdaptedLinear | AdaptedConv) and isinstance(wrapped, type(base))
         assert wrapped.weight is base.weight and wrapped.bias is base.bias and not wrapped.training
         assert list(wrapped.state_dict()) == list(base.state_dict()) and len(list(wrapped.modules())) == 1
         assert repr(wrapped).split("(")[1] == repr(base).split("(")[1]

@@ -11,7 +11,7 @@ import tiny
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import Adapter, BaseInfo, Provenance
 from fusion.errors import ConfigError, FormatError, UnknownName
-from fusion.formats import LORA_FORMS, kohya_lora
+from fusion.formats import EXPORT_FORMS, kohya_lora
 from fusion.formats.adapter_file import load
 from fusion.formats.lora_export import export
 from fusion.formats.lora_file import balanced
@@ -55,7 +55,7 @@ def load_in_diffusers(pipe, report, adapter):
             pipe.load_textual_inversion(str(file))
 
 
-@pytest.mark.parametrize("form", LORA_FORMS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_what_is_exported_is_imported(kind, form, trained, tmp_path):
     adapter = trained(tiny.pipeline("sd1"), kind)
@@ -68,7 +68,7 @@ def test_what_is_exported_is_imported(kind, form, trained, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("form", LORA_FORMS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 def test_diffusers_draws_the_same_pictures(form, dtype, pipe, trained, side_by_side, wide, tmp_path):
     """Law 11: several concepts, layers of different ranks, every kind of layer, a token of two vectors."""
     pipe = published(pipe)
@@ -229,7 +229,7 @@ def test_balancing_changes_no_bit_of_the_product():
 
 def test_the_base_survives_the_journey(trained, tmp_path):
     for family, prediction in [("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")]:
-        for form in LORA_FORMS:
+        for form in EXPORT_FORMS:
             adapter = trained(published(tiny.pipeline(family)), targets=["unet.attn2.to_k"])
             again = load(export(adapter, tmp_path / "rex.safetensors", form).path)
             assert again.info.base == BaseInfo(family, adapter.info.base.name, prediction)
