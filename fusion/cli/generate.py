@@ -47,6 +47,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--from", dest="source", type=Path, metavar="PNG", help="repeat the recipe in this picture; flags override it")
     add("-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="folder, or .png file (default: out)")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
+    bound = 'use a LoRA or adapter of any program at a word: "<alice>=my_lora.safetensors", or at words of the prompt, '
+    bound += '"the knight=knight.safetensors"; repeatable'
+    add("--bind", action="append", default=[], metavar="WORD=FILE", help=bound)
     add_strengths(parser)
     where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
     where += "; or auto: each concept where the base would draw it"
@@ -62,6 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     from fusion.generation.drawing import generate
     from fusion.generation.recipe import recipe_of
+    from fusion.models.binding import bind
     from fusion.models.compilation import compile_unet
 
     recipe = recipe_of(args.source) if args.source else None
@@ -69,10 +73,17 @@ def run(args: Namespace) -> None:
     again = bool(recipe) and not {"seed", "num_images"} & flags_of(args, GenerationConfig).keys()
     check_outputs(args, config, [recipe.picture_seed] if recipe and again else config.seeds())
     adapters, files, strengths = choose_adapters(args, recipe)
+    words = [used.word for used in recipe.adapters] if recipe and not (args.adapters or args.bind) else []
+    words = words or [*(None for _ in args.adapters), *(word for word, _ in bindings(args.bind))]
     image = starting_picture(args.image, args.source, recipe)
     if recipe and recipe.base != "pocket" and not args.base:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
+    pairs = zip(adapters, words, strict=True)
+    adapters = [bind(pipe, adapter, word) if word else adapter for adapter, word in pairs]
+    if recipe and not (args.adapters or args.bind):
+        for used, adapter in zip(recipe.adapters, adapters, strict=True):
+            check_digest(used, adapter)
     if args.compile:
         compile_unet(pipe)
     parts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
@@ -105,9 +116,9 @@ def choose_adapters(args: Namespace, recipe: "Recipe | None") -> tuple[list["Ada
     from fusion.formats.adapter_file import load
 
     before = [used.strength for used in recipe.adapters] if recipe else []
-    if args.adapters or recipe is None:
-        same = before if len(before) == len(args.adapters) else None
-        return [load(path) for path in args.adapters], args.adapters, args.strength or same
+    if (files := [*args.adapters, *(path for _, path in bindings(args.bind))]) or recipe is None:
+        same = before if len(before) == len(files) else None
+        return [load(path) for path in files], files, args.strength or same
     pairs = [load_again(used, args.source) for used in recipe.adapters]
     return [adapter for adapter, _ in pairs], [path for _, path in pairs], args.strength or before
 
@@ -123,17 +134,33 @@ def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", Path]:
     if path is None:
         gone = f"'{(used.file or used.name)[:200]}' is gone, and '{picture}' needs it"
         raise FormatError(f"{gone}; name the adapter's file before --from.")
-    adapter = load(path)
+    return load(path), path
+
+
+def check_digest(used: "UsedAdapter", adapter: "Adapter") -> None:
+    """Raise FormatError for another adapter than the one of a recipe."""
     if (digest := adapter.digest()) != used.digest:
         raise FormatError(
-            f"'{path}' is not the adapter this picture was drawn with: its contents are {digest[:12]}, the recipe "
-            f"says {used.digest[:12]}. To draw with it all the same, name it before --from."
+            f"'{used.file or used.name}' is not the adapter this picture was drawn with: its contents are "
+            f"{digest[:12]}, the recipe says {used.digest[:12]}. To draw with it all the same, name it before --from."
         )
-    return adapter, path
+
+
+def bindings(texts: list[str]) -> list[tuple[str, Path]]:
+    """`WORD=FILE` of each text. Raises UsageError."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (word, _, file) in zip(texts, pairs, strict=True):
+        if not (word.strip() and file.strip()):
+            raise UsageError(f'--bind takes "<alice>=FILE" or "words of the prompt=FILE", got "{text}".')
+    return [(word.strip(), Path(file.strip())) for word, _, file in pairs]
 
 
 def check_words(prompt: str, adapters: list["Adapter"]) -> None:
     """Warn of tokens that no adapter knows, and of concepts that are not named, so that their gates stay shut."""
+    from fusion.models.binding import bound_word, with_bound_words
+
+    prompt = with_bound_words(prompt, adapters)
+    words = {a.info.concepts[0].token: word for a in adapters if (word := bound_word(a))}
     known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     named = [token.lower() for token in re.findall(TOKEN.pattern, prompt, re.IGNORECASE)]
     for token in dict.fromkeys(named):
@@ -141,8 +168,11 @@ def check_words(prompt: str, adapters: list["Adapter"]) -> None:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
     gated = [concept.token for adapter in adapters if adapter.gated for concept in adapter.info.concepts]
     if gated and not set(named) & set(known):
-        logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
-    elif unnamed := [token for token in gated if token not in named]:
+        logger.warning(
+            "The prompt has none of the tokens %s, so no concept will be in the picture.",
+            ", ".join(words.get(token, token) for token in known),
+        )
+    elif unnamed := [words.get(token, token) for token in gated if token not in named]:
         logger.warning("The prompt does not name %s, so nothing of that will be in the picture.", ", ".join(unnamed))
 
 

@@ -6,7 +6,7 @@ Knows nothing of training or files of adapters; the preview of a training is dra
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.pipeline_call import OnStep, call_pipeline, reporting
 from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 from fusion.models.attachment import attach
+from fusion.models.binding import acts_on_pictures, bound_word, with_bound_words
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_name
@@ -49,7 +50,8 @@ def generate(
     base's `fusion.toml`, then from the defaults, a size from the pipeline. With `image` the drawing starts from that
     picture. With `regions` their parts of the picture follow their prompts instead of the picture's; one that holds
     nothing but tokens, "<dog>", follows the picture's prompt with all other concepts by their nouns. With "auto" every
-    concept of a prompt that names several gets a region, where the base would draw it.
+    concept of a prompt that names several gets a region, where the base would draw it; so it is, too, where a prompt
+    names several adapters that were bound to words (`bind`) and act in layers that see no tokens.
     `on_step(step, total, preview)` is called after every step; preview() decodes the first picture.
     Raises ConfigError, UnknownName for a scheduler, TokenConflict for a token beyond what the text encoder reads, and
     whatever attach raises; Cancelled passes through.
@@ -66,6 +68,12 @@ def generate(
         image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
     )
     named = {token: noun for token, noun in nouns(adapters).items() if token in config.prompt}
+    if not config.regions and len(bound := _bound_to_pictures(adapters, named)) > 1:
+        config = config.updated({"regions": "auto"})
+        logger.warning(
+            "%s change layers that see no tokens: there, each acts in a region where the base would draw it. Give "
+            "regions to set others.", " and ".join(bound),
+        )  # fmt: skip
     _warn_about_settings(config, image, len(named))
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
@@ -115,21 +123,30 @@ def _sized(pipe: Pipeline, config: GenerationConfig, image: Image.Image | None) 
 
 
 def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequence[Adapter]) -> GenerationConfig:
-    """Settings in which tokens are in lower case. Raises TokenConflict for one that the text encoder does not read."""
+    """Settings in which tokens are in lower case, and stand for the phrases of bound adapters.
+
+    Raises TokenConflict for one that the text encoder does not read.
+    """
     state = attached_state(pipe)
     concepts = [*(state.tokens.concepts if state else ()), *(c for adapter in adapters for c in adapter.info.concepts)]
     tokens = {concept.token for concept in concepts}
     values: dict[str, object] = {}
-    if (prompt := lower_tokens(config.prompt, tokens)) != config.prompt:
+    if (prompt := lower_tokens(with_bound_words(config.prompt, adapters), tokens)) != config.prompt:
         values["prompt"] = prompt
     if config.regions != "auto":
-        regions = tuple(replace(part, prompt=lower_tokens(part.prompt, tokens)) for part in config.regions)
+        texts = [lower_tokens(with_bound_words(part.prompt, adapters), tokens) for part in config.regions]
+        regions = tuple(replace(part, prompt=text) for part, text in zip(config.regions, texts, strict=True))
         if any(new.prompt != part.prompt for new, part in zip(regions, config.regions, strict=True)):
             values["regions"] = regions
     config = config.updated(values)
     prompts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
     check_prompts(pipe, [config.prompt, config.negative_prompt, *prompts], concepts)
     return config
+
+
+def _bound_to_pictures(adapters: Sequence[Adapter], named: Mapping[str, str]) -> list[str]:
+    """The tokens in the prompt of bound adapters that change layers which see no tokens."""
+    return [a.info.concepts[0].token for a in adapters if acts_on_pictures(a) and a.info.concepts[0].token in named]
 
 
 def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, named: int) -> None:
@@ -147,4 +164,5 @@ def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, na
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:
     tokens = tuple(concept.token for concept in adapter.info.concepts)
-    return UsedAdapter(name=adapter.info.name, digest=adapter.digest(), strength=strength, tokens=tokens)
+    entries = {"name": adapter.info.name, "digest": adapter.digest(), "word": bound_word(adapter)}
+    return UsedAdapter(**entries, strength=strength, tokens=tokens)

@@ -28,6 +28,7 @@ class UsedAdapter(StrictModel):
     strength: float
     tokens: tuple[str, ...]
     file: str | None = None
+    word: str | None = None  # what `bind` has bound it to
 
 
 class Recipe(StrictModel):
