@@ -198,6 +198,16 @@ def open_base(name: str | None, args: Namespace, dtype: str | None, settings: Tr
     return open_pipeline(name, device=args.device, dtype=dtype, **options)
 
 
+def on_base(adapters: list[Any], args: Namespace) -> list[Any]:
+    """The adapters, with the weights of --base where their changes depend on them (DoRA)."""
+    if args.base is None or not any(adapter.needs_base for adapter in adapters):
+        return adapters
+    from fusion.models.base_check import with_base_weights
+
+    pipe = open_base(args.base, args, None)
+    return [with_base_weights(pipe, adapter) for adapter in adapters]
+
+
 STRENGTH = number(float, -MAX_STRENGTH, MAX_STRENGTH)
 
 

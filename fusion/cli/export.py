@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import add_base, add_file_arguments, example, file_size, open_base, print_list
+from fusion.cli.console import add_base, add_file_arguments, example, file_size, on_base, open_base, print_list
 from fusion.cli.distillation import (
     add_distillation_settings,
     distill_adapters,
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--to", required=True, metavar="FORM", choices=forms, help="diffusers/PEFT, or kohya (A1111, ComfyUI)")
     add_file_arguments(parser, "the LoRA")
     add("--distill", action="store_true", help="learn a LoRA of --rank that leaves other words alone")
-    add_base(parser.add_argument_group("base"), "for --distill: ")
+    add_base(parser.add_argument_group("base"), "for --distill and DoRAs: ")
     add_distillation_settings(parser)
 
 
@@ -35,7 +35,7 @@ def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import load
     from fusion.formats.lora_export import check_export_outputs, export
 
-    adapter, compression = load(args.adapter), {"rank": args.rank, "energy": args.energy}
+    (adapter,), compression = on_base([load(args.adapter)], args), {"rank": args.rank, "energy": args.energy}
     if args.distill:
         check_export_outputs(named(adapter, args.output.stem), args.output, overwrite=args.overwrite)
         adapter, compression = distill_adapters(lambda: open_base(args.base, args, None), [adapter], args), {}

@@ -18,6 +18,7 @@ from fusion.cli.console import (
     add_strengths,
     example,
     file_size,
+    on_base,
     open_base,
     print_compatibility,
 )
@@ -68,7 +69,7 @@ def run(args: Namespace) -> None:
     from fusion.generation.adapter_pictures import join_adapter_pictures
     from fusion.library.library_folder import Library
 
-    adapters = renamed([load(path) for path in args.adapters], args.rename)
+    adapters = on_base(renamed([load(path) for path in args.adapters], args.rename), args)
     tokens = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     target = check_adapter_output(args.output, tokens, overwrite=args.overwrite)
     if not args.overwrite and any(target.exists() and target.samefile(path) for path in args.adapters):

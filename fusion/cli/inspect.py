@@ -9,7 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import add_overwrite, file_size, print_compatibility, print_labelled, print_table
+from fusion.cli.console import (
+    add_base,
+    add_overwrite,
+    file_size,
+    on_base,
+    print_compatibility,
+    print_labelled,
+    print_table,
+)
 from fusion.distillation.held_out_errors import HeldOutErrors
 from fusion.output_files import check_output
 
@@ -23,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("paths", nargs="+", type=Path, metavar="PATH", help="adapter files, LoRA files, or folders of them")
     text = "also draw slice map and interference as .png, .svg or .pdf"
     add("-o", "--output", "--plot", dest="plot", type=Path, metavar="FILE", help=text)
+    add_base(parser.add_argument_group("base"), "for a DoRA, whose change depends on it: ")
     add("--json", action="store_true", help="print everything as JSON")
     add_overwrite(parser)
 
@@ -36,7 +45,7 @@ def run(args: Namespace) -> None:
 
         check_output(args.plot, endings=tuple(MARKS), overwrite=args.overwrite)
     files = list(expand(args.paths))
-    adapters = [load(path) for path in files]
+    adapters = on_base([load(path) for path in files], args)
     report = compatibility(adapters)
     measured = report.interference  # each branch of a fused adapter counts, as in `slices`
     slices = [branch.slices for adapter in adapters for branch in adapter.branches]

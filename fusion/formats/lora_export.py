@@ -75,11 +75,16 @@ def export(
     largest = max((delta.rank for delta in factors.values()), default=0)
     notes = [] if exact else [f"Compressed to rank {largest}; {share:.2%} of the change's energy is kept."]
     if imported:
-        notes.append(f"{len(imported)} layers are written as what they were imported as, not as a plain LoRA.")
+        notes.append(
+            f"{len(imported)} layers are written as what they were imported as, not as a plain LoRA. ComfyUI, A1111 "
+            "and Forge read them; diffusers reads no LoHa and LoKr of this form: export as 'diffusers' for it."
+        )
     family = adapter.info.base.family if adapter.info.base else ""
     if form == "kohya" and family == "sdxl" and any("time_embedding" in layer for layer in adapter.layer_names):
         notes.append("kohya's own loader skips the layers time_embed of SDXL; A1111, ComfyUI and diffusers read them.")
     notes += _notes(adapter, target, embeddings)
+    if not imported:
+        notes.append(f"diffusers: pipe.load_lora_weights('{target}')")
     return ExportReport(target, [target, *embeddings.values()], notes, largest, exact, share)
 
 
@@ -166,4 +171,4 @@ def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -
                 "tokenizer=pipe.tokenizer_2)",
             ]
         notes.append(f"diffusers: {'; '.join(lines)}")
-    return [*notes, f"diffusers: pipe.load_lora_weights('{target}')"]
+    return notes

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import fusion
 import tiny
 from fusion.adapters.adapter import float32
+from fusion.cli import main
 from fusion.errors import BaseMismatch, FormatError
 from fusion.layer_names import kernel_of
 from fusion.models.layer_sites import all_sites, matrix, sites
@@ -96,6 +97,36 @@ def test_pefts_own_files(kind, tmp_path):
     for name, change in theirs.items():
         all_sites(pipe)[name].module.weight.data += change.float()
     torch.testing.assert_close(attached, draw(pipe), rtol=1e-4, atol=1e-4)
+
+
+def test_what_asks_for_the_change_of_a_dora_needs_its_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.pipeline("sd1")
+    pipe.save_pretrained("base")
+    O, I = matrix(sites(pipe)[f"unet.{LAYERS[0]}"]).shape  # noqa: E741
+    stem = f"unet.{LAYERS[0]}"
+    tensors = {f"{stem}.lora_A.weight": torch.randn(2, I), f"{stem}.lora_B.weight": torch.randn(O, 2)}
+    save_file(tensors | {f"{stem}.lora_magnitude_vector": torch.rand(O)}, "dora.safetensors")
+    fuse = [
+        "fuse",
+        "dora.safetensors",
+        "dora.safetensors",
+        "--method",
+        "average",
+        "--rank",
+        "2",
+        "-o",
+        "out.safetensors",
+    ]
+    export = ["export", "dora.safetensors", "--to", "diffusers", "-o", "plain.safetensors"]
+    for command in (["inspect", "dora.safetensors"], fuse, export):
+        assert main(command) == 1
+        assert "'dora' is a DoRA" in capsys.readouterr().err
+        assert main([*command, "--base", "base", "--device", "cpu"]) == 0
+    exact = fusion.with_base_weights(pipe, fusion.load("dora.safetensors")).deltas()
+    torch.testing.assert_close(
+        fusion.load("plain.safetensors").deltas()[stem].dense(), exact[stem].dense(), rtol=1e-2, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
