@@ -121,7 +121,7 @@ def _fixed_delta(layer: AdapterLayer) -> Delta:
     if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
         return float32(layer).delta().detach()  # changes of these are not counted
     # Fused optimizers do not count versions up, but move the first number.
-    first = tensors[0].reshape(-1)[:1].tolist()
+    first = [tensor.reshape(-1)[:1].tolist() for tensor in tensors[:1]]
     state = first, [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors]
     if (cached := _deltas.get(layer)) is None or cached[0] != state:
         cached = _deltas[layer] = state, float32(layer).delta().detach()
