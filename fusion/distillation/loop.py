@@ -27,7 +27,7 @@ from fusion.distillation.requirements import check_distillable, own_captions, un
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import ConfigError, FusionError
-from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, read_checkpoint
+from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, prepare_folder, read_checkpoint
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
 from fusion.models.model_state import attached_state
@@ -98,6 +98,8 @@ class _Distillation:
         self.total = steps
         self.learns = any(branch.strength for adapter in ordered for branch in adapter.branches)
         self.settings = self._lasting_settings(ordered)
+        if config.checkpointing_steps:
+            prepare_folder(config.checkpoint_folder, steps)
         name, checkpoint = config.resume_from_checkpoint, None
         if name:
             checkpoint = find_checkpoint(name, config.checkpoint_folder, lambda p: read_checkpoint(p, self.settings))

@@ -27,6 +27,7 @@ from fusion.adapters.adapter import content
 from fusion.config import StrictModel
 from fusion.errors import ConfigError, FormatError, FusionError
 from fusion.formats.safetensors_file import opened, write_file
+from fusion.output_files import check_output, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,12 @@ def save_checkpoint(
     text = CheckpointState.model_validate(state).model_dump_json()
     write_file(path / FILE, tensors, {"state": text, "digest": _digest(text, tensors)}, "float32")
     return path
+
+
+def prepare_folder(folder: Path, steps: int) -> None:
+    """Remove what killed runs have left half written. Raises OutputError where no checkpoint could be written."""
+    remove_leftovers(folder, below=True)
+    check_output(folder / "new" / f"checkpoint-{steps}", folder=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.errors import FusionError
-from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints
+from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, prepare_folder
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
@@ -32,7 +32,7 @@ from fusion.models.denoising import Conditioning, encode_prompts, predict
 from fusion.models.layer_sites import Site
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
-from fusion.output_files import check_output, remove_leftovers
+from fusion.output_files import check_output
 from fusion.training import setup
 from fusion.training.accelerator import accelerated, check_tracker, frozen, precision
 from fusion.training.checkpoint import find_checkpoint, slice_of
@@ -78,8 +78,7 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     for sentence in config.idle_settings():
         logger.warning("%s", sentence)
     if config.checkpointing_steps:
-        remove_leftovers(checkpoint_folder(config), below=True)
-        check_output(checkpoint_folder(config) / "new" / f"checkpoint-{config.max_train_steps}", folder=True)
+        prepare_folder(checkpoint_folder(config), config.max_train_steps)
     settings, checkpoint = lasting_settings(pipe, config, data), None
     if name := config.resume_from_checkpoint:
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)

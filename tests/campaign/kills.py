@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import fusion
 from campaign import laws, materials, processes, studio
 from campaign.processes import Action, Child, Counter, Ending
 from fusion.base_models import opening
-from fusion.distillation.config import DistillationConfig
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -46,6 +44,7 @@ def workloads(base: Path) -> list[Workload]:
     prior = ["--with_prior_preservation", "--class_prompt", "a dog", "--num_class_images", "2", "--sample_batch_size"]
     trainings = {"train": [*train, *previews], "train with class pictures": [*train, *prior, "1"]}
     rex, tom, resume = "lib/rex.safetensors", "lib/tom.safetensors", ["--resume_from_checkpoint", "latest"]
+    distill = [*distillation(base), "-o", "out/d.safetensors"]
     fused = ["fuse", rex, tom, "-o", "out/both.safetensors"]
     return [
         *(Workload(name, words, [[*words, *resume], words]) for name, words in trainings.items()),
@@ -61,7 +60,7 @@ def workloads(base: Path) -> list[Workload]:
             ["library", "lib", "--rename", "rex", "max"],
             [["library", "lib", "--rename", "rex", "max"], ["library", "lib"]],
         ),
-        Workload("distill", partial(distill, base), [partial(distill, base, "latest"), partial(distill, base)]),
+        Workload("distill", distill, [[*distill, *resume], distill]),
         Workload("studio", partial(studio.teach, base), [partial(studio.resume, base)]),
         Workload(
             "library delete",
@@ -71,13 +70,12 @@ def workloads(base: Path) -> list[Workload]:
     ]
 
 
-def distill(base: Path, checkpoint: str | None = None) -> None:
-    """An adapter into a plain LoRA, resumed from a checkpoint or not."""
-    values = {"max_train_steps": 4, "checkpointing_steps": 2, "num_prompts": 16, "train_batch_size": 2, "rank": 2}
-    values |= {"decoys": 2, "lr_warmup_steps": 0, "resume_from_checkpoint": checkpoint, "output_dir": Path("out")}
-    config, adapter = DistillationConfig(**values), fusion.load("lib/rex.safetensors")
-    *_, last = fusion.distill(opening.open_pipeline(base, device="cpu"), [adapter], config)
-    fusion.save(last.adapter, "out/distilled.safetensors")
+def distillation(base: Path) -> list[str]:
+    """The words of a distillation, without the output."""
+    settings = {"rank": 2, "max_train_steps": 4, "checkpointing_steps": 2, "num_prompts": 16, "train_batch_size": 2}
+    settings |= {"decoys": 2, "lr_warmup_steps": 0}
+    words = ["export", "lib/rex.safetensors", "--to", "kohya", "--distill", "--base", str(base), "--device", "cpu"]
+    return [*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
 
 
 class Campaign:

@@ -12,6 +12,7 @@ from campaign import fork_server, kills, laws, materials, processes
 from campaign.processes import Counter
 from fusion.base_models import opening
 
+RESUMED = ("train", "distill")
 OTHERS = b"somebody else's work"
 
 
@@ -47,6 +48,7 @@ def writers(base: Path) -> list[Writer]:
         ),
         Writer("fuse", output("fuse", rex, tom), ".safetensors", large=True),
         Writer("export", output("export", rex, "--to", "kohya"), ".safetensors", "_rex.safetensors", large=True),
+        Writer("distill", output(*kills.distillation(base)), ".safetensors", "_rex.safetensors", large=True),
         Writer("generate", output("generate", rex, "--prompt", "a <rex>", *on), ".png"),
         Writer("generate, folder", output("generate", rex, "--prompt", "a <rex>", *on), ""),
         Writer("compare", output("compare", rex, "--prompt", "a <rex>", "--strengths", "1", *on), ".png"),
@@ -95,7 +97,7 @@ class Table:
     def finish(self, writer: Writer, words: list[str]) -> None:
         """Where there is room again, the same command succeeds; a training, resumed if it has a checkpoint."""
         resume = ["--resume_from_checkpoint", "latest"]
-        for again in [[*words, *resume], words] if writer.name == "train" else [words]:
+        for again in [[*words, *resume], words] if writer.name in RESUMED else [words]:
             ending = processes.run(again, self.work, timeout=60)
             if ending.code == 0:
                 return
