@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fusion.output_files import write_output
+
 TITLE = "# Benchmarks"
 
 
@@ -55,4 +57,4 @@ def write(path: Path, sections: Iterable[Section]) -> None:
     parts = {part.partition("\n")[0]: f"## {part.strip()}" for part in ("\n" + old).split("\n## ")[1:]}
     for section in sections:
         parts[section.title] = section.markdown()
-    path.write_text("\n\n".join([TITLE, *parts.values()]) + "\n", encoding="utf-8")
+    write_output(path, ("\n\n".join([TITLE, *parts.values()]) + "\n").encode())

@@ -18,6 +18,7 @@ from benchmarks.laboratory.store import Missing
 from benchmarks.laboratory.trainer import RATE
 from fusion.evaluation import plots
 from fusion.evaluation.identity import RESAMPLES
+from fusion.output_files import write_output
 
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by hand
 SHEET_ARMS = (
@@ -161,7 +162,7 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     if output:
-        output.write_text(text, encoding="utf-8")
+        write_output(output, text.encode())
     return text
 
 
