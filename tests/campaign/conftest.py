@@ -9,7 +9,7 @@ import pytest
 from campaign.fork_server import ForkServer
 
 # Which share of the minutes each part gets; targets and clients take as long as they take.
-SHARES = {"kills": 0.5, "fuzz": 0.3, "races": 0.1, "studio": 0.1}
+SHARES = {"kills": 0.6, "fuzz": 0.3, "races": 0.05, "studio": 0.05}
 FIGURES = pytest.StashKey[dict[str, str]]()
 
 

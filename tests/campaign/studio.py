@@ -72,9 +72,9 @@ def _resume(session: object) -> bool:
 
 def _learned(session: object) -> bool:
     """Wait for the end of the training. Not learned is one that was stopped because the studio is ending."""
-    while any(job.state in ("waiting", "preparing", "learning") for job in session.trainings.jobs):
+    while any(job.state in ("waiting", "preparing", "learning") for job in session.jobs.jobs):
         time.sleep(0.01)
-    (job,) = session.trainings.jobs
+    (job,) = session.jobs.jobs
     assert job.state in ("learned", "stopped"), f"{job.state}: {job.error}"
     return job.state == "learned"
 

@@ -75,7 +75,7 @@ def test_studio_endpoints(server, folder, seed, minutes, rounds, figures):
     """Hostile values to every endpoint of the studio: a result or a sentence, and the studio is as it was."""
     endings, problems = Counter(), []
     for number in rounds("studio"):
-        tally, wrong = server.call("campaign.studio_fuzz:fuzz", folder, seed + number, 400 if minutes else 38)
+        tally, wrong = server.call("campaign.studio_fuzz:fuzz", folder, seed + number, 200 if minutes else 38)
         endings, problems = endings + Counter(tally), problems + wrong
     figures(f"{sum(endings.values())} calls: {dict(endings)}")
     assert not problems, "\n".join(problems)
