@@ -252,7 +252,7 @@ def checked_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | 
     """One strength for each adapter, 1 where none are given. Raises ConfigError for another number or no number."""
     values = [1.0] * len(adapters) if strengths is None else [float(strength) for strength in strengths]
     if len(values) != len(adapters):
-        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)} strengths.")
+        raise ConfigError(f"Give one strength for each of the {len(adapters)} adapters; got {len(values)}.")
     if wrong := [value for value in values if not abs(value) <= MAX_STRENGTH]:  # NaN is not
         bounds = f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
         raise ConfigError(f"A strength is a number {bounds}, such as 0.8; got {wrong[0]:g}.")

@@ -118,6 +118,8 @@ def read_metadata(folder: Path, problems: list[str], unused: list[str]) -> dict[
             problems.append(f"{METADATA}, line {number}: {error}")
         else:
             texts |= {path: text} if path else {}
+    if file.exists() and not texts and not problems:
+        unused.append(f"{METADATA}, which is empty")
     return texts
 
 

@@ -43,7 +43,11 @@ class ForkServer:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:  # it still works for a call that nobody waits for
+            self.process.kill()
+            self.process.wait()
         self.process.stdout.close()
 
 

@@ -109,13 +109,14 @@ class Campaign:
             self.problems.append(f"{workload.name}, {way}: {'; '.join(problems)}")
             keep = self.folder / "problems" / f"{workload.name} {way}"
             shutil.copytree(work, keep, symlinks=True, dirs_exist_ok=True)
+            (keep / "problems.txt").write_text(self.problems[-1])
 
     def uninterrupted(self, workload: Workload) -> tuple[laws.Contents, laws.Contents, set[str], tuple]:
         """The folder before and after, what is hidden in it, and how long, busy and large the command is."""
         work = laws.fresh(self.folder / "work", *parts(self.folder))
         before, counter = laws.contents(work), Counter()
         ending = processes.run(workload.words, work, in_folder(work, partial(processes.count_file_events, counter)))
-        assert ending.code == 0 and not ending.traceback, ending.output
+        assert ending.code == 0 and not ending.traceback, f"{ending.code}: {ending.last_lines}"
         sizes = [file.stat().st_size for file in work.rglob("*") if file.is_file() and file.stat().st_mtime_ns]
         return before, laws.contents(work), laws.hidden_files(work), (ending.seconds, counter.value, max(sizes))
 
@@ -160,5 +161,8 @@ def run(folder: Path, seed: int, times: dict[str, int] | int) -> tuple[dict[str,
     for workload in workloads(folder / materials.BASE):
         count = times if isinstance(times, int) else times.get(workload.name, 0)
         if count:
-            campaign.kill(workload, count)
+            try:
+                campaign.kill(workload, count)
+            except AssertionError as error:  # what was counted until then stays counted
+                campaign.report(workload, "uninterrupted", [str(error)], folder / "work")
     return dict(campaign.tally), campaign.problems

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Action = Sequence[str] | Callable[[], object]  # the words after `fusion`, or a function
+TIMEOUT = 300  # seconds, after which a command hangs
 CRASH = 99  # exit code of an exception that no command should let through
 LATER = (signal.SIGINT, signal.SIGTERM)  # these wait until the command itself runs
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "fcntl.flock", "shutil.rmtree"}
@@ -53,7 +54,7 @@ class Child:
         os.close(log)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
 
-    def wait(self, timeout: float = 120) -> Ending:
+    def wait(self, timeout: float = TIMEOUT) -> Ending:
         """Wait for its end; after `timeout` seconds it is killed."""
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -84,7 +85,7 @@ class Child:
             os.close(self.output)
 
 
-def run(action: Action, folder: Path, prepare: Callable[[], object] | None = None, timeout: float = 120) -> Ending:
+def run(action: Action, folder: Path, prepare: Callable[[], object] | None = None, timeout: float = TIMEOUT) -> Ending:
     return Child(action, folder, prepare).wait(timeout)
 
 

@@ -15,7 +15,7 @@ pytestmark = [
 # Kills of each workload in a sample, and in each round of the long form.
 SAMPLE = {"train": 2, "fuse": 1, "export": 1, "generate": 1, "bake": 1, "library rename": 2, "library delete": 1}
 ROUND = {"train": 4, "train with class pictures": 2, "fuse": 2, "export": 3, "generate": 3, "compare": 1, "bake": 2}
-ROUND |= {"inspect": 1, "library add": 2, "library rename": 2, "library delete": 2, "studio": 2, "distill": 1}
+ROUND |= {"inspect": 1, "library add": 2, "library rename": 2, "library delete": 2, "studio": 1, "distill": 3}
 SAMPLE_WRITERS = ["export", "generate"]
 
 
