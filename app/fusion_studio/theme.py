@@ -41,5 +41,6 @@ def launch_options(host: str = "127.0.0.1", allowed_hosts: Iterable[str] = ()) -
         "app_kwargs": {"lifespan": checked_lifespan(AllowedHosts(host, allowed_hosts))},
         # One server, which checks every request: no others that serve files or pages beside it.
         "ssr_mode": False,
+        "_frontend": False,  # gradio gives up where its own page takes 3 seconds to answer, as on a busy machine
         "num_workers": 0,
     }

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from fusion.config import MAX_BATCH, MAX_SEED, MAX_STEPS, MAX_WEIGHT, NAME, StrictModel
+from fusion.config import MAX_BATCH, MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_WEIGHT, NAME, StrictModel
 from fusion.errors import ConfigError
 
 # What may be another when a distillation is resumed; every other setting shapes the adapter.
@@ -119,10 +119,13 @@ class DistillationConfig(StrictModel):
         try:
             lines = self.prompts.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"prompts: '{self.prompts}' cannot be read as text: {error}.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"prompts: '{self.prompts}' cannot be read as text: {reason}.") from None
         prompts = [line.strip().replace("[trigger]", "{token}") for line in lines if line.strip()]
         if not any("{token}" in prompt for prompt in prompts):
             raise ConfigError(f"prompts: '{self.prompts}' has no line with {{token}}; write it where a concept stands.")
+        if (longest := max(map(len, prompts))) > MAX_PROMPT:
+            raise ConfigError(f"prompts: '{self.prompts}' has a line of {longest:,} letters; at most {MAX_PROMPT:,} fit.")
         return prompts
 
     @property

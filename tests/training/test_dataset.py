@@ -248,6 +248,8 @@ def test_captions_in_metadata_under_another_key_are_taken_or_told(tmp_path):
         "a.png": "a <dog> asleep", "b.png": "a <dog> awake", "c.png": "a <dog> in snow", "d.png": "a <dog>",
     }  # fmt: skip
     assert "Not used: 'description' in metadata.jsonl." in read(tmp_path).warnings
+    metadata(tmp_path)
+    assert "Not used: metadata.jsonl, which is empty." in read(tmp_path).warnings
 
 
 def test_a_snapshot_in_the_hubs_cache_is_read_with_and_without_metadata(tmp_path):
