@@ -125,7 +125,7 @@ class DistillationConfig(StrictModel):
         if not any("{token}" in prompt for prompt in prompts):
             raise ConfigError(f"prompts: '{self.prompts}' has no line with {{token}}; write it where a concept stands.")
         if (longest := max(map(len, prompts))) > MAX_PROMPT:
-            raise ConfigError(f"prompts: '{self.prompts}' has a line of {longest:,} letters; at most {MAX_PROMPT:,} fit.")
+            raise ConfigError(f"prompts: '{self.prompts}' has {longest} letters in a line; the limit is {MAX_PROMPT}.")
         return prompts
 
     @property
