@@ -40,7 +40,7 @@ class DistillationJob(Job):
         self.tokens = [token for adapter in self.adapters for token in tokens_of(adapter.info)]
         self.prompt = session.example_prompt(self.tokens[:2])
         self.folder = session.library / FOLDER / self.name
-        defaults = fusion.DistillationConfig()
+        defaults = fusion.DistillationConfig.model_validate({})
         usual = {"rank": defaults.rank, "max_train_steps": defaults.steps_for(len(self.tokens))}
         total = round(usual["max_train_steps"] * THOROUGHNESS[thoroughness])
         super().__init__(" ".join(self.tokens), total)

@@ -6,6 +6,7 @@ what each merge makes, and the start and end of a text, 49,408 words in all.
 
 import gzip
 from importlib.resources import files
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -22,4 +23,5 @@ def make_clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *(first + second for first, second in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=_LENGTH)
+    options: Any = {"vocab": vocabulary, "merges": merges}  # annotated as text; the pairs are what is read
+    return CLIPTokenizer(**options, pad_token=pad, model_max_length=_LENGTH)

@@ -189,6 +189,7 @@ def _flat_text_encoder(path: Path, folder: Path, dtype: torch.dtype) -> nn.Modul
     with safe_open(path, framework="pt", device="cpu") as file:
         names = [name for name in file.keys() if name.startswith(_TEXT) and not name.endswith("position_ids")]  # noqa: SIM118
         weights = {name.removeprefix(_TEXT): file.get_tensor(name).to(dtype) for name in names}
-    encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")).to(dtype)
+    encoder: Any = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    encoder = encoder.to(dtype)
     encoder.load_state_dict(weights)
     return encoder.eval()

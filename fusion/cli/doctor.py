@@ -127,20 +127,23 @@ def train(pipe: Any, steps: int, side: int, report: Report) -> Any:
         pictures = Path(folder) / "pictures"
         pictures.mkdir()
         picture.save(pictures / "picture.png")
-        config = TrainingConfig(
-            token=TOKENS[0], noun=NOUN, instance_data_dir=pictures, output_dir=Path(folder), adapter_type="lora",
-            max_train_steps=steps, train_batch_size=1, resolution=side, learning_rate=LEARNING_RATE,
-            lr_scheduler="constant", checkpointing_steps=0, num_validation_images=0,
-        )  # fmt: skip
-        losses, began = list[float](), time.monotonic()
+        settings: dict[str, Any] = {
+            "token": TOKENS[0], "noun": NOUN, "instance_data_dir": pictures, "output_dir": Path(folder),
+            "adapter_type": "lora", "max_train_steps": steps, "train_batch_size": 1, "resolution": side,
+            "learning_rate": LEARNING_RATE, "lr_scheduler": "constant", "checkpointing_steps": 0,
+            "num_validation_images": 0,
+        }  # fmt: skip
+        config = TrainingConfig.model_validate(settings)
+        losses, began, adapter = list[float](), time.monotonic(), None
         for step in train_adapter(pipe, config):
             losses.append(step.loss)
+            adapter = step.adapter
             began = time.monotonic() if len(losses) == 1 else began  # the first one prepares
         seconds = (time.monotonic() - began) / (steps - 1)
     finite = all(abs(loss) < float("inf") for loss in losses)
     text = f"{steps} steps of {side} px, {seconds:.2f} s each, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     report.verdict("training is finite", finite, text)
-    return step.adapter
+    return adapter
 
 
 def check_gates(pipe: Any, adapter: Any, side: int, picture: Any, report: Report) -> None:
@@ -162,7 +165,7 @@ def memory(pipe: Any) -> str:
     except ImportError:  # Windows
         import psutil
 
-        peak = psutil.Process().memory_info().peak_wset
+        peak = psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     text = f"{peak / 1e9:.1f} GB at most"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
@@ -16,14 +16,17 @@ MAY_CHANGE = {
     *("checkpoints_total_limit", "target_error"),
 }
 # What a prompt has to be about where the base's fusion.toml lists nothing.
-SUBJECTS = (
-    "dog cat bird horse cow sheep pig rabbit mouse bear lion tiger elephant monkey fox wolf fish snake frog duck owl "
-    "butterfly spider dragon man woman child boy girl baby king queen knight soldier robot ghost angel astronaut "
-    "doctor car bus train boat ship plane bicycle truck rocket house castle church tower bridge street city room "
-    "kitchen door window chair table bed lamp clock book phone camera guitar piano ball hat shoe dress shirt bag cup "
-    "bottle knife umbrella flower rose tree leaf forest mountain river beach sea island sky cloud sun moon star snow "
-    "fire apple banana bread cake pizza egg face hand eye"
-).split()
+SUBJECTS = list[str](
+    (
+        "dog cat bird horse cow sheep pig rabbit mouse bear lion tiger elephant monkey fox wolf fish snake "
+        "frog duck owl butterfly spider dragon man woman child boy girl baby king queen knight soldier robot "
+        "ghost angel astronaut doctor car bus train boat ship plane bicycle truck rocket house castle church "
+        "tower bridge street city room kitchen door window chair table bed lamp clock book phone camera "
+        "guitar piano ball hat shoe dress shirt bag cup bottle knife umbrella flower rose tree leaf forest "
+        "mountain river beach sea island sky cloud sun moon star snow fire apple banana bread cake pizza egg "
+        "face hand eye"
+    ).split()
+)
 PHRASES = ("subjects", "styles")
 Phrases = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=10_000)]
 
@@ -103,7 +106,7 @@ class DistillationConfig(StrictModel):
         """The steps of a distillation of so many concepts."""
         return self.max_train_steps or 640 + 40 * concepts
 
-    def lasting_settings(self) -> dict[str, object]:
+    def lasting_settings(self) -> dict[str, Any]:
         """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""
         return self.model_dump(mode="json", exclude={*MAY_CHANGE, *PHRASES}) | {"phrases": self._phrases_digest()}
 

@@ -164,5 +164,5 @@ def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, na
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:
     tokens = tuple(concept.token for concept in adapter.info.concepts)
-    entries = {"name": adapter.info.name, "digest": adapter.digest(), "word": bound_word(adapter)}
-    return UsedAdapter(**entries, strength=strength, tokens=tokens)
+    name, digest, word = adapter.info.name, adapter.digest(), bound_word(adapter)
+    return UsedAdapter(name=name, digest=digest, word=word, strength=strength, tokens=tokens)

@@ -90,7 +90,7 @@ def _digest(pipe: Pipeline) -> str:
     """
     sha = hashlib.sha256()
     for name, site in sorted(sites(pipe).items()):
-        weight = site.module.weight
+        weight: Any = site.module.weight
         if weight.is_meta or not weight.is_floating_point() or type(weight) not in (torch.Tensor, nn.Parameter):
             return ""
         negative = weight.detach().flatten()[:_SAMPLE].float().signbit()
