@@ -152,7 +152,7 @@ def test_teach_combine_draw_two_regions_and_export(tab, session, monkeypatch):
     assert download.value.path().stat().st_size > 10_000
     make_one_lora(tab)
     open_tab(tab, "Library")
-    expect(tab.locator(".card")).to_have_count(2)
+    expect(tab.locator(".card")).to_have_count(3)  # the one LoRA, too
     expect(tab.locator("#slices")).to_contain_text("directions are free")
     photograph(tab, "library")
 
