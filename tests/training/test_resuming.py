@@ -140,9 +140,10 @@ def test_resuming_under_other_settings_is_refused_by_name(prior, pictures, monke
             changes = changes if prior else {**PRIOR, "class_prompt": "a cat"}
         if name == "token":
             changes["instance_prompt"] = "a {token}"
-        slices = {"slice": r"\[0, 4, 1\], not \[4, 4, 1\]"}
+        # What was chosen is stored: the slice, and the precision that "auto" means for the base.
+        chosen = {"slice": r"\[0, 4, 1\], not \[4, 4, 1\]", "mixed_precision": "'no', not 'bf16'"}
         first = "with_prior_preservation" if not prior and name == "class_prompt" else name
-        values = slices.get(name, rf"{before[name]!r}, not ") if first == name else ""
+        values = chosen.get(name, rf"{before[name]!r}, not ") if first == name else ""
         with pytest.raises(ConfigError, match=f"was made with {first} = {values}"):
             next(fusion.train(pipe, resume(settings, checkpoint, **changes)))
 
