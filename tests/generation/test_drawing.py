@@ -61,7 +61,7 @@ def test_mistakes_are_named():
         draw(pipe, scheduler="eulr")
     with pytest.raises(ConfigError, match="multiple of"):
         draw(pipe, width=17)
-    with pytest.raises(ConfigError, match="strengths"):
+    with pytest.raises(ConfigError, match="one strength for each of the 0 adapters; got 1"):
         draw(pipe, strengths=[1.0])
 
 
