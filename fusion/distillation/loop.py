@@ -97,7 +97,11 @@ class _Distillation:
         ordered = sorted(scaled, key=lambda adapter: [concept.token for concept in adapter.info.concepts])
         self.total = steps
         self.learns = any(branch.strength for adapter in ordered for branch in adapter.branches)
-        self.settings = self._lasting_settings(ordered)
+        self.base, self.lasting = base_info(pipe), config.lasting_settings()
+        # Everything that shapes the result, in JSON values: a distillation is resumed under the same only.
+        self.settings: dict[str, Any] = {
+            **self.base.lasting_settings(), "adapters": [adapter.digest()[:16] for adapter in ordered], **self.lasting
+        }  # fmt: skip
         if config.checkpointing_steps:
             prepare_folder(config.checkpoint_folder, steps)
         name, checkpoint = config.resume_from_checkpoint, None
@@ -130,14 +134,6 @@ class _Distillation:
         self._measure_teacher()
         self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)
         self._start(checkpoint)
-
-    def _lasting_settings(self, ordered: Sequence[Adapter]) -> dict[str, Any]:
-        """Everything that shapes the result, in JSON values: a distillation is resumed under the same only."""
-        return {
-            **base_info(self.pipe).lasting_settings(),
-            "adapters": [adapter.digest()[:16] for adapter in ordered],
-            **self.config.lasting_settings(),
-        }
 
     def _start(self, checkpoint: Checkpoint | None) -> None:
         """The optimizer and the averages, fresh or from a checkpoint."""
@@ -310,9 +306,9 @@ class _Distillation:
         settings = {"method": "distill", "strengths": list(self.strengths), "errors": errors.to_json()}
         provenance = Provenance(
             "distill", step, self.config.seed, tuple(f"{a.info.name} {a.digest()[:12]}" for a in self.adapters),
-            {**settings, **self.config.lasting_settings()}, self.run,
+            {**settings, **self.lasting}, self.run,
         )  # fmt: skip
-        info = AdapterInfo(name, base_info(self.pipe), concepts, provenance)
+        info = AdapterInfo(name, self.base, concepts, provenance)
         branches = (Branch("+".join(names), "lora", layers), *unfed_branches(self.adapters, self.strengths))
         return Adapter(info, branches, {concept.token: tokens[concept.token] for concept in concepts})
 

@@ -176,6 +176,16 @@ def test_closed_midway_the_pipeline_is_as_it_was_also_between_steps(tmp_path):
     assert all([*component.modules()] == modules[name] for name, component in components(pipe).items())
 
 
+def test_ones_own_prompts_are_read_before_the_first_step_only(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("{token} at sea")
+    pipe = tiny.pipeline("sd1")
+    steps = fusion.distill(pipe, two(pipe), config(tmp_path, max_train_steps=2, prompts=prompts))
+    next(steps)
+    prompts.unlink()
+    assert last(steps).adapter.info.provenance.settings["phrases"]
+
+
 def test_resumed_it_ends_where_an_uninterrupted_one_ends(tmp_path):
     pipe = tiny.pipeline("sd1")
     adapters, others = two(pipe), two(pipe, scale=0.1)
