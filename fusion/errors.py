@@ -34,6 +34,10 @@ class OutputError(FormatError):
     """An output cannot be written, or would replace what somebody else has made."""
 
 
+class OutOfMemory(FusionError):
+    """The memory of the machine or of its GPU does not suffice."""
+
+
 class SliceConflict(FusionError):
     """Two adapters own the same singular directions, or a slice does not fit a weight."""
 

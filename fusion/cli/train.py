@@ -28,7 +28,7 @@ from fusion.cli.console import (
     with_progress,
 )  # fmt: skip
 from fusion.config import read_base_defaults, settings_of
-from fusion.errors import ConfigError, OutputError
+from fusion.errors import ConfigError, OutOfMemory, OutputError
 from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
 from fusion.training.presets import PRESETS, preset
@@ -120,10 +120,10 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
                     save_previews(step, config)
                     if step.step == step.total:  # while the slice is still reserved
                         target = save_adapter(training, step, config, args)
-            except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):
+            except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):
                 checkpoint = last_checkpoint(training, config, step)
                 raise
-    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):
+    except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):
         hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
         print(f"stopped after step {step.step if step else 0}. {hint}", file=sys.stderr)
         raise

@@ -5,13 +5,16 @@ float32, or bfloat16 where float32 would not fit into memory.
 """
 
 import logging
+import re
 import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, OutOfMemory
 from fusion.models.stored_weights import stored_parameters
 
 logger = logging.getLogger(__name__)
@@ -95,3 +98,23 @@ def as_dtype(dtype: torch.dtype | str | None, device: torch.device, folder: Path
         "it is opened in bfloat16.", parameters / 1e9, available / 1e9,
     )  # fmt: skip
     return half_precision(device)
+
+
+@contextmanager
+def explained_memory(advice: Callable[[], str]) -> Generator[None]:
+    """Raise OutOfMemory, a line ending in `advice()`, where the machine's memory or a GPU's does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()):
+            raise
+        wanted = re.search(r"allocate (\d+ bytes|[\d.]+ \w+)", text)
+        size = f" for another {_readable(wanted[1])}" if wanted else ""
+        raise OutOfMemory(f"The memory does not suffice{size}; {advice()}") from error
+
+
+def _readable(size: str) -> str:
+    """`512 bytes` and more in GB; other units as they are."""
+    number, unit = size.split()
+    return f"{int(number) / 1e9:.2g} GB" if unit == "bytes" else size

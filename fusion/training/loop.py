@@ -29,6 +29,7 @@ from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, encode_prompts, predict
+from fusion.models.devices import explained_memory
 from fusion.models.layer_sites import Site
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
@@ -68,7 +69,7 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     targets, checkpoint, slice (reserved in the library for as long as training lasts). Resumed after its last step, a
     training yields that step once more, so that its adapter can be saved. Raises DatasetError, ConfigError,
     SliceConflict, UnknownName; FormatError for a damaged checkpoint; OutputError where checkpoints cannot be written;
-    FusionError when the loss is not finite.
+    OutOfMemory, with the settings that help; FusionError when the loss is not finite.
 
     Ctrl+C, a KeyboardInterrupt thrown into the generator, and any error end a training after a checkpoint of its last
     whole step. A checkpoint that cannot be written ends nothing; a warning says so.
@@ -83,6 +84,7 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     if name := config.resume_from_checkpoint:
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
     with (
+        explained_memory(lambda: setup.memory_advice(config, data.resolution)),
         setup.reserved_slice(pipe, config, targets, checkpoint and slice_of(checkpoint)) as directions,
         accelerated(pipe, config) as accelerator,
         frozen(pipe, config),

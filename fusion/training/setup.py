@@ -183,6 +183,19 @@ def warn_about_gates(config: TrainingConfig, layers: list[str]) -> None:
         )
 
 
+def memory_advice(config: TrainingConfig, resolution: int) -> str:
+    """The end of a sentence about too little memory: the settings that would take less, the most helpful first."""
+    helpful = {
+        "gradient_checkpointing = true": not config.gradient_checkpointing,
+        f"train_batch_size below {config.train_batch_size} (with gradient_accumulation_steps)": (
+            config.train_batch_size > 1
+        ),
+        "mixed_precision = 'bf16' or 'fp16'": config.mixed_precision == "no",
+        f"a resolution below {resolution}": True,
+    }
+    return f"what helps: {', '.join(name for name, helps in helpful.items() if helps)}."
+
+
 def tool() -> str:
     """What made an adapter, for its provenance."""
     try:
