@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import pairwise
@@ -106,12 +106,23 @@ def add_setting(group: Any, setting: Setting) -> None:
     if setting.choices:
         reading = {"choices": setting.choices}
     elif list in setting.kinds:
-        reading = {"nargs": "+", "metavar": "TEXT"}
+        words = {"action": _words(setting)} if str not in setting.kinds else {}
+        reading = {"nargs": "+", "metavar": "TEXT", **words}
     elif bool in setting.kinds:  # --random_flip as in diffusers' scripts, --random_flip false as in TOML
         reading |= {"nargs": "?", "const": True}
     group.add_argument(f"--{setting.name}", default=SUPPRESS, help=text, **reading)
     for other in setting.aliases:
         group.add_argument(f"--{other}", dest=setting.name, default=SUPPRESS, help=SUPPRESS, **reading)
+
+
+def _words(setting: Setting) -> type[Action]:
+    """Reads the words of a list: separate ones, and within each what commas separate."""
+
+    class Words(Action):
+        def __call__(self, _parser: Any, namespace: Namespace, values: Any, _flag: str | None = None) -> None:
+            setattr(namespace, self.dest, setting.parse(",".join([*values, ""])))
+
+    return Words
 
 
 def metavar(setting: Setting) -> str:

@@ -63,7 +63,7 @@ class PromptDistribution:
     subjects: Sequence[str] = ()
     styles: Sequence[str] = ()
     use_templates: bool = True
-    free_share: float = 0.35
+    free_share: float = 0.45
 
     def draw(self, rng: random.Random, count: int, tokens: tuple[int, int] | None = None) -> list[str]:
         """`count` prompts; with `tokens` only such as hold so many concepts, from the first number to the second."""

@@ -77,12 +77,14 @@ class Teacher:
     @contextmanager
     def attached(self) -> Generator[None]:
         pipe: Any = self.pipe
+        name = "maybe_convert_prompt"
         with ExitStack() as stack, silent_loading():  # random prompts may be cut; that is no news
             for adapter in (*self.adapters, self.decoys):
                 stack.enter_context(attach(self.pipe, adapter))
             # The pipeline's own method goes through all added tokens for every word: half the time of an answer.
+            owners = vars(pipe).get(name)  # one that the pipeline's owner has set
+            stack.callback(*((setattr, pipe, name, owners) if owners else (delattr, pipe, name)))
             pipe.maybe_convert_prompt = self._expanded
-            stack.callback(delattr, pipe, "maybe_convert_prompt")
             yield
 
     def _expanded(self, prompt: str | list[str], _tokenizer: object) -> str | list[str]:

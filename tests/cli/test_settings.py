@@ -59,6 +59,12 @@ def test_lists_are_several_words(job):
     assert config.validation_prompts() == ("a <dog>",)
 
 
+def test_lists_may_also_be_separated_by_commas(job):
+    assert settings("--config", job, "--targets", "text_encoder, unet.attn2").targets == ["text_encoder", "unet.attn2"]
+    for words, subjects in ((["dog face, cat", "rose"], ["dog face", "cat", "rose"]), (["dog face"], ["dog face"])):
+        assert arguments("fuse", ["a", "--subjects", *words, "-o", "b"]).subjects == subjects
+
+
 def test_unknown_keys_in_the_file_are_usage_errors_with_a_suggestion(job, capsys):
     job.write_text(job.read_text() + "rnak = 8\n")
     assert main(["train", "--config", str(job)]) == 2
