@@ -43,6 +43,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--activations", action="store_true", help="also measure each one's response to the inputs of the others")
     text = "gated adapters that ADAPTER was distilled from: only compare the UNet's predictions with theirs"
     add("--distilled_from", nargs="+", type=Path, metavar="GATED", help=text)
+    text = "layers left out at the end of the text encoder, as in generate (default: the base's own)"
+    add("--clip_skip", type=number(int, 0, 32), metavar="N", help=text)
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
@@ -66,6 +68,7 @@ def run(args: Namespace) -> None:
         seeds=args.seeds,
         seed=args.seed,
         activations=args.activations,
+        clip_skip=args.clip_skip,
     )
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
@@ -87,7 +90,8 @@ def compare_with_gated(adapters: list[Any], gated: list[Any], args: Namespace) -
         raise UsageError(f"--distilled_from compares one adapter with what it was distilled from, got {len(adapters)}.")
     prompts, free = args.prompts or PROMPTS, args.concept_free or CONCEPT_FREE
     pipe = open_base(args.base, args, args.dtype)
-    errors = measure_distillation(pipe, adapters[0], gated, prompts=prompts, concept_free=free, seed=args.seed)
+    options = {"seed": args.seed, "clip_skip": args.clip_skip or 0}
+    errors = measure_distillation(pipe, adapters[0], gated, prompts=prompts, concept_free=free, **options)
     if args.json:
         print(json.dumps(asdict(errors), indent=2))
         return

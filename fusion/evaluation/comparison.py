@@ -15,7 +15,13 @@ from PIL import Image
 from fusion.adapters.adapter import Adapter, checked_strengths
 from fusion.composition.fusing import fuse
 from fusion.errors import ConfigError
-from fusion.evaluation.output_error import CONCEPT_FREE, base_reference, concept_reference, concepts_of
+from fusion.evaluation.output_error import (
+    CONCEPT_FREE,
+    base_clip_skip,
+    base_reference,
+    concept_reference,
+    concepts_of,
+)  # fmt: skip
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.generation.recipe import Picture
@@ -89,12 +95,13 @@ def compare(
         for strength in strengths
         for column, parts, method, part_weights in columns
     ]
+    skip = base_clip_skip(pipe, config)
     references = {
-        token: concept_reference(pipe, single, [f"a {token}"], seed)
+        token: concept_reference(pipe, single, [f"a {token}"], seed, skip)
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed)
+    concept_free = base_reference(pipe, list(CONCEPT_FREE[:2]), seed, skip)
     for number, (strength, column, fused) in enumerate(settings, start=1):
         (picture,) = generate(pipe, config, [fused], on_step=on_step)
         tokens = [concept.token for concept in fused.info.concepts if concept.token in references]

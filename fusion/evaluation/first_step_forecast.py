@@ -41,6 +41,7 @@ def forecast(
     *,
     prompt: str = SINGLE,
     seeds: Sequence[int] = range(4),
+    clip_skip: int = 0,
 ) -> Forecast:
     """What each concept with references will lose of its identity to each other one, with the gates of the files.
 
@@ -54,7 +55,7 @@ def forecast(
         with ExitStack() as attached:
             for adapter in adapters:
                 attached.enter_context(attach(pipe, _only(adapter, active)))
-            pictures = first_step_pictures(pipe, prompt.format(first=word), seeds)
+            pictures = first_step_pictures(pipe, prompt.format(first=word), seeds, clip_skip)
         return float(similarity(judge.pictures(pictures), [vectors[token]]).mean())
 
     lost: dict[tuple[str, str], float] = {}
@@ -73,7 +74,7 @@ def _only(adapter: Adapter, tokens: Sequence[str]) -> Adapter:
 
 
 @torch.no_grad()
-def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int], clip_skip: int = 0) -> list[Image.Image]:
     """The S pictures that the UNet's first step predicts from each seed's noise: blurred means of possible results."""
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     first = schedule.config.num_train_timesteps - 1
@@ -82,6 +83,6 @@ def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int]) -> li
     noise: Tensor = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noise = noise.to(pipe.unet.device, pipe.unet.dtype)
     times = torch.full((len(noise),), first, device=noise.device)
-    prediction = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise)))
+    prediction = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise), clip_skip))
     latents = schedule.step(prediction, first, noise).pred_original_sample
     return decode_latents(pipe, latents)

@@ -23,8 +23,10 @@ from fusion.errors import ConfigError, TokenConflict
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.attachment import attach
+from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
+from fusion.models.pipelines import base_defaults
 
 PROMPTS = ("a {token}", "a {token} on a blue background", "a {token} on the left of a house")
 PAIR = "a {} on the left and a {} on the right"
@@ -48,6 +50,7 @@ def measure_output_errors(
     prompts: Sequence[str],
     concept_free: Sequence[str],
     seed: int,
+    clip_skip: int = 0,
 ) -> list[OutputErrors]:
     """Attach all adapters at once and compare the UNet's predictions with each concept alone, and with the base.
 
@@ -57,11 +60,13 @@ def measure_output_errors(
     if incomplete := [prompt for prompt in prompts if "{token}" not in prompt]:
         raise ConfigError(f"Prompt '{incomplete[0]}' has no {{token}} to put the concept in.")
     references = {
-        token: concept_reference(pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed)
+        token: concept_reference(
+            pipe, single, [prompt.replace("{token}", token) for prompt in prompts], seed, clip_skip
+        )
         for adapter in adapters
         for token, single in concepts_of(adapter).items()
     }
-    base = base_reference(pipe, list(concept_free), seed)
+    base = base_reference(pipe, list(concept_free), seed, clip_skip)
     results: list[OutputErrors] = []
     for gating in gatings:
         with ExitStack() as attached:
@@ -106,6 +111,7 @@ def measure_distillation(
     prompts: Sequence[str] = PROMPTS,
     concept_free: Sequence[str] = CONCEPT_FREE,
     seed: int = 0,
+    clip_skip: int = 0,
 ) -> DistillationErrors:
     """Compare the UNet's predictions with a distilled adapter, and with the `gated` ones it was distilled from.
 
@@ -121,11 +127,12 @@ def measure_distillation(
             f"'{distilled.info.name}' has no concept {sorted(missing)[0]}; it was distilled from others."
         )
     one = {
-        t: concept_reference(pipe, whole, [prompt.replace("{token}", t) for prompt in prompts], seed) for t in tokens
+        t: concept_reference(pipe, whole, [prompt.replace("{token}", t) for prompt in prompts], seed, clip_skip)
+        for t in tokens
     }
     pairs = [PAIR.format(*two) for two in pairwise([*tokens, tokens[0]])] if len(tokens) > 1 else []
-    several = concept_reference(pipe, whole, pairs, seed) if pairs else None
-    free = base_reference(pipe, list(concept_free), seed)
+    several = concept_reference(pipe, whole, pairs, seed, clip_skip) if pairs else None
+    free = base_reference(pipe, list(concept_free), seed, clip_skip)
     with attach(pipe, distilled):
         errors = {token: reference.error(pipe) for token, reference in one.items()}
         return DistillationErrors(errors, several and several.error(pipe), free.error(pipe))
@@ -140,38 +147,48 @@ class ReferencePrediction:
     times: Tensor  # (prompts · NOISE_LEVELS)
     prediction: Tensor  # like noisy
     scale: Tensor  # mean square that counts as an error of 1
+    clip_skip: int = 0
 
     def error(self, pipe: Pipeline) -> float:
         """Mean squared difference of the prediction of `pipe` as it is now, in units of `scale`."""
-        difference = _predictions(pipe, self.prompts, self.noisy, self.times) - self.prediction
+        now = _predictions(pipe, self.prompts, self.noisy, self.times, self.clip_skip)
+        difference = now - self.prediction
         return float(difference.square().mean() / self.scale) if self.scale > 0 else 0.0
 
 
-def concept_reference(pipe: Pipeline, single: Adapter, prompts: list[str], seed: int) -> ReferencePrediction:
+def concept_reference(
+    pipe: Pipeline, single: Adapter, prompts: list[str], seed: int, clip_skip: int = 0
+) -> ReferencePrediction:
     """The prediction with a concept's own adapter on its prompts; an error of 1 is as large as its whole effect."""
-    inputs = prompts, *_noisy(pipe, [single], prompts, seed)
+    inputs = prompts, *_noisy(pipe, [single], prompts, seed, clip_skip)
     with attach(pipe, single):
-        alone = _predictions(pipe, *inputs)
+        alone = _predictions(pipe, *inputs, clip_skip)
     with attach(pipe, replace(single, branches=())):  # the base with the concept's embeddings alone
-        base = _predictions(pipe, *inputs)
-    return ReferencePrediction(*inputs, alone, (alone - base).square().mean())
+        base = _predictions(pipe, *inputs, clip_skip)
+    return ReferencePrediction(*inputs, alone, (alone - base).square().mean(), clip_skip)
 
 
-def base_reference(pipe: Pipeline, prompts: list[str], seed: int) -> ReferencePrediction:
+def base_reference(pipe: Pipeline, prompts: list[str], seed: int, clip_skip: int = 0) -> ReferencePrediction:
     """The base's prediction on prompts without concepts; an error of 1 is as large as the prediction itself."""
-    inputs = prompts, *_noisy(pipe, [], prompts, seed)
-    base = _predictions(pipe, *inputs)
-    return ReferencePrediction(*inputs, base, base.square().mean())
+    inputs = prompts, *_noisy(pipe, [], prompts, seed, clip_skip)
+    base = _predictions(pipe, *inputs, clip_skip)
+    return ReferencePrediction(*inputs, base, base.square().mean(), clip_skip)
 
 
-def _noisy(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
+def base_clip_skip(pipe: Pipeline, config: GenerationConfig | None = None) -> int:
+    """That of a drawing with these settings, by default what the base's `fusion.toml` sets."""
+    config = config or GenerationConfig(prompt="")
+    return config.with_base_defaults(base_defaults(pipe, "generation")).clip_skip
+
+
+def _noisy(
+    pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed: int, clip_skip: int
+) -> tuple[Tensor, Tensor]:
     """Noisy latents (prompts · NOISE_LEVELS, C, H, W) of drawn pictures, and their timesteps; equal in every call."""
-    configs = [GenerationConfig(prompt=prompt, seed=seed) for prompt in prompts]
+    configs = [GenerationConfig(prompt=prompt, seed=seed, clip_skip=clip_skip) for prompt in prompts]
     pictures = [generate(pipe, config, adapters)[0].image for config in configs]
     schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
-    with torch.no_grad():
-        pixels = pipe.image_processor.preprocess(pictures).to(pipe.vae.device, pipe.vae.dtype)
-        clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    clean = encode_pixels(pipe, pipe.image_processor.preprocess(pictures)).to(pipe.unet.dtype)
     clean = clean.repeat_interleave(NOISE_LEVELS, dim=0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
     total = schedule.config.num_train_timesteps
@@ -180,8 +197,8 @@ def _noisy(pipe: Pipeline, adapters: Sequence[Adapter], prompts: list[str], seed
 
 
 @torch.no_grad()
-def _predictions(pipe: Pipeline, prompts: list[str], noisy: Tensor, times: Tensor) -> Tensor:
+def _predictions(pipe: Pipeline, prompts: list[str], noisy: Tensor, times: Tensor, clip_skip: int) -> Tensor:
     """The UNet's predictions for every prompt at every level, in float32."""
-    embeddings = (encode_prompts(pipe, [prompt] * NOISE_LEVELS) for prompt in prompts)
+    embeddings = (encode_prompts(pipe, [prompt] * NOISE_LEVELS, clip_skip) for prompt in prompts)
     parts = zip(noisy.split(NOISE_LEVELS), times.split(NOISE_LEVELS), embeddings, strict=True)
     return torch.cat([predict(pipe, *part).float() for part in parts])

@@ -14,7 +14,14 @@ from fusion.errors import ConfigError
 from fusion.evaluation.clip_judge import Judge
 from fusion.evaluation.first_step_forecast import forecast
 from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
-from fusion.evaluation.output_error import CONCEPT_FREE, PROMPTS, OutputErrors, concepts_of, measure_output_errors
+from fusion.evaluation.output_error import (
+    CONCEPT_FREE,
+    PROMPTS,
+    OutputErrors,
+    base_clip_skip,
+    concepts_of,
+    measure_output_errors,
+)  # fmt: skip
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.input_moments import record_moments
@@ -105,6 +112,7 @@ def evaluate(
     seeds: int = 4,
     seed: int = 0,
     activations: bool = False,
+    clip_skip: int | None = None,
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights and in the UNet's predictions.
 
@@ -112,8 +120,8 @@ def evaluate(
     `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes` from
     `seeds` seeds (a prompt with {first}, and one with {second} on its right), and with a forecast of which concepts
     disturb each other. With `activations`, also at the inputs of every changed layer, whose second moments take I²
-    numbers of memory per layer and adapter. Raises ConfigError without adapters, or for references of other tokens, and
-    whatever attach raises.
+    numbers of memory per layer and adapter. `clip_skip` as in drawing, by default the base's own. Raises ConfigError
+    without adapters, or for references of other tokens, and whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
@@ -121,14 +129,19 @@ def evaluate(
         raise ConfigError(f"seeds is the number of pictures of each kind, 1 to {MAX_SEEDS}; got {seeds}.")
     if not 0 <= seed <= MAX_SEED - seeds:
         raise ConfigError(f"seed is 0 to {MAX_SEED - seeds}; got {seed}.")
+    if clip_skip is None:
+        clip_skip = base_clip_skip(pipe)
     texts: dict[str, Any] = {"prompts": prompts or PROMPTS, "concept_free": concept_free or CONCEPT_FREE}
+    texts["clip_skip"] = clip_skip
     judge = _checked(adapters, references, judge) if references else None
     gated, ungated = measure_output_errors(pipe, adapters, (None, "none"), **texts, seed=seed)  # checks the prompts
     identity = prediction = None
     if references and judge:
         picture_seeds = range(seed, seed + seeds)
-        prediction = forecast(pipe, adapters, references, judge, prompt=scenes[0], seeds=picture_seeds)
-        identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes)
+        prediction = forecast(
+            pipe, adapters, references, judge, prompt=scenes[0], seeds=picture_seeds, clip_skip=clip_skip
+        )
+        identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes, clip_skip)
     moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
     return Evaluation(compatibility(adapters, pipe, moments, prediction), gated, ungated, identity)
 
@@ -152,9 +165,10 @@ def _identity(
     judge: Judge,
     seeds: Sequence[int],
     scenes: tuple[str, str],
+    clip_skip: int,
 ) -> Identity:
     def draw(active: Sequence[Adapter], prompt: str, seed: int) -> Image.Image:
-        return generate(pipe, GenerationConfig(prompt=prompt, seed=seed), active)[0].image
+        return generate(pipe, GenerationConfig(prompt=prompt, seed=seed, clip_skip=clip_skip), active)[0].image
 
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
     scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))

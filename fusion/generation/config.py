@@ -143,6 +143,8 @@ class GenerationConfig(StrictModel):
     """Height in pixels. Default: as for the width."""
     image_strength: float = Field(default=0.6, ge=0.01, le=1)
     """How far the drawing may depart from the picture it starts from, up to 1."""
+    clip_skip: int = Field(default=0, ge=0, le=32)
+    """Layers left out at the end of the text encoder; 1 is "Clip skip: 2" of A1111 and kohya."""
     gating: Literal["tokens", "none"] | None = None
     """How the adapters are gated. Default: as their files say."""
 

@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
-from fusion.generation.config import Region
+from fusion.generation.config import GenerationConfig, Region
+from fusion.models.denoising import Conditioning, encode_with_negative
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 
@@ -121,19 +122,23 @@ def drawing_regions(pipe: Pipeline, cover: Cover) -> Generator[None]:
                     module.set_processor(module.processor.own)
 
 
-def encode_regions(
-    pipe: Pipeline, prompt: str, negative: str | None, regions: Sequence[Region], batch: int
-) -> dict[str, Tensor]:
+def encode_regions(pipe: Pipeline, config: GenerationConfig) -> dict[str, Tensor]:
     """The prompts of a picture and its regions as arguments of the pipeline call, (batch, (1 + R)·T, D) and pooled."""
-    texts = [prompt, *(region.prompt for region in regions)]
-    encoded = pipe.encode_prompt(
-        texts,
-        device=pipe.unet.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
-        negative_prompt=[negative] * len(texts) if negative else None,
-    )
-    joined = [states.flatten(0, 1)[None].expand(batch, -1, -1) for states in encoded[:2]]
-    pooled = [rows[:1].expand(batch, -1) for rows in encoded[2:] if rows is not None]
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, [*joined, *pooled], strict=False))
+    assert config.regions != "auto"
+    texts = [config.prompt, *(region.prompt for region in config.regions)]
+    encoded = encode_with_negative(pipe, texts, config.negative_prompt, config.clip_skip)
+    return embeddings(*(_joined(one, config.num_images) for one in encoded))
+
+
+def _joined(parts: Conditioning, batch: int) -> Conditioning:
+    """All parts one behind another for every picture; the pooled one is the whole picture's."""
+    pooled = None if parts.pooled is None else parts.pooled[:1].expand(batch, -1)
+    return Conditioning(parts.states.flatten(0, 1)[None].expand(batch, -1, -1), pooled)
+
+
+def embeddings(positive: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    """Encoded prompts as arguments of the pipeline call."""
+    arguments = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
+    if positive.pooled is not None and negative.pooled is not None:
+        arguments |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+    return arguments

@@ -4,12 +4,14 @@ Shapes: B prompts, T text positions, D embedding width, P pooled width, C H W la
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fusion.errors import ConfigError
 from fusion.models.pipeline import Pipeline
+from fusion.models.tokens import text_encoders
 
 TimeIds = tuple[int, ...]  # SDXL: original height, width, crop top, left, target height, width
 
@@ -26,15 +28,63 @@ class Conditioning(NamedTuple):
 
 
 def encode_prompts(pipe: Pipeline, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
-    """Encode prompts, with gradients where encoders or token rows ask for them; `clip_skip` as in diffusers."""
+    """Encode prompts, with gradients where encoders or token rows ask for them.
+
+    `clip_skip` leaves out that many layers at the end of the text encoders, as in diffusers: 1 is "Clip skip: 2" of
+    A1111 and kohya; XL's are counted from the layer before the last, which it always takes. Raises ConfigError where
+    the text encoders have not as many.
+    """
+    if clip_skip:
+        check_clip_skip(pipe, clip_skip)
+        if not hasattr(pipe, "text_encoder_2"):
+            return Conditioning(_encode_without_last_layers(pipe, prompts, clip_skip), None)
     encoded = pipe.encode_prompt(
         list(prompts),
         device=pipe.unet.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
-        clip_skip=clip_skip,
+        clip_skip=clip_skip or None,
     )
     return Conditioning(encoded[0], encoded[2] if len(encoded) > 2 else None)
+
+
+def encode_with_negative(
+    pipe: Pipeline, prompts: Sequence[str], negative: str, clip_skip: int | None = None
+) -> tuple[Conditioning, Conditioning]:
+    """Prompts, and for each of them the negative prompt, at the same `clip_skip`, as A1111 and ComfyUI have it.
+
+    An empty negative prompt is zeros where the base's config asks for it, as SDXL's does.
+    """
+    positive = encode_prompts(pipe, prompts, clip_skip)
+    if not negative and pipe.config.get("force_zeros_for_empty_prompt"):
+        pooled = None if positive.pooled is None else torch.zeros_like(positive.pooled)
+        return positive, Conditioning(torch.zeros_like(positive.states), pooled)
+    return positive, encode_prompts(pipe, [negative] * len(prompts), clip_skip)
+
+
+def check_clip_skip(pipe: Pipeline, clip_skip: int) -> None:
+    """Raise ConfigError where a text encoder has no layer that `clip_skip` leaves over."""
+    layers = min(len(_layers(encoder)) for encoder in text_encoders(pipe).values())
+    most = layers - hasattr(pipe, "text_encoder_2")
+    if not 0 <= clip_skip <= most:
+        raise ConfigError(f"clip_skip is 0 to {most} on this base, whose text encoder has {layers} layers.")
+
+
+def _layers(encoder: nn.Module) -> nn.ModuleList:
+    return next(m for name, m in encoder.named_modules() if name.endswith("encoder.layers"))  # pyright: ignore
+
+
+def _encode_without_last_layers(pipe: Any, prompts: Sequence[str], clip_skip: int) -> Tensor:
+    """What `encode_prompt` of StableDiffusionPipeline does with clip_skip, (B, T, D).
+
+    diffusers 0.42 looks for the last norm in `text_encoder.text_model`, which transformers has not since 5.6.
+    """
+    texts = pipe.maybe_convert_prompt(list(prompts), pipe.tokenizer)  # textual inversions of several vectors
+    limit = pipe.tokenizer.model_max_length
+    ids = pipe.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+    hidden = pipe.text_encoder(ids.to(pipe.unet.device), output_hidden_states=True).hidden_states[-1 - clip_skip]
+    norm = next(m for name, m in pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+    return norm(hidden)
 
 
 def predict(

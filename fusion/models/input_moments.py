@@ -43,6 +43,7 @@ def record_moments(
     concept_free: Sequence[str] = CONCEPT_FREE,
     steps: int = STEPS,
     seed: int = 0,
+    clip_skip: int = 0,
 ) -> list[Moments]:
     """The moments of each adapter, at every layer that any of them changes.
 
@@ -59,24 +60,31 @@ def record_moments(
         own_prompts = _with_tokens(prompts or (PROMPTS if tokens else ()), tokens)
         nouns = [f"a {c.noun}" for c in adapter.info.concepts if c.token in tokens and c.noun]
         with attach(pipe, adapter) as attachment, _Recorder(pipe, layers) as recorder, torch.no_grad():
-            _denoise(pipe, own_prompts or concept_free, steps, seed)
+            _denoise(pipe, own_prompts or concept_free, steps, seed, clip_skip)
             if own_prompts:
                 for branch in adapter.branches:
                     attachment.strength(branch.name, 0.0)
                 recorder.concept_free = True
-                _denoise(pipe, list(dict.fromkeys([*concept_free, *nouns])), steps, seed)
+                _denoise(pipe, list(dict.fromkeys([*concept_free, *nouns])), steps, seed, clip_skip)
             recorded.append(Moments(recorder.moments(), everywhere=not own_prompts))
     return recorded
 
 
 def record_base(
-    pipe: Pipeline, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0
+    pipe: Pipeline,
+    layers: Iterable[str],
+    prompts: Sequence[str],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    clip_skip: int = 0,
 ) -> dict[str, Moment]:
     """The moments of what the layers are given as the pipeline is now, all of it as inputs to be left unchanged."""
     names = list(layers)
     with _Recorder(pipe, names) as recorder, torch.no_grad():
         recorder.concept_free = True
-        _denoise(pipe, prompts, steps if any(component_of(name) == "unet" for name in names) else 0, seed)
+        steps = steps if any(component_of(name) == "unet" for name in names) else 0
+        _denoise(pipe, prompts, steps, seed, clip_skip)
     return recorder.moments()
 
 
@@ -85,14 +93,14 @@ def _with_tokens(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt.replace("{token}", token) for prompt in prompts for token in tokens or ("",)))
 
 
-def _denoise(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int) -> None:
+def _denoise(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int, clip_skip: int) -> None:
     """Encode prompts, and denoise latents by DDIM without guidance, so that the recorded layers are run."""
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     generator = torch.Generator("cpu").manual_seed(seed)
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        conditioning = encode_prompts(pipe, part)
+        conditioning = encode_prompts(pipe, part, clip_skip)
         latents = torch.randn(len(part), shape, side, side, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
         if steps:
             schedule.set_timesteps(steps)

@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny
 from fusion.errors import ConfigError
-from fusion.generation.config import Region
+from fusion.generation.config import GenerationConfig, Region
 from fusion.generation.regions import Cover, drawing_regions, encode_regions
 from fusion.layer_names import TOKENIZERS
 from fusion.models import base_check, layer_sites
@@ -206,7 +206,7 @@ def test_a_thread_with_regions_leaves_the_other_alone():
 
         def with_regions():
             with drawing_regions(one, Cover(regions, 8, 8)):
-                return draw(one, None, **encode_regions(one, "a dog", None, regions, 1))
+                return draw(one, None, **encode_regions(one, GenerationConfig(prompt="a dog", regions=regions)))
 
         def plain():
             return draw(two, "a <a> and a <b>")

@@ -12,6 +12,7 @@ import fusion
 import tiny
 from fusion.errors import ConfigError, FormatError, UnknownName
 from fusion.generation.config import GenerationConfig
+from fusion.generation.recipe import Recipe
 from fusion.generation.schedulers import SCHEDULERS
 from trained import trained_adapter
 
@@ -53,6 +54,20 @@ def test_strength_scales_the_change():
 def test_every_scheduler_draws(name):
     picture = draw(tiny.pipeline("sd1"), num_inference_steps=4, scheduler=name)[0]
     assert picture.recipe.config.scheduler == name and np.asarray(picture.image).std() > 0
+
+
+def test_clip_skip_keeps_gates_exact_and_stands_in_the_recipe(pipe):
+    one, two = trained_adapter(pipe, "<a>"), trained_adapter(pipe, "<b>", k=1)
+    options = {"negative_prompt": "a cat", "clip_skip": 1}
+    base, (alone,) = draw(pipe, **options), draw(pipe, "a <a>", [one], **options)
+    assert np.array_equal(*map(np.asarray, (base[0].image, draw(pipe, adapters=[one, two], **options)[0].image)))
+    assert np.array_equal(alone.image, draw(pipe, "a <a>", [two, one], **options)[0].image)
+    assert not np.array_equal(alone.image, draw(pipe, "a <a>", [one], negative_prompt="a cat")[0].image)
+    assert alone.recipe.config.clip_skip == 1
+    again = fusion.generate(pipe, Recipe.from_json(alone.recipe.to_json()).config, [one])
+    assert np.array_equal(alone.image, again[0].image)
+    old = {name: value for name, value in base[0].recipe.to_json().items() if name != "clip_skip"}
+    assert Recipe.from_json(old).config.clip_skip == 0
 
 
 def test_mistakes_are_named():

@@ -29,7 +29,8 @@ def latents(pipe, prompt, regions=(), **options):
     if not regions:
         return pipe(prompt, generator=generator, **options).images
     with drawing_regions(pipe, cover):
-        return pipe(**encode_regions(pipe, prompt, None, regions, 1), generator=generator, **options).images
+        prompts = encode_regions(pipe, GenerationConfig(prompt=prompt, regions=tuple(regions)))
+        return pipe(**prompts, generator=generator, **options).images
 
 
 @pytest.mark.parametrize("regions", [[Region("a dog", ALL)], [Region("a dog", LEFT), Region("a dog", RIGHT)]])

@@ -29,7 +29,7 @@ BOX = Region("a <rex>", (0.0, 0.0, 0.5, 1.0))
 EVERY = {
     "prompt": "a <rex>", "negative_prompt": "snow", "regions": (BOX, Region("a bird", mask=MASK)), "seed": 7,
     "num_images": 2, "num_inference_steps": 3, "guidance_scale": 2.5, "guidance_rescale": 0.5, "scheduler": "euler",
-    "width": 64, "height": 32, "image_strength": 0.25, "gating": "none",
+    "width": 64, "height": 32, "image_strength": 0.25, "clip_skip": 1, "gating": "none",
 }  # fmt: skip
 # As fusion 0.1 wrote it, before settings had the names of diffusers.
 FORMER = json.loads(

@@ -1,8 +1,11 @@
 """What the UNet is told is what the pipeline tells it."""
 
+import pytest
 import torch
 
-from fusion.models.denoising import encode_prompts, predict
+import tiny
+from fusion.errors import ConfigError
+from fusion.models.denoising import encode_prompts, encode_with_negative, predict
 
 
 def test_without_sizes_the_prediction_is_that_of_the_pipelines_own_first_step(pipe):
@@ -16,3 +19,30 @@ def test_without_sizes_the_prediction_is_that_of_the_pipelines_own_first_step(pi
     with torch.no_grad():
         said = predict(pipe, noisy, time.expand(len(noisy)), encode_prompts(pipe, ["a dog on a red background"]))
     assert torch.equal(said, answer)
+
+
+def test_clip_skip_is_that_of_diffusers_in_both_layouts_of_the_text_encoder(pipe):
+    prompts = ["a dog", "a cat in the snow"]
+    skipped = encode_prompts(pipe, prompts, 1)
+    pipe.register_modules(text_encoder=tiny.old_clip_layout(pipe.text_encoder))  # diffusers 0.42 needs it for this
+    expected = pipe.encode_prompt(prompts, clip_skip=1, **call(guidance=False))
+    assert torch.equal(skipped.states, expected[0]) and torch.equal(skipped.states, encode_prompts(pipe, prompts, 1)[0])
+    assert not torch.equal(skipped.states, encode_prompts(pipe, prompts).states)
+    assert all(map(torch.equal, encode_prompts(pipe, prompts, 0)[:1], encode_prompts(pipe, prompts)[:1]))
+    with pytest.raises(ConfigError, match=r"clip_skip is 0 to \d on this base, whose text encoder has 2 layers"):
+        encode_prompts(pipe, prompts, 3)
+
+
+def test_prompts_with_a_negative_one_are_encoded_as_by_the_pipeline(pipe):
+    for negative in ("", "a cat"):
+        encoded = encode_with_negative(pipe, ["a dog"] * 2, negative)
+        expected = pipe.encode_prompt(
+            ["a dog"] * 2, negative_prompt=[negative] * 2 if negative else None, **call(guidance=True)
+        )
+        assert torch.equal(encoded[0].states, expected[0]) and torch.equal(encoded[1].states, expected[1])
+        if encoded[1].pooled is not None:
+            assert torch.equal(encoded[0].pooled, expected[2]) and torch.equal(encoded[1].pooled, expected[3])
+
+
+def call(*, guidance):
+    return {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": guidance}

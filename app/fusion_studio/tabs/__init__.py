@@ -37,6 +37,7 @@ class Controls(NamedTuple):
     auto_regions: bool = True
     image: str = ""  # an upload's name
     image_strength: float = 0.6
+    clip_skip: float | None = None
 
     def config(self, regions: tuple[fusion.Region, ...] | Literal["auto"]) -> fusion.GenerationConfig:
         """The settings of the drawing. What is left empty, the base decides."""

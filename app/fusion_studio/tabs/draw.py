@@ -72,6 +72,10 @@ def build(session: Session) -> SimpleNamespace:
                     guidance = gr.Slider(1, 20, 3, step=0.5, label="Guidance")
                     own = [("the base's own", "")]
                     scheduler = gr.Dropdown(own, value="", label="Scheduler", allow_custom_value=True)
+                    skip = gr.Number(
+                        None, label="Clip skip", precision=0, minimum=0, maximum=32, elem_id="clip-skip",
+                        info="layers left out; 1 is A1111's 2",
+                    )  # fmt: skip
                 new_seed = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
             options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
@@ -83,6 +87,7 @@ def build(session: Session) -> SimpleNamespace:
         "picks": picks, "prompt": prompt, "negative_prompt": negative, "seed": seed, "new_seed": new_seed,
         "num_inference_steps": steps, "guidance_scale": guidance, "num_images": count, "scheduler": scheduler,
         "regions": regions, "auto_regions": auto_regions, "image": start, "image_strength": leave,
+        "clip_skip": skip,
     }  # fmt: skip
     controls = list(Controls(**components))
     outputs = [stage, caption, history, at, cli]
