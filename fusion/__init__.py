@@ -12,6 +12,7 @@ composition/                   fuse, and compatibility before it
 generation/                    pipeline + adapters + prompt -> pictures with recipes
 library/                       folders of adapters: slices, reservations, cached spectra
 training/  evaluation/         pictures -> adapter; adapters -> numbers
+hub/                           adapters -> repositories on the Hub
 cli/                           one file per verb
 """
 

@@ -42,6 +42,7 @@ from fusion.generation.recipe import Picture as Picture
 from fusion.generation.recipe import Recipe as Recipe
 from fusion.generation.recipe import recipe_of as recipe_of
 from fusion.generation.schedulers import SCHEDULERS as SCHEDULERS
+from fusion.hub.repository import push as push
 from fusion.library.library_folder import Library as Library
 from fusion.library.slice_maps import SliceMap as SliceMap
 from fusion.library.slice_maps import slice_map as slice_map

@@ -22,6 +22,7 @@ LAYERS = [
     ["base_models", "distillation"],
     ["composition", "generation", "library"],
     ["training", "evaluation"],
+    ["hub"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -35,7 +36,7 @@ ALLOWED = {
     "spectral": {"torch"},
     "adapters": {"torch"},
     "methods": {"torch", "peft"},
-    "formats": {"torch", "safetensors", "pydantic", "PIL", "numpy"},
+    "formats": {"torch", "safetensors", "pydantic", "PIL", "numpy", "huggingface_hub"},
     "library": {"torch", "filelock"},
 }
 # Locks are the library's alone.

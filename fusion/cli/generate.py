@@ -111,30 +111,34 @@ def configure(args: Namespace, recipe: "Recipe | None") -> GenerationConfig:
         raise UsageError(str(error)) from None
 
 
-def choose_adapters(args: Namespace, recipe: "Recipe | None") -> tuple[list["Adapter"], list[Path], list[float] | None]:
-    """The adapters given, else the recipe's own, unchanged since."""
+def choose_adapters(args: Namespace, recipe: "Recipe | None") -> tuple[list["Adapter"], list[str], list[float] | None]:
+    """The adapters given, else the recipe's own, unchanged since; and their files or ids."""
     from fusion.formats.adapter_file import load
+    from fusion.formats.hub_file import pinned
 
     before = [used.strength for used in recipe.adapters] if recipe else []
     if (files := [*args.adapters, *(path for _, path in bindings(args.bind))]) or recipe is None:
         same = before if len(before) == len(files) else None
-        return [load(path) for path in files], files, args.strength or same
+        return [load(path) for path in files], [pinned(path) for path in files], args.strength or same
     pairs = [load_again(used, args.source) for used in recipe.adapters]
     return [adapter for adapter, _ in pairs], [path for _, path in pairs], args.strength or before
 
 
-def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", Path]:
-    """An adapter of a recipe and its file, where it was or beside the picture."""
+def load_again(used: "UsedAdapter", picture: Path) -> tuple["Adapter", str]:
+    """An adapter of a recipe and its file, where it was or beside the picture; or its id on the Hub."""
     from fusion.formats.adapter_file import load
+    from fusion.formats.hub_file import hub_id
 
     file = Path(used.file or "")
+    if "@" in str(file) and hub_id(file):  # `pinned` names the commit
+        return load(file), str(file)
     candidates = (file, picture.parent / file.name)
     # Path.is_file raises where a name is too long to be one.
     path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)  # noqa: PTH113
     if path is None:
         gone = f"'{(used.file or used.name)[:200]}' is gone, and '{picture}' needs it"
         raise FormatError(f"{gone}; name the adapter's file before --from.")
-    return load(path), path
+    return load(path), str(path)
 
 
 def check_digest(used: "UsedAdapter", adapter: "Adapter") -> None:
@@ -218,7 +222,7 @@ def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -
         check_output(path, size=size, overwrite=args.overwrite)
 
 
-def write(pictures: list["Picture"], files: list[Path], args: Namespace) -> list[Path]:
+def write(pictures: list["Picture"], files: list[str], args: Namespace) -> list[Path]:
     """Save pictures with their recipes, adapters' files included, all or none; in a folder nothing is overwritten."""
     several, recipes = len(pictures) > 1, [picture.recipe for picture in pictures]
     folder = args.output.parent if args.output.suffix.lower() == ".png" else args.output
@@ -229,7 +233,7 @@ def write(pictures: list["Picture"], files: list[Path], args: Namespace) -> list
         with output_group(paths[-1]) as group:
             for path, picture in zip(paths, pictures, strict=True):
                 pairs = zip(picture.recipe.adapters, files, strict=True)
-                used = [adapter.updated({"file": str(file)}) for adapter, file in pairs]
+                used = [adapter.updated({"file": file}) for adapter, file in pairs]
                 replace(picture, recipe=picture.recipe.updated({"adapters": used})).save(group / path.name)
     for path, recipe in zip(paths, recipes, strict=True):
         size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps

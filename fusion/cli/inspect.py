@@ -91,15 +91,24 @@ def expand(paths: list[Path]) -> Iterator[Path]:
 
 def describe(adapter: Any, path: Path) -> dict[str, Any]:
     """The contents of a file, for programs."""
+    from fusion.formats.hub_file import local_file
+
     branches = [
         {**vars(b), "slices": [part.to_json() for part in b.slices], "layers": list(b.layers)} for b in adapter.branches
     ]
-    about = {"file": str(path), "bytes": path.stat().st_size, "digest": adapter.digest(), "rank": adapter.rank}
+    about = {
+        "file": str(path),
+        "bytes": local_file(path).stat().st_size,
+        "digest": adapter.digest(),
+        "rank": adapter.rank,
+    }
     return {**about, **asdict(adapter.info), "branches": branches}
 
 
 def facts(adapter: Any, path: Path) -> dict[str, str]:
     """The contents of a file, for people."""
+    from fusion.formats.hub_file import local_file
+
     info, provenance, branches = adapter.info, adapter.info.provenance, adapter.branches
     errors = HeldOutErrors.from_json(provenance.settings.get("errors"))
     layers = Counter(name.partition(".")[0] for name in adapter.layer_names)
@@ -112,7 +121,7 @@ def facts(adapter: Any, path: Path) -> dict[str, str]:
         "layers": ", ".join(f"{count} {part}" for part, count in layers.items()),
         "acts": "at its tokens" if all(branch.gate for branch in branches) else "everywhere",
         "base": info.base.name if info.base else "not known",
-        "size": file_size(path),
+        "size": file_size(local_file(path)),
         # The table of several adapters ends here.
         "vectors": ", ".join(f"{c.vectors} for {c.token}, from '{c.noun}'" for c in info.concepts),
         "strength": ", ".join(f"{b.name} {b.strength:g}" for b in branches if b.strength != 1),

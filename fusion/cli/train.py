@@ -27,6 +27,7 @@ from fusion.cli.console import (
     resume_hint,
     with_progress,
 )  # fmt: skip
+from fusion.cli.push import add_hub_options, hub_options, push_adapter
 from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError, OutOfMemory, OutputError
 from fusion.output_files import check_output
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = ", ".join(f"{name} ({share:g})" for name, share in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, help=f"how much of the base's usual steps to train: {how}")
     add_overwrite(parser)
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push_to_hub", action="store_true", help="share the adapter on the Hugging Face Hub at the end")
+    hub.add_argument("--hub_model_id", metavar="USER/NAME", help="the repository (default: the adapter's name, yours)")
+    add_hub_options(hub)
     add_settings(parser, TrainingConfig)
 
 
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         print(as_toml(config, read_base_defaults(base, "training")))
         return
     check_outputs(config, overwrite=args.overwrite)
+    repository = check_hub(args, config)
     base = config.pretrained_model_name_or_path
     defaults = read_base_defaults(base or pocket_folder(), "training")
     dtype = PRECISION[config.with_base_defaults(defaults).mixed_precision]
@@ -86,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {target} ({file_size(target)}): {config.token}{where}, {last.step} steps in {last.seconds:.0f} s")
     if config.num_validation_images:
         write_picture(pipe, config, last, target)
+    if repository:
+        share(target, repository, config, args)
     print(f"next: {example('generate', target, *base_flags(base, config), '--prompt', f'a {config.token}')}")
 
 
@@ -95,6 +103,37 @@ def check_outputs(config: TrainingConfig, *, overwrite: bool) -> None:
 
     check_adapter_output(adapter_path(config), [config.token], overwrite=overwrite)
     check_output(preview_path(config, config.max_train_steps, 0), overwrite=True)
+
+
+def check_hub(args: argparse.Namespace, config: TrainingConfig) -> str | None:
+    """The repository, created, where the adapter is pushed at the end. Raises OutputError where that is not possible.
+
+    The token is left out of the words of the command, which are printed where the training can be resumed.
+    """
+    if not args.push_to_hub:
+        if args.hub_model_id or args.hub_token:
+            raise UsageError("--hub_model_id and --hub_token go with --push_to_hub.")
+        return None
+    from fusion.hub.repository import check_push
+
+    hidden = {i + n for i, word in enumerate(args.words) if word == "--hub_token" for n in (0, 1)}
+    args.words = [w for i, w in enumerate(args.words) if i not in hidden and not w.startswith("--hub_token=")]
+    return check_push(args.hub_model_id or config.name, **hub_options(args))
+
+
+def share(target: Path, repository: str, config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Push the adapter with its picture; it is saved already, so an error says how to push it again."""
+    from fusion.formats.adapter_file import load
+
+    picture, prompt = target.with_suffix(".png"), picture_prompt(config)
+    try:
+        pictures = {picture: prompt} if config.num_validation_images and picture.is_file() else {}
+        base = config.pretrained_model_name_or_path
+        push_adapter(load(target), repository, args, base=base and str(base), pictures=pictures)
+    except OutputError as error:
+        raise OutputError(
+            f"{error} The adapter is saved; share it with: {example('push', target, repository)}"
+        ) from None
 
 
 def adapter_path(config: TrainingConfig) -> Path:
@@ -172,7 +211,7 @@ def write_picture(pipe: Any, config: TrainingConfig, last: Any, target: Path) ->
     """A picture for the library beside the adapter, which is saved already: no problem here ends the command."""
     from fusion.generation.adapter_pictures import draw_adapter_picture, save_adapter_picture
 
-    prompt = (*config.validation_prompts(), config.with_token(config.instance_prompt))[0]
+    prompt = picture_prompt(config)
     try:
         images = last.images
         if not images:
@@ -186,6 +225,10 @@ def write_picture(pipe: Any, config: TrainingConfig, last: Any, target: Path) ->
         print("no picture, as you wish; the adapter is saved")
     except Exception as error:
         print(f"warning: no picture could be drawn: {error}", file=sys.stderr)
+
+
+def picture_prompt(config: TrainingConfig) -> str:
+    return (*config.validation_prompts(), config.with_token(config.instance_prompt))[0]
 
 
 def save_previews(step: Any, config: TrainingConfig) -> None:

@@ -25,6 +25,7 @@ from fusion.adapters.layer import AdapterLayer
 from fusion.config import StrictModel
 from fusion.errors import FormatError, FusionError, UnknownName, closest
 from fusion.formats import LORA_FORMS
+from fusion.formats.hub_file import local_file
 from fusion.formats.lora_file import read_lora
 from fusion.formats.metadata import modelspec
 from fusion.formats.safetensors_file import opened, write_file
@@ -124,12 +125,13 @@ def check_adapter_output(
 def load(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter: our own file, or a diffusers or kohya LoRA, which becomes an ungated adapter of type lora.
 
+    A path, or the id of a repository on the Hub, `user/dog` or `user/dog@revision`.
     Tensors keep the dtype they are stored in; the mathematics raises them to float32. Its digest is computed once.
     Raises FormatError for anything
     that is not exactly what the metadata promise, for other files, and for a LoRA of which a single key is not
     understood; UnknownName for an unknown adapter type.
     """
-    with opened(path) as file:
+    with opened(local_file(path)) as file:
         if file.metadata.get("format") == FORMAT:
             layout = _layout(file.path, file.metadata, file.shapes)  # refuses before any tensor is read
             return replace(layout.adapter(file.tensor), digest_cache=DigestCache())
@@ -145,7 +147,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
 def read_info(path: str | os.PathLike[str]) -> AdapterFile:
     """What an adapter file holds, checked as by `load`, except for the values of its tensors, which are not read."""
-    with opened(path) as file:
+    with opened(local_file(path)) as file:
         layout = _layout(file.path, file.metadata, file.shapes)
         adapter = layout.adapter(lambda key: torch.empty(file.shapes[key], device="meta"))
     return AdapterFile(file.path, file.path.stat().st_size, adapter.info, adapter.branches, adapter.slices)

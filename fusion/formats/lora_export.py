@@ -160,15 +160,23 @@ def _notes(adapter: Adapter, target: Path, embeddings: Mapping[Concept, Path]) -
             f"folder and write {', '.join(words)} (ComfyUI: embedding:{words[0]}) in the prompt."
         )
     for concept, file in embeddings.items():
-        lines = [f"pipe.load_textual_inversion('{file}')  # {concept.token}"]
-        if adapter.info.base and adapter.info.base.family == "sdxl":
-            lines = [
-                # SDXL's published config names a wrong end of prompt: CLIP then pools at the newest token.
-                "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
-                f"rows = safetensors.torch.load_file('{file}')",
-                f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_l']}})",
-                f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_g']}}, text_encoder=pipe.text_encoder_2, "
-                "tokenizer=pipe.tokenizer_2)",
-            ]
-        notes.append(f"diffusers: {'; '.join(lines)}")
+        family = adapter.info.base.family if adapter.info.base else ""
+        notes.append("diffusers: " + "; ".join(embedding_lines(concept, family, f"'{file}'", f"'{file}'")))
     return notes
+
+
+def embedding_lines(concept: Concept, family: str, source: str, file: str) -> list[str]:
+    """Python by which a user of diffusers loads an exported embedding into `pipe`.
+
+    `source`: the arguments of load_textual_inversion; `file`: the expression for the path of the file, for SDXL.
+    """
+    if family != "sdxl":
+        return [f"pipe.load_textual_inversion({source})  # {concept.token}"]
+    return [
+        # SDXL's published config names a wrong end of prompt: CLIP then pools at the newest token.
+        "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
+        f"rows = safetensors.torch.load_file({file})",
+        f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_l']}})",
+        f"pipe.load_textual_inversion({{'{concept.token}': rows['clip_g']}}, text_encoder=pipe.text_encoder_2, "
+        "tokenizer=pipe.tokenizer_2)",
+    ]

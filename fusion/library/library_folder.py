@@ -21,6 +21,7 @@ from fusion.adapters.adapter import Adapter, BaseInfo
 from fusion.config import NAME, NAME_RULE
 from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
+from fusion.formats.hub_file import hub_id
 from fusion.library.locks import LOCK, library_lock
 from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
 from fusion.library.training_folders import TrainingFolder, all_training_folders
@@ -75,9 +76,13 @@ class Library:
             return _save_as(adapter, path, dtype, overwrite=overwrite)
 
     def add(self, path: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Copy any adapter file into the library, another program's LoRA too. Raises FormatError."""
+        """Copy any adapter file into the library, another program's LoRA and an adapter on the Hub, too.
+
+        Raises FormatError.
+        """
         adapter = load(path)
-        return self.save(adapter, name or Path(path).stem, _stored_dtype(adapter))
+        name = name or (adapter.info.name if hub_id(path) else Path(path).stem)
+        return self.save(adapter, name, _stored_dtype(adapter))
 
     def rename(self, name: str, to: str | None = None, tokens: Mapping[str, str] | None = None) -> Path:
         """Another name, other tokens ({"<dog>": "<rex>"}), or both; the picture beside the file goes along."""
