@@ -2,7 +2,6 @@
 
 import pytest
 from huggingface_hub import constants
-
 from loopback_hub import LoopbackHub
 
 
