@@ -13,6 +13,7 @@ generation/                    pipeline + adapters + prompt -> pictures with rec
 library/                       folders of adapters: slices, reservations, cached spectra
 training/  evaluation/         pictures -> adapter; adapters -> numbers
 hub/                           adapters -> repositories on the Hub
+peft/                          a method of PEFT, for language models too; imported by itself
 cli/                           one file per verb
 """
 

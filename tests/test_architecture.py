@@ -21,7 +21,7 @@ LAYERS = [
     ["formats", "models"],
     ["base_models", "distillation"],
     ["composition", "generation", "library"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "peft"],
     ["hub"],
     ["cli"],
 ]
