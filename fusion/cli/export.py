@@ -17,6 +17,7 @@ from fusion.cli.distillation import (
     finished_later,
     refuse_distillation_settings,
 )  # fmt: skip
+from fusion.output_files import carries_mark
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,12 +43,21 @@ def run(args: Namespace) -> None:
     else:
         refuse_distillation_settings(args, "--distill")
     with finished_later(args) if args.distill else nullcontext():
-        report = export(adapter, args.output, args.to, **compression, dtype=args.dtype, overwrite=args.overwrite)
+        options = {"dtype": args.dtype, "overwrite": args.overwrite, "picture": picture_beside(args.adapter)}
+        report = export(adapter, args.output, args.to, **compression, **options)
     for path in report.files:
         print(f"wrote {path} ({file_size(Path(path))})")
     print_list(report.notes)
     if adapter.gated:
         print(f"next: {example('evaluate', args.adapter)}  # measures what the missing gates cost")
+
+
+def picture_beside(file: Path) -> Any:
+    """The adapter's own picture, where this program has drawn it."""
+    from fusion.formats.picture_file import as_picture, decode
+
+    path = file.with_suffix(".png")
+    return as_picture(decode(path, f"'{path}'", min_side=1)) if path.is_file() and carries_mark(path) else None
 
 
 def named(adapter: Any, name: str) -> Any:

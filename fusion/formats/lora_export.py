@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
@@ -47,12 +48,14 @@ def export(
     energy: float | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
+    picture: Image.Image | None = None,
 ) -> ExportReport:
     """Write `adapter` as a LoRA in the form "diffusers" or "kohya", exactly unless `rank` or `energy` compress it.
 
     Every concept goes beside it as `<stem>_<token>.safetensors`: A1111 and ComfyUI use the file's name as the word in
     prompts, so it must not be a word of the language. All of them appear together, or none. An earlier export of the
-    same adapter is replaced, other files with `overwrite` only.
+    same adapter is replaced, other files with `overwrite` only. `picture` is what other programs show of the LoRA; it
+    is stored small in the file.
     Raises UnknownName for another form, ConfigError for an impossible rank or energy, FormatError if there is no layer,
     OutputError where nothing can be written.
     """
@@ -66,8 +69,11 @@ def export(
     if not deltas and not imported:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
     factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
+    # A1111, Forge and ComfyUI know an embedding by its file's name, diffusers by the token in it.
+    words = [c.token if form == "diffusers" else file.stem for c, file in embeddings.items()]
     with output_group(target) as group:
-        write_lora(EXPORT_FORMS[form], adapter.info, factors, group / target.name, dtype, imported)
+        file = group / target.name
+        write_lora(EXPORT_FORMS[form], adapter.info, factors, file, dtype, imported, words=words, picture=picture)
         for concept, file in embeddings.items():
             _write_embedding(group / file.name, adapter.info, concept, adapter.tokens[concept.token])
     exact = all(factors[layer] is deltas[layer] for layer in deltas)

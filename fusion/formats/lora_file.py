@@ -5,12 +5,13 @@ Shapes: O out_features, I in_features, Q rank of a delta.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fusion.adapters import IMPORTED_TYPES
@@ -21,7 +22,7 @@ from fusion.adapters.loha import LohaLayer
 from fusion.adapters.lokr import LokrLayer
 from fusion.adapters.lora import LoraLayer
 from fusion.errors import FormatError
-from fusion.formats.metadata import foreign_base, kohya_entries, modelspec
+from fusion.formats.metadata import HASHES, foreign_base, kohya_entries, modelspec, thumbnail_entries
 from fusion.formats.safetensors_file import OpenFile, write_file
 from fusion.layer_names import is_importable, kernel_of
 from fusion.spectral.delta import Delta
@@ -69,11 +70,12 @@ def no_scale(_file: OpenFile, _layer: str, _rank: int) -> float:
 
 def write_lora(
     form: ExportForm, info: AdapterInfo, deltas: Mapping[str, Delta], path: Path, dtype: str,
-    imported: Mapping[str, ImportedLayer] = MappingProxyType({}),
+    imported: Mapping[str, ImportedLayer] = MappingProxyType({}), words: Iterable[str] = (),
+    picture: Image.Image | None = None,
 ) -> None:  # fmt: skip
     """Write changes of whole layers as a LoRA: without alpha, or with alpha = the largest rank.
 
-    `imported` layers are written as the kinds they are.
+    `imported` layers are written as the kinds they are. `words` and `picture` are for other programs' lists of models.
     """
     family = info.base.family if info.base else None
     rank = max([1, *(delta.rank for delta in deltas.values())])
@@ -92,7 +94,9 @@ def write_lora(
             key = f"{form.stem(layer, family)}.{endings.get(part, part)}"
             tensors[key] = _in_writers_shape(part, tensor, kernel_of(layer, family), source)
     spec = modelspec(info, "lora", implementation=form.sdxl if family == "sdxl" else "diffusers")
-    write_file(path, tensors, {"format": "pt", **spec, **kohya_entries(info, rank)}, dtype)
+    shown = thumbnail_entries(picture) if picture else {}
+    metadata = {"format": "pt", **spec, **kohya_entries(info, rank, words), **shown}
+    write_file(path, tensors, metadata, dtype, hashes=HASHES)
 
 
 def _in_writers_shape(part: str, tensor: Tensor, kernel: tuple[int, ...], source: ImportedLayer) -> Tensor:

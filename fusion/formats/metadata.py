@@ -4,8 +4,13 @@ ModelSpec 1.0.1 (`modelspec.*`), which every tool shows, and what kohya's traine
 distinguishes the families.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import base64
+import io
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+
+from PIL import Image
 
 from fusion.adapters.adapter import AdapterInfo, BaseInfo
 from fusion.errors import FusionError
@@ -30,6 +35,10 @@ _VERSIONS = {
 }
 _UNKNOWN = ("stable-diffusion", "512x512", "")
 _MADE_BY = "made_by"
+# Of what follows the header, as kohya's trainer (A1111 takes it from there, instead of reading the file) and ModelSpec
+# have it.
+HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
+THUMBNAIL_SIDE = 256  # pixels
 
 
 def modelspec(info: AdapterInfo, kind: str, *, implementation: str = "diffusers") -> dict[str, str]:
@@ -66,8 +75,13 @@ def foreign_export(info: AdapterInfo, kind: str) -> Callable[[Path], str]:
     return reason
 
 
-def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:
-    """The `ss_*` entries by which A1111, Forge and kohya's tools know a LoRA."""
+def kohya_entries(info: AdapterInfo, rank: int, words: Iterable[str] = ()) -> dict[str, str]:
+    """The `ss_*` entries by which A1111, Forge and kohya's tools know a LoRA.
+
+    `words`: those of its concepts in prompts, which these programs list as what it was trained on. Captions are not
+    stored, since they may say more about people's pictures than their owners want to share.
+    """
+    tags = dict.fromkeys(words, max(info.provenance.steps, 1))
     entries = {
         "ss_v2": str(bool(info.base and info.base.family == "sd2")),
         "ss_base_model_version": _family(info.base)[2],
@@ -76,8 +90,18 @@ def kohya_entries(info: AdapterInfo, rank: int) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
+        "ss_tag_frequency": json.dumps({info.name: tags}) if tags else "",
     }
     return {key: value for key, value in entries.items() if value}
+
+
+def thumbnail_entries(image: Image.Image) -> dict[str, str]:
+    """A picture in the file: for SwarmUI and others by ModelSpec, and for A1111, Forge and ComfyUI's model browser."""
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(buffer, "JPEG", quality=90)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{text}", "ssmd_cover_images": json.dumps([text])}
 
 
 def foreign_base(

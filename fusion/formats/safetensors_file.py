@@ -3,6 +3,7 @@
 Only tensors, names and metadata strings; what they mean is known by the other modules of this folder.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -131,10 +133,12 @@ def _check_beginning(path: Path) -> None:
 
 
 def write_file(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: str
-) -> None:
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: str, *,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
     """Write tensors as `dtype`, and metadata, to a .safetensors file, whole or not at all.
 
+    `hashes`: entries that get the SHA-256 of what follows the header, behind a beginning such as "0x".
     Equal content gives equal bytes; the safetensors package alone orders metadata differently in every process.
     Raises FormatError for values that `dtype` cannot hold, OutputError for a path that cannot be written.
     """
@@ -143,6 +147,9 @@ def write_file(
     data = memoryview(save(_cast(tensors, dtype), dict(metadata)))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:end]))
+    if hashes:
+        digest = hashlib.sha256(data[end:]).hexdigest()
+        header["__metadata__"] = {**metadata, **{key: f"{beginning}{digest}" for key, beginning in hashes.items()}}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     write_output(path, len(text).to_bytes(8, "little"), text, data[end:])

@@ -58,12 +58,14 @@ def push(
     repo = check_push(repo_id, private=private, token=token, overwrite=overwrite)
     with tempfile.TemporaryDirectory() as folder:
         save(adapter, Path(folder, HUB_FILE), dtype)
-        report = export(adapter, Path(folder, LORA_FILE), "diffusers", dtype=dtype)
         prompts: dict[str, str] = {}
+        images = [as_picture(decode(Path(file), f"'{file}'", min_side=1)) for file in pictures or {}]
         for number, (file, prompt) in enumerate((pictures or {}).items(), 1):
             name = f"images/picture-{number}.png"
-            write_png(Path(folder, name), as_picture(decode(Path(file), f"'{file}'", min_side=1)))
+            write_png(Path(folder, name), images[number - 1])
             prompts[name] = prompt or _prompt_of(file) or instance_prompt(adapter)
+        picture = images[0] if images else None
+        report = export(adapter, Path(folder, LORA_FILE), "diffusers", dtype=dtype, picture=picture)
         card = model_card(adapter, repo, report, base=base, pictures=prompts)
         card.save(Path(folder, "README.md"))
         with _one_line(repo):

@@ -1,9 +1,16 @@
 """Exports: exact, named as other programs expect, and drawing the same pictures in diffusers' own hands."""
 
+import base64
+import hashlib
+import io
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -138,6 +145,40 @@ def test_keys_and_metadata_of_a_kohya_file(family, trained, side_by_side, wide, 
     )
     assert (metadata["ss_network_module"], metadata["ss_network_dim"]) == ("networks.lora", "16")
     assert metadata["modelspec.trigger_phrase"] == "<rex>, <tom>" and metadata["modelspec.merged_from"] == "dog, cat"
+
+
+def kohya_hash(file):
+    """`sshs_model_hash` by kohya's rule: of the tensors saved anew with the ss_ entries alone, behind the header."""
+    with safe_open(file, "pt") as opened:
+        entries = {key: value for key, value in opened.metadata().items() if key.startswith("ss_")}
+    data = safetensors.torch.save(load_file(file), entries)
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_managers_of_models_read(dtype, trained, side_by_side, tmp_path):
+    """Words by A1111's rule, the hash by kohya's, a picture as A1111, ComfyUI and SwarmUI find it."""
+    pipe = tiny.pipeline("sd1")
+    both = side_by_side(trained(pipe), trained(pipe, k=1, token="<tom>", noun="cat"))
+    picture = Image.new("RGB", (512, 300), (10, 200, 30))
+    for form, words in {"kohya": ["x_rex", "x_tom"], "diffusers": ["<rex>", "<tom>"]}.items():
+        report = export(both, tmp_path / "x.safetensors", form, dtype=dtype, picture=picture, overwrite=True)
+        with safe_open(report.path, "pt") as file:
+            metadata = file.metadata()
+        tags = json.loads(metadata["ss_tag_frequency"])
+        assert [tag for folder in tags.values() for tag in folder] == words
+        if form == "kohya":
+            assert words == [path.stem for path in report.files[1:]]
+        assert metadata["modelspec.trigger_phrase"] == "<rex>, <tom>"
+        assert metadata["sshs_model_hash"] == kohya_hash(report.path)
+        assert metadata["modelspec.hash_sha256"] == f"0x{kohya_hash(report.path)}"
+        (cover,) = json.loads(metadata["ssmd_cover_images"])
+        assert metadata["modelspec.thumbnail"] == f"data:image/jpeg;base64,{cover}"
+        image = Image.open(io.BytesIO(base64.b64decode(cover)))
+        assert image.size == (256, 150) and abs(np.asarray(image).mean((0, 1)) - (10, 200, 30)).max() < 3
+    plain = export(both, tmp_path / "y.safetensors", "kohya")
+    with safe_open(plain.path, "pt") as file:
+        assert "modelspec.thumbnail" not in file.metadata()
 
 
 @pytest.mark.parametrize(
