@@ -29,7 +29,7 @@ REFERENCES = 4  # pictures shown beside the results at the end
 PAGE_SETTINGS = {
     *("token", "noun", "library", "pretrained_model_name_or_path", "revision", "variant", "report_to"),
     *("base_config", "pretrained_vae_model_name_or_path"),
-    *("instance_data_dir", "class_data_dir", "output_dir", "output_name"),
+    *("instance_data_dir", "caption_extension", "class_data_dir", "output_dir", "output_name"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
 }
 
@@ -125,7 +125,8 @@ def new_job(
         for number, (upload, picture) in enumerate(zip(uploads, usable, strict=True), start=1):
             copy = shutil.copyfile(upload, folder / f"{number:02d}{upload.suffix}")
             if caption := str(picture.get("caption") or "").strip():
-                caption = caption if any(word in caption for word in (token, "{token}")) else f"{{token}}, {caption}"
+                if not (settings or {}).get("trigger_word") and token not in caption and "{token}" not in caption:
+                    caption = f"{{token}}, {caption}"
                 copy.with_suffix(".txt").write_text(caption, encoding="utf-8")
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
         fusion.check_training(session.pipe, config)  # while the form still has everything

@@ -3,24 +3,32 @@
 Takes the same --config and settings as `train`. Without a token, captions are read for the only one that they name.
 """
 
+import json
+import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.cli.console import UsageError, add_overwrite, add_settings, flags_of, print_list
+from fusion.cli.console import UsageError, add_overwrite, add_settings, flags_of, print_labelled, print_list
 from fusion.config import TOKEN, read_base_defaults
 from fusion.errors import ConfigError
 from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
 
 if TYPE_CHECKING:  # help must be immediate
-    from fusion.training.dataset import Example
+    from fusion.training.buckets import Size
+    from fusion.training.dataset import Dataset, Example
 
 SETTINGS = (
     *("pretrained_model_name_or_path", "token", "instance_data_dir", "instance_prompt", "repeats", "resolution"),
-    *("use_masks", "unmasked_weight", "gating"),
+    *("trigger_word", "caption_extension", "shuffle_caption", "keep_tokens", "keep_tokens_separator"),
+    *("caption_dropout_rate", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"),
+    *("use_masks", "unmasked_weight", "gating", "train_batch_size", "seed", "base_config"),
 )
 ANY_TOKEN = "<concept>"  # where nobody says which
+FIRST_BATCHES = 3  # that are shown where captions or sizes differ between them
+MULTIPLE = 8  # pixels of a latent position in Stable Diffusion
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,16 +43,20 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    from PIL import ImageOps
+
     from fusion.evaluation.sheets import contact_sheet
     from fusion.formats.png_file import write_png
     from fusion.models.embedded_models import pocket
+    from fusion.training.buckets import training_sizes
     from fusion.training.dataset import check_dataset
     from fusion.training.picture_checks import check_pictures
 
     config = configure(args)
     if args.output:
         check_output(args.output, endings=(".png",), overwrite=args.overwrite)
-    base = read_base_defaults(config.pretrained_model_name_or_path or pocket(), "training")
+    base = config.pretrained_model_name_or_path or pocket()
+    defaults = read_base_defaults(base, "training")
     dataset, paths, problems = check_dataset(config)
     if config.token == ANY_TOKEN:
         tokens = {token for example in dataset.examples for token in TOKEN.findall(example.caption)} - {ANY_TOKEN}
@@ -52,14 +64,21 @@ def run(args: Namespace) -> int:
             config = config.updated({"token": tokens.pop(), "gating": flags_of(args, TrainingConfig).get("gating")})
             dataset, paths, problems = check_dataset(config)
     folder, examples = config.instance_data_dir, {example.image_path: example for example in dataset.examples}
-    checks = check_pictures(paths, config.with_base_defaults(base).resolution or 512)
+    config = config.with_base_defaults(defaults)
+    resolution = config.resolution or native_resolution(config.base_config or base)
+    sizes = training_sizes(config, resolution, MULTIPLE)
+    checks = check_pictures(paths, resolution, sizes)
     cuts: list[tuple[Any, str]] = []
     for check in checks.pictures:
         name, example = check.path.relative_to(folder).as_posix(), examples.get(check.path)
         if check.crop and example:
             size = f"{check.size[0]}x{check.size[1]}"
             print_list([f"{name}: {' '.join(check.warnings) or f'{size}, fine'} {about(example, folder)}"])
-            cuts.append((check.crop, f"{name}\n{example.caption}"))
+            side = max(check.crop.size)
+            crop = ImageOps.pad(check.crop, (side, side), color="white") if config.enable_bucket else check.crop
+            cuts.append((crop, f"{name}\n{example.caption}"))
+    if dataset.examples and not problems:
+        print_batches(config, dataset, sizes)
     for warning in [*dataset.warnings, *checks.warnings, *config.idle_settings()]:
         print(f"warning: {warning}")
     for problem in problems:
@@ -86,6 +105,30 @@ def configure(args: Namespace) -> TrainingConfig:
         return TrainingConfig.from_toml(args.config, flags) if args.config else TrainingConfig.from_values(flags)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+
+
+def native_resolution(base: str | Path) -> int:
+    """The side of the pictures that a base draws, as its configs say; 512 where they are not on this machine."""
+    from fusion.base_models.single_file import configs_of, read_single_file
+
+    folder = configs_of(read_single_file(Path(base)).family) if os.path.isfile(base) else Path(base)  # noqa: PTH113
+    file = folder / "unet" / "config.json"
+    return json.loads(file.read_text(encoding="utf-8"))["sample_size"] * MULTIPLE if file.is_file() else 512
+
+
+def print_batches(config: TrainingConfig, dataset: "Dataset", sizes: "Sequence[Size]") -> None:
+    """Print the buckets, and the first batches as `train` will use them."""
+    if config.enable_bucket:
+        buckets = dataset.buckets(sizes).items()
+        parts = [f"{w}x{h} {len(examples)} picture{'s' * (len(examples) > 1)}" for (w, h), examples in buckets]
+        print_labelled("buckets: ", ", ".join(parts))
+    if not (config.enable_bucket or config.varies_captions()):
+        return
+    order = dataset.order(config.train_batch_size, config.seed, sizes)
+    for number in range(FIRST_BATCHES):
+        examples = [dataset.examples[index] for index in order.batch(number)]
+        uses = [f'{e.image_path.name} "{e.caption_in(config, number, i)}"' for i, e in enumerate(examples)]
+        print_labelled(f"batch {number + 1}: ", "; ".join(uses))
 
 
 def about(example: "Example", folder: Path) -> str:

@@ -18,36 +18,28 @@ from fusion.config import (
     TOKEN,
     StrictModel,
     listing,
-    lower_tokens,
     read_toml,
     to_toml,
 )
 from fusion.errors import ConfigError
+from fusion.training.captions import with_token
 
 MAX_RESOLUTION = 4096  # pixels
 MAX_REPEATS = 10_000
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
-PLACEHOLDERS = ("{token}", "[trigger]")  # in prompts and captions, both stand for the token
 
 # What may be another when a training is resumed; every other setting shapes the adapter (`lasting_settings`).
 MAY_CHANGE = {
     # Where things are. What is found there is compared instead: the base's name, the pictures, the slice.
     *("pretrained_model_name_or_path", "base_config", "pretrained_vae_model_name_or_path"),
     *("instance_data_dir", "class_data_dir", "library", "output_dir", "output_name"),
-    *("resume_from_checkpoint", "exclusive_slice"),
+    *("caption_extension", "resume_from_checkpoint", "exclusive_slice"),
     # How the training is watched and what is written of it.
     *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
     *("checkpointing_steps", "checkpoints_total_limit", "save_precision"),
     # Memory and time. Class pictures, drawn sample_batch_size at a time, are compared themselves.
     *("gradient_checkpointing", "cache_latents", "sample_batch_size"),
 }
-
-
-def with_token(text: str, token: str) -> str:
-    """A prompt with every placeholder replaced by the token, and the token in lower case."""
-    for placeholder in PLACEHOLDERS:
-        text = text.replace(placeholder, token)
-    return lower_tokens(text, (token,))
 
 
 class TrainingConfig(StrictModel):
@@ -60,7 +52,10 @@ class TrainingConfig(StrictModel):
     names_or_paths = (
         "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"
     )  # fmt: skip
-    aliases: ClassVar = {"base": "pretrained_model_name_or_path", "placeholder_token": "token"}
+    aliases: ClassVar = {
+        **{"base": "pretrained_model_name_or_path", "placeholder_token": "token"},
+        "train_data_dir": "instance_data_dir",
+    }
     users_own = (
         *("token", "noun", "revision", "variant", "output_name", "report_to"),
         # What is written, drawn and deleted beside the adapter.
@@ -106,10 +101,31 @@ class TrainingConfig(StrictModel):
     """Folder of pictures of the concept, with captions in name.txt or metadata.jsonl if there are any."""
     instance_prompt: str = Field("a {token}", max_length=MAX_PROMPT)
     """Caption of the pictures that have none; {token} stands for the token."""
+    trigger_word: str | None = Field(None, max_length=200, pattern=r"\S")
+    """The concept's name in prompts and captions of another program: it becomes the token, unless that is there too.
+    Captions with neither begin with the token."""
+    caption_extension: str = Field(".txt", pattern=r"^[\w.-]{1,20}$")
+    """Ending of caption files."""
+    shuffle_caption: bool = False
+    """Put the tags of a caption, what is between commas, into another order at each use."""
+    keep_tokens: int = Field(0, ge=0, le=MAX_PROMPT)
+    """How many of the first tags keep their places when captions are shuffled."""
+    keep_tokens_separator: str | None = Field(None, min_length=1, max_length=20)
+    """What ends the tags that keep their places, such as |||; a second one begins those at the end."""
+    caption_dropout_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of uses at which a caption is left out: only the token is left of it, or nothing with gating = 'none'."""
     repeats: int = Field(1, ge=1, le=MAX_REPEATS)
     """How often each picture is used per epoch, times N in folders called N_name."""
     resolution: int | None = Field(None, ge=1, le=MAX_RESOLUTION)
     """Side of the square training pictures, in pixels. Default: the base's own."""
+    enable_bucket: bool = False
+    """Cut each picture to the nearest of several sizes of one area, wide and high ones; a batch has one size."""
+    min_bucket_reso: int | None = Field(None, ge=1, le=MAX_RESOLUTION)
+    """Shortest side of a bucket, in pixels. Default: half the resolution."""
+    max_bucket_reso: int | None = Field(None, ge=1, le=2 * MAX_RESOLUTION)
+    """Longest side of a bucket, in pixels. Default: twice the resolution."""
+    bucket_reso_steps: int | None = Field(None, ge=1, le=MAX_RESOLUTION)
+    """Sides of buckets are multiples of it. Default: 64, or less where the resolution is below 512."""
     center_crop: bool = True
     """Crop the middle of each picture; if false, a random part each time."""
     random_flip: bool = False
@@ -273,6 +289,10 @@ class TrainingConfig(StrictModel):
             "without gating = 'tokens', since the slice is exclusive there": (
                 self.gating != "tokens", ("exclusive_slice",)
             ),
+            "without enable_bucket": (
+                not self.enable_bucket, ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+            ),
+            "without shuffle_caption": (not self.shuffle_caption, ("keep_tokens",)),
             "with use_masks = false": (not self.use_masks, ("unmasked_weight",)),
             "without layout = 'strided'": (self.layout != "strided", ("slots",)),
             "without adapter_type = 'guarded'": (self.adapter_type != "guarded", ("guard",)),
@@ -294,8 +314,8 @@ class TrainingConfig(StrictModel):
         return self.output_name or self.token.strip("<>")
 
     def with_token(self, text: str) -> str:
-        """A prompt with every placeholder replaced by the token."""
-        return with_token(text, self.token)
+        """A prompt with every placeholder, or the trigger word, replaced by the token."""
+        return with_token(text, self.token, self.trigger_word)
 
     def validation_prompts(self) -> tuple[str, ...]:
         """The prompts of previews, with the token in place."""
@@ -306,6 +326,10 @@ class TrainingConfig(StrictModel):
         """Where class pictures are: a folder for each class prompt, shared by concepts of one noun."""
         words = re.sub(r"\W+", "-", (self.class_prompt or "").lower()).strip("-")
         return self.class_data_dir or self.output_dir / "class_images" / words
+
+    def varies_captions(self) -> bool:
+        """Whether a picture's caption is another one at each use."""
+        return self.shuffle_caption or self.caption_dropout_rate > 0
 
     def caches_latents(self) -> bool:
         """Whether every picture is the same each time it is used, and may be encoded once."""

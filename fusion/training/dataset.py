@@ -4,15 +4,16 @@
     metadata.jsonl                      captions instead: {"file_name": "dog.png", "text": "a {token} asleep"}
     10_sks dog/                         pictures to repeat 10 times; "sks dog" and "sks" mean the token (kohya)
 
-A picture without a caption has the instance prompt. A caption that does not name the token is an error under token
-gating, where nothing can be learned from it, and a warning without gates. Nothing is left out silently.
+A picture without a caption has the instance prompt. `trigger_word` is a word of captions that becomes the token; those
+without it then begin with the token. Any other caption that does not name the token is an error under token gating,
+where nothing can be learned from it, and a warning without gates. Nothing is left out silently.
 """
 
 import logging
 import random
 import re
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from fusion.config import listing
 from fusion.errors import DatasetError
 from fusion.formats.picture_file import SUFFIXES, decode, is_transparent, load_mask, load_picture
 from fusion.training import dataset_files as files
+from fusion.training.buckets import Size, nearest_size
+from fusion.training.captions import FixedTags, caption_for, shuffle_tags, split_caption
 from fusion.training.config import MAX_REPEATS, TrainingConfig
 from fusion.training.dataset_files import MASKS, METADATA, some, visible
 from fusion.training.pictures import Cut, cut
@@ -34,6 +37,7 @@ _REPEATED = re.compile(r"([1-9]\d{0,99})_(.+)")  # kohya's folder names
 MAX_USES = 1_000_000  # pictures of an epoch, repeats counted
 _WARNINGS = {  # by kind; {} is the instance prompt
     "captionless": "Without a caption, so '{}' is used",
+    "triggerless": "Captions without the trigger word, which now begin with the token",
     "tokenless": "Captions that do not name the token",
     "maskless": "Without a mask, so learned whole",
     "transparent": "With transparent parts, which are filled with white",
@@ -51,6 +55,16 @@ class Example:
     mask_path: Path | None
     repeats: int
     size: tuple[int, int]  # width, height, upright
+    fixed_tags: FixedTags = (0, 0)  # of a caption that is shuffled
+
+    def caption_in(self, config: TrainingConfig, number: int, index: int) -> str:
+        """The caption as the picture at `index` of batch `number`: a function of the seed and both numbers."""
+        if not config.varies_captions():
+            return self.caption
+        draw = random.Random(f"caption {index} of batch {number} of seed {config.seed}")
+        if draw.random() < config.caption_dropout_rate:
+            return config.token if config.gating == "tokens" else ""
+        return shuffle_tags(self.caption, self.fixed_tags, draw) if config.shuffle_caption else self.caption
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,23 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def smaller_than(self, resolution: int) -> tuple[Example, ...]:
-        """Examples that have to be enlarged."""
-        return tuple(example for example in self.examples if min(example.size) < resolution)
+    def enlarged(self, sizes: Sequence[Size]) -> tuple[Example, ...]:
+        """Examples that are smaller than the size that they are cut to."""
+        targets = [(example, nearest_size(example.size, sizes)) for example in self.examples]
+        return tuple(e for e, size in targets if e.size[0] < size[0] or e.size[1] < size[1])
 
-    def order(self, batch_size: int, seed: int) -> "BatchOrder":
-        return BatchOrder(tuple(example.repeats for example in self.examples), batch_size, seed)
+    def buckets(self, sizes: Sequence[Size]) -> dict[Size, list[Example]]:
+        """The examples by the size that they are cut to, the sizes in order."""
+        buckets: dict[Size, list[Example]] = {}
+        for example in self.examples:
+            buckets.setdefault(nearest_size(example.size, sizes), []).append(example)
+        return dict(sorted(buckets.items()))
+
+    def order(self, batch_size: int, seed: int, sizes: Sequence[Size] | None = None) -> "BatchOrder":
+        """Which examples make which batch; those of a batch are cut to one of the `sizes`."""
+        repeats = tuple(example.repeats for example in self.examples)
+        buckets = tuple(sizes.index(nearest_size(example.size, sizes)) for example in self.examples) if sizes else ()
+        return BatchOrder(repeats, batch_size, seed, buckets)
 
 
 @dataclass(frozen=True)
@@ -76,20 +101,35 @@ class BatchOrder:
     """Which examples make batch k: a function of the seed and k alone, so a resumed training continues exactly.
 
     Every epoch is a permutation of all examples, each as often as it is repeated; a batch may end one epoch and
-    begin the next, so all batches are full.
+    begin the next, so all batches are full. Each of several `buckets` has epochs of its own, and so many of the batches
+    that every example is used as often as it is repeated.
     """
 
     repeats: tuple[int, ...]
     batch_size: int
     seed: int
+    buckets: tuple[int, ...] = ()  # of each example; without any, all are of one
 
     def batch(self, number: int) -> tuple[int, ...]:
-        """Indices of the examples in batch `number`, counted from 0."""
+        """Indices of the examples in batch `number`, counted from 0; all are of one bucket."""
+        if len(set(self.buckets)) > 1:
+            return self._batch_of_bucket(number)
         first, length = number * self.batch_size, sum(self.repeats)
         epochs = range(first // length, (first + self.batch_size - 1) // length + 1)
         row = [index for epoch in epochs for index in self.epoch(epoch)]
         start = first - epochs.start * length
         return tuple(row[start : start + self.batch_size])
+
+    def _batch_of_bucket(self, number: int) -> tuple[int, ...]:
+        """In `length` batches, each bucket has one for each of its uses in an epoch, in an order that is drawn."""
+        turn, position = divmod(number, sum(self.repeats))
+        deck = [bucket for bucket, count in zip(self.buckets, self.repeats, strict=True) for _ in range(count)]
+        order = random.Random(f"buckets {turn} of seed {self.seed}").sample(deck, len(deck))
+        bucket = order[position]
+        members = [index for index, other in enumerate(self.buckets) if other == bucket]
+        inner = BatchOrder(tuple(self.repeats[index] for index in members), self.batch_size, self.seed)
+        batch = inner.batch(turn * deck.count(bucket) + order[:position].count(bucket))
+        return tuple(members[index] for index in batch)
 
     def epoch(self, number: int) -> list[int]:
         """All examples in the order of one epoch."""
@@ -97,13 +137,18 @@ class BatchOrder:
         return random.Random(f"epoch {number} of seed {self.seed}").sample(deck, len(deck))
 
 
-def prepare(example: Example, resolution: int, config: TrainingConfig, generator: torch.Generator | None = None) -> Cut:
-    """The pixels of one example as the config wants them; `generator` draws crops and flips."""
+def prepare(
+    example: Example, size: int | Size, config: TrainingConfig, generator: torch.Generator | None = None
+) -> Cut:
+    """The pixels of one example, cut to a size or square, as the config wants them.
+
+    `generator` draws crops and flips.
+    """
     picture, mask = load_picture(example.image_path), None
     if example.mask_path:
         mask = load_mask(example.mask_path, example.size)
     center, flip = config.center_crop, config.random_flip
-    return cut(picture, mask, resolution, center_crop=center, random_flip=flip, generator=generator)
+    return cut(picture, mask, size, center_crop=center, random_flip=flip, generator=generator)
 
 
 def instance_dataset(config: TrainingConfig) -> Dataset:
@@ -176,7 +221,9 @@ class _Reader:
 
     def _read(self, folder: Path, folders: set[Path]) -> None:
         """The examples of one of the `folders` that are read."""
-        pictures, captions, masks, unused = files.sort_files(folder)
+        pictures, captions, masks, unused = files.sort_files(
+            folder, *([self.config.caption_extension] if self.config else [])
+        )
         parents = {parent for path in folders for parent in (path, *path.parents)}
         unused += [path for path in visible(folder) if path.is_dir() and path not in parents and path.name != MASKS]
         if folder != self.folder and (folder / METADATA).exists():
@@ -204,8 +251,10 @@ class _Reader:
                 with self._collected():
                     text = self._caption(paths[0], caption, trigger)
                 if size and text:
-                    times = repeats * (self.config.repeats if self.config else 1)
-                    self.examples.append(Example(paths[0], text, mask, times, size))
+                    times, fixed = repeats * (self.config.repeats if self.config else 1), (0, 0)
+                    if self.config:
+                        text, fixed = split_caption(text, self.config.keep_tokens, self.config.keep_tokens_separator)
+                    self.examples.append(Example(paths[0], text, mask, times, size, fixed))
 
     def _check(self, path: Path, mask: Path | None) -> tuple[int, int]:
         """The size of a picture that can be read, as its mask can."""
@@ -229,13 +278,17 @@ class _Reader:
             self.names["captionless"].append(name)
             return self.prompt
         source, token = self._name(file) if file else f"{METADATA}, {name}", self.config.token
-        text = files.caption_for(text, token, trigger)
+        text = caption_for(text, token, trigger, self.config.trigger_word)
         if not text:
             raise DatasetError(f"{source} has an empty caption; write one, or remove it to use '{self.prompt}'.")
+        if token not in text and self.config.trigger_word:
+            self.names["triggerless"].append(source)
+            return f"{token}, {text}"
         if token not in text:
             if self.config.gating == "tokens":
                 raise DatasetError(
-                    f"{source}: '{text[: files.MAX_QUOTE]}' does not name {token}; write it where that stands."
+                    f"{source}: '{text[: files.MAX_QUOTE]}' does not name {token}; write it where that stands, or set "
+                    "trigger_word."
                 )
             self.names["tokenless"].append(source)
         return text

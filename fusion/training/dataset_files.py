@@ -1,24 +1,20 @@
 """The files of a dataset folder, sorted by kind, and the captions in them: texts and metadata.jsonl."""
 
 import json
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import dropwhile
 from pathlib import Path
 
 from fusion.config import SURROGATE
 from fusion.errors import DatasetError
 from fusion.formats.picture_file import SUFFIXES
-from fusion.training.config import with_token
 
 METADATA = "metadata.jsonl"
 MASKS = "masks"
 MAX_QUOTE = 200  # letters of a caption or name in a message
 _CAPTION_KEYS = ("text", "caption", "prompt")  # in metadata.jsonl, the first that is there
 _FORM = 'it needs the form {"file_name": "dog.png", "text": "a {token} asleep"}.'
-_ARTICLES = ("a", "an", "the", "my", "one")
 _MASK_ENDINGS = ("-masklabel", ".mask")
 # Files that may be in a dataset folder without being part of it.
 _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "notice", "thumbs.db", "desktop.ini"}
@@ -26,8 +22,9 @@ _KNOWN = {METADATA, "concept.toml", "readme.md", "license", "license.txt", "noti
 Files = defaultdict[str, list[Path]]  # by stem: picture, caption and mask of one stem belong together
 
 
-def sort_files(folder: Path) -> tuple[Files, Files, Files, list[Path]]:
+def sort_files(folder: Path, caption_extension: str = ".txt") -> tuple[Files, Files, Files, list[Path]]:
     """A folder's pictures, captions, masks, and files that belong to no picture. Hidden files are none."""
+    extension = f".{caption_extension.removeprefix('.')}".lower()
     pictures, captions, masks, others = Files(list), Files(list), Files(list), list[Path]()
     for path in visible(folder):
         stem = _stem(path)
@@ -37,8 +34,8 @@ def sort_files(folder: Path) -> tuple[Files, Files, Files, list[Path]]:
             pictures[stem].append(path)
         elif path.suffix.lower() in SUFFIXES:
             masks[stem.removesuffix(_MASK_ENDINGS[0]).removesuffix(_MASK_ENDINGS[1])].append(path)
-        elif path.suffix.lower() == ".txt":
-            captions[stem].append(path)
+        elif path.name.lower().endswith(extension):
+            captions[_stem(path.with_name(path.name[: -len(extension)] + ".txt"))].append(path)
         else:
             others.append(path)
     for path in visible(folder / MASKS) if (folder / MASKS).is_dir() else []:
@@ -71,21 +68,6 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 def _stem(path: Path) -> str:
     """The name without its ending; composed and decomposed accents are one, as macOS mixes them."""
     return unicodedata.normalize("NFC", path.stem)
-
-
-def caption_for(text: str, token: str, trigger: str = "") -> str:
-    """A caption as training uses it: one line, the token in place of placeholders.
-
-    `trigger` is the concept's name in another trainer's data, "sks dog": where the token is missing, the whole phrase
-    becomes the token, or else its first word, if that stands there once. Articles before the name are no part of it.
-    """
-    text = " ".join(with_token(text, token).split())
-    words = list(dropwhile(lambda word: word.lower() in _ARTICLES, trigger.split()))
-    for phrase in (" ".join(words), words[0]) if words else ():
-        pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
-        if token not in text and (phrase == " ".join(words) or len(pattern.findall(text)) == 1):
-            text = pattern.sub(token, text)
-    return text
 
 
 def read_text(file: Path, name: str) -> str:

@@ -251,8 +251,8 @@ class _Training:
         return denoising_loss(prediction, target, weights=weights, mask=mask)
 
     def _encode(self, captions: list[str]) -> Conditioning:
-        """Encoded captions; once per caption where nothing in the text encoder is trained."""
-        if self.trains_text:
+        """Encoded captions; once per caption where nothing in the text encoder is trained and their number is small."""
+        if self.trains_text or self.config.shuffle_caption:
             return encode_prompts(self.pipe, captions)
         with torch.no_grad():
             for caption in captions:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fusion.errors import ConfigError, DatasetError
 from fusion.formats.picture_file import load_picture
+from fusion.training.buckets import Size, nearest_size
 from fusion.training.config import MAX_RESOLUTION
 from fusion.training.pictures import cut
 
@@ -33,8 +34,11 @@ class PictureChecks:
     warnings: list[str]  # about all pictures together
 
 
-def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureChecks:
-    """Check picture files for a training at `resolution`; problems are warnings. Raises ConfigError."""
+def check_pictures(paths: Sequence[str | Path], resolution: int, sizes: Sequence[Size] | None = None) -> PictureChecks:
+    """Check picture files for a training at `resolution`, or in buckets of `sizes`; problems are warnings.
+
+    Raises ConfigError.
+    """
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise ConfigError(f"resolution is 1 to {MAX_RESOLUTION} pixels; got {resolution}.")
     checks: list[PictureCheck] = []
@@ -45,8 +49,9 @@ def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureCheck
         except DatasetError as error:
             checks.append(PictureCheck(path, None, (0, 0), (str(error),)))
             continue
-        crop = _crop(picture, resolution)
-        warnings = _size_warnings(picture, resolution)
+        size = nearest_size(picture.size, sizes or [(resolution, resolution)])
+        crop = _crop(picture, size)
+        warnings = _size_warnings(picture, size)
         small = crop.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
         thumbnail = np.asarray(small, dtype=np.float32)
         differences = {name: np.abs(thumbnail - other).mean() for name, other in thumbnails.items()}
@@ -59,16 +64,17 @@ def check_pictures(paths: Sequence[str | Path], resolution: int) -> PictureCheck
     return PictureChecks(checks, few if 0 < usable < MIN_PICTURES else [])
 
 
-def _crop(picture: Image.Image, resolution: int) -> Image.Image:
-    pixels = cut(picture, None, resolution).pixels  # (3, H, W), -1 … 1
+def _crop(picture: Image.Image, size: Size) -> Image.Image:
+    pixels = cut(picture, None, size).pixels  # (3, H, W), -1 … 1
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def _size_warnings(picture: Image.Image, resolution: int) -> list[str]:
-    short, long = sorted(picture.size)
+def _size_warnings(picture: Image.Image, size: Size) -> list[str]:
+    scale = max(size[0] / picture.width, size[1] / picture.height)
     warnings: list[str] = []
-    if short < resolution:
-        warnings.append(f"Small: {picture.width}x{picture.height} is enlarged to {resolution}.")
-    if long > 1.5 * short:
+    if scale > 1:
+        side = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        warnings.append(f"Small: {picture.width}x{picture.height} is enlarged to {side}.")
+    if size[0] * size[1] * 1.5 < picture.width * picture.height * scale**2:
         warnings.append("Long: much of it is cut off at the ends.")
     return warnings

@@ -23,33 +23,34 @@ class Cut(NamedTuple):
 def cut(
     picture: Image.Image,
     mask: Image.Image | None,
-    resolution: int,
+    size: int | tuple[int, int],
     *,
     center_crop: bool = True,
     random_flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Cut:
-    """Resize so that the shorter side has `resolution` pixels, and cut a square out of the longer one.
+    """Resize so that the picture just covers `size`, (width, height) or the side of a square, and cut off the rest.
 
-    The square is the middle, or with center_crop = False anywhere; `generator` draws its position and mirroring.
+    What stays is the middle, or with center_crop = False any part; `generator` draws its position and mirroring.
     """
     width, height = picture.size
-    scale = resolution / min(width, height)
-    wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    left, top = (wide - resolution) // 2, (high - resolution) // 2
+    new_width, new_height = (size, size) if isinstance(size, int) else size
+    scale = max(new_width / width, new_height / height)
+    wide, high = max(new_width, round(width * scale)), max(new_height, round(height * scale))
+    left, top = (wide - new_width) // 2, (high - new_height) // 2
     if not center_crop:
-        left = int(torch.randint(wide - resolution + 1, (), generator=generator))
-        top = int(torch.randint(high - resolution + 1, (), generator=generator))
+        left = int(torch.randint(wide - new_width + 1, (), generator=generator))
+        top = int(torch.randint(high - new_height + 1, (), generator=generator))
     mirrored = random_flip and bool(torch.rand((), generator=generator) < 0.5)
-    # Resizing only the square gives the same pixels, and a panorama costs no more than a portrait.
+    # Resizing only this part gives the same pixels, and a panorama costs no more than a portrait.
     across, down = width / wide, height / high
-    box = (left * across, top * down, (left + resolution) * across, (top + resolution) * down)
+    box = (left * across, top * down, (left + new_width) * across, (top + new_height) * down)
 
-    def square(image: Image.Image, method: Image.Resampling) -> Tensor:  # (channels, H, W), 0 … 1
-        image = image.resize((resolution, resolution), method, box=box)
+    def part(image: Image.Image, method: Image.Resampling) -> Tensor:  # (channels, H, W), 0 … 1
+        image = image.resize((new_width, new_height), method, box=box)
         values = np.asarray(ImageOps.mirror(image) if mirrored else image, dtype=np.float32) / 255
-        return torch.from_numpy(values).reshape(resolution, resolution, -1).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(values).reshape(new_height, new_width, -1).permute(2, 0, 1).contiguous()
 
-    pixels = square(picture, Image.Resampling.LANCZOS) * 2 - 1
-    cut_mask = None if mask is None else square(mask, Image.Resampling.BILINEAR)
-    return Cut(pixels, cut_mask, (height, width), (top, wide - resolution - left if mirrored else left))
+    pixels = part(picture, Image.Resampling.LANCZOS) * 2 - 1
+    cut_mask = None if mask is None else part(mask, Image.Resampling.BILINEAR)
+    return Cut(pixels, cut_mask, (height, width), (top, wide - new_width - left if mirrored else left))

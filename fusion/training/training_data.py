@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion.adapters.adapter import Concept
-from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
@@ -21,6 +20,8 @@ from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
 from fusion.models.prompt_length import check_prompts
 from fusion.output_files import check_output
+from fusion.training.buckets import Size, nearest_size, training_sizes
+from fusion.training.captions import latest_order
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
 
@@ -48,17 +49,16 @@ class TrainingData:
         """
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        if self.resolution % (factor := pipe.vae_scale_factor):
-            raise ConfigError(f"resolution {self.resolution} does not suit this base; use a multiple of {factor}.")
+        self.sizes = training_sizes(config, self.resolution, pipe.vae_scale_factor)
         self.instances = instance_dataset(config)
         self.classes = class_dataset(config) if config.with_prior_preservation else None
-        self._encoded: dict[Example, Encoded] = {}
+        self._encoded: dict[tuple[Example, Size], Encoded] = {}
         concept = Concept(config.token, config.noun, config.num_vectors)
-        captions = [example.caption for example in self.instances.examples]
+        captions = [_latest_order(example, config) for example in self.instances.examples]
         check_prompts(pipe, [*captions, *config.validation_prompts(), config.class_prompt or ""], [concept])
-        if small := self.instances.smaller_than(self.resolution):
-            first = small[0].image_path.name
-            logger.warning("%d pictures are smaller than %d px and enlarged: %s, …", len(small), self.resolution, first)
+        if small := self.instances.enlarged(self.sizes):
+            first, sizes = small[0].image_path.name, "their bucket" if config.enable_bucket else f"{self.resolution} px"
+            logger.warning("%d pictures are smaller than %s and enlarged: %s, …", len(small), sizes, first)
 
     def digests(self) -> dict[str, str]:
         """Of the pictures with their captions and repeats, of masks and of class pictures, to compare on resuming."""
@@ -66,6 +66,9 @@ class TrainingData:
         masks = [example.mask_path for example in examples]
         return {
             "pictures": _digest(f"{e.caption} {e.repeats}".encode() + e.image_path.read_bytes() for e in examples),
+            "fixed_tags": str([example.fixed_tags for example in examples])
+            if self.config.keep_tokens_separator
+            else "",
             "masks": _digest(f"{k} ".encode() + m.read_bytes() for k, m in enumerate(masks) if m),
             "class_pictures": _digest(example.image_path.read_bytes() for example in classes),
         }
@@ -76,31 +79,37 @@ class TrainingData:
             self._draw_class_pictures(self.config.num_class_images - len(self.classes))
             self.classes = class_dataset(self.config)
         if self.config.caches_latents():
-            for dataset in (self.instances, self.classes):
-                for example in dataset.examples if dataset else ():
-                    self._encoded[example] = self._encode(example, None)
+            buckets = self.instances.buckets(self.sizes)
+            pictures = [(example, size) for size, examples in buckets.items() for example in examples]
+            pictures += (
+                [(example, size) for example in self.classes.examples for size in buckets] if self.classes else []
+            )
+            for example, size in pictures:
+                self._encoded[example, size] = self._encode(example, size, None)
 
     def batch(self, number: int, generator: torch.Generator) -> Batch:
         """Batch `number`, class pictures after the concept's; `generator` draws crops and flips."""
-        parts = [(self.instances, 1.0)] + ([(self.classes, self.config.prior_loss_weight)] if self.classes else [])
-        examples, weights = list[Example](), list[float]()
-        for dataset, weight in parts:
-            order = dataset.order(self.config.train_batch_size, self.config.seed)
-            examples += [dataset.examples[i] for i in order.batch(number)]
-            weights += [weight * len(parts)] * self.config.train_batch_size
-        encoded = [self._encoded.get(example) or self._encode(example, generator) for example in examples]
+        config, order = self.config, self.instances.order(self.config.train_batch_size, self.config.seed, self.sizes)
+        examples = [self.instances.examples[i] for i in order.batch(number)]
+        captions = [example.caption_in(config, number, i) for i, example in enumerate(examples)]
+        size, weights = nearest_size(examples[0].size, self.sizes), [1.0] * len(examples)
+        if self.classes:
+            order = self.classes.order(config.train_batch_size, config.seed)
+            examples += (class_examples := [self.classes.examples[i] for i in order.batch(number)])
+            captions += [example.caption for example in class_examples]
+            weights = [2.0] * config.train_batch_size + [2 * config.prior_loss_weight] * config.train_batch_size
+        encoded = [self._encoded.get((example, size)) or self._encode(example, size, generator) for example in examples]
         latents, masks, time_ids = zip(*encoded, strict=True)
-        captions = [example.caption for example in examples]
         return Batch(torch.stack(latents), torch.stack(masks), list(time_ids), captions, latents[0].new_tensor(weights))
 
-    def _encode(self, example: Example, generator: torch.Generator | None) -> Encoded:
-        picture = prepare(example, self.resolution, self.config, generator)
+    def _encode(self, example: Example, size: Size, generator: torch.Generator | None) -> Encoded:
+        picture = prepare(example, size, self.config, generator)
         latents = encode_pixels(self.pipe, picture.pixels[None])[0].to(self.pipe.unet.device)
         mask, outside = torch.ones_like(latents[:1]), self.config.unmasked_weight
         if picture.mask is not None:
             inside = F.interpolate(picture.mask[None].to(latents.device), latents.shape[-2:], mode="area")[0]
             mask = outside + (1 - outside) * inside
-        return latents, mask, (*picture.original_size, *picture.crop_top_left, *[self.resolution] * 2)
+        return latents, mask, (*picture.original_size, *picture.crop_top_left, size[1], size[0])
 
     def _draw_class_pictures(self, missing: int) -> None:
         """Class pictures by the base itself, as no adapter is attached yet. Raises OutputError."""
@@ -114,6 +123,13 @@ class TrainingData:
                     picture.save(path)
                     missing -= 1
                 seed += 1
+
+
+def _latest_order(example: Example, config: TrainingConfig) -> str:
+    """The caption in the order in which the token is most easily beyond what the text encoder reads."""
+    return (
+        latest_order(example.caption, example.fixed_tags, config.token) if config.shuffle_caption else example.caption
+    )
 
 
 def _digest(parts: Iterable[bytes]) -> str:

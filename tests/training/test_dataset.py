@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fusion.errors import DatasetError
+from fusion.training.captions import caption_for
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import class_dataset, instance_dataset, prepare
-from fusion.training.dataset_files import caption_for
 
 CONCEPTS = sorted((Path(__file__).parent.parent.parent / "assets/concepts").iterdir())
 
@@ -329,8 +329,8 @@ def test_mixed_folders_say_what_is_missing_where(tmp_path):
 def test_pictures_that_must_be_enlarged_are_known(tmp_path):
     paint(tmp_path / "a.png", (48, 40))
     paint(tmp_path / "b.png", (400, 500))
-    assert [e.image_path.name for e in read(tmp_path).smaller_than(64)] == ["a.png"]
-    assert read(tmp_path).smaller_than(40) == ()
+    assert [e.image_path.name for e in read(tmp_path).enlarged([(64, 64)])] == ["a.png"]
+    assert read(tmp_path).enlarged([(40, 40)]) == ()
 
 
 # class pictures

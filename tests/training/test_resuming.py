@@ -38,7 +38,9 @@ OTHER = {
     "adam_beta2": 0.99, "adam_weight_decay": 0.0, "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "snr_gamma": 5.0,
     "noise_offset": 0.1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "seed": 1,
     "with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5,
-    "quiet_loss_weight": 1.0, "mixed_precision": "bf16",
+    "quiet_loss_weight": 1.0, "mixed_precision": "bf16", "trigger_word": "rex", "shuffle_caption": True,
+    "keep_tokens": 1, "keep_tokens_separator": "|||", "caption_dropout_rate": 0.5, "enable_bucket": True,
+    "min_bucket_reso": 8, "max_bucket_reso": 64, "bucket_reso_steps": 8,
 }  # fmt: skip
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
 
