@@ -40,6 +40,9 @@ EVERY = NEEDED | {
     "validation_prompt": ["a {token}"], "num_validation_images": 1, "validation_steps": 5, "output_dir": "/out",
     "output_name": "rex", "save_precision": "float32", "checkpointing_steps": 7, "checkpoints_total_limit": 2,
     "resume_from_checkpoint": "latest", "report_to": "tensorboard",
+    "trigger_word": "rex", "caption_extension": ".caption", "shuffle_caption": True, "keep_tokens": 1,
+    "keep_tokens_separator": "|||", "caption_dropout_rate": 0.1, "enable_bucket": True, "min_bucket_reso": 128,
+    "max_bucket_reso": 768, "bucket_reso_steps": 32,
 }  # fmt: skip
 
 
