@@ -22,7 +22,7 @@ from fusion.config import (
     to_toml,
 )
 from fusion.errors import ConfigError
-from fusion.training.captions import with_token
+from fusion.training.caption_text import with_token
 
 MAX_RESOLUTION = 4096  # pixels
 MAX_REPEATS = 10_000

@@ -25,7 +25,7 @@ from fusion.errors import DatasetError
 from fusion.formats.picture_file import SUFFIXES, decode, is_transparent, load_mask, load_picture
 from fusion.training import dataset_files as files
 from fusion.training.buckets import Size, nearest_size
-from fusion.training.captions import FixedTags, caption_for, shuffle_tags, split_caption
+from fusion.training.caption_text import FixedTags, caption_for, shuffle_tags, split_caption
 from fusion.training.config import MAX_REPEATS, TrainingConfig
 from fusion.training.dataset_files import MASKS, METADATA, some, visible
 from fusion.training.pictures import Cut, cut

@@ -21,7 +21,7 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.prompt_length import check_prompts
 from fusion.output_files import check_output
 from fusion.training.buckets import Size, nearest_size, training_sizes
-from fusion.training.captions import latest_order
+from fusion.training.caption_text import latest_order
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
 

@@ -9,7 +9,7 @@ from toy_training import config
 import tiny
 from fusion.cli import main
 from fusion.errors import DatasetError, TokenConflict
-from fusion.training.captions import latest_order, shuffle_tags, split_caption, with_token
+from fusion.training.caption_text import latest_order, shuffle_tags, split_caption, with_token
 from fusion.training.dataset import instance_dataset
 from fusion.training.training_data import TrainingData
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fusion.errors import DatasetError
-from fusion.training.captions import caption_for
+from fusion.training.caption_text import caption_for
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import class_dataset, instance_dataset, prepare
 
