@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch, Concept, float32
 from fusion.config import TOKEN
-from fusion.errors import ConfigError
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import gated_change
 from fusion.models.attachment import attach
@@ -96,12 +95,7 @@ class Teacher:
     @torch.no_grad()
     def answer(self, prompts: Sequence[str]) -> Answers:
         """The answers to prompts, in half precision. The teacher has to be attached."""
-        try:
-            encoded = encode_prompts(self.pipe, prompts, self.clip_skip)
-        except AttributeError as error:  # diffusers 0.42 looks for a level that transformers 5.6 took out
-            if not self.clip_skip:
-                raise
-            raise ConfigError(f"diffusers and transformers as installed have no clip_skip here: {error}.") from error
+        encoded = encode_prompts(self.pipe, prompts, self.clip_skip)
         ids, owners = dict[str, Tensor](), list[Tensor]()
         for component, size in self.vocabulary.items():
             ids[component], owner = self._ids(component, prompts, size)
