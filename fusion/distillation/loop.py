@@ -21,6 +21,7 @@ from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance, ch
 from fusion.distillation.config import DistillationConfig
 from fusion.distillation.decoys import decoys_for
 from fusion.distillation.held_out_errors import HeldOutErrors
+from fusion.distillation.least_squares import LeastSquares
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution, words_of
 from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
@@ -37,6 +38,7 @@ from fusion.models.tokens import embedding_of, text_encoders
 from fusion.spectral.delta import Delta
 
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
+START_PROMPTS = 1024  # from which the start is solved
 HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
 TARGET_STEPS = 50  # steps from one comparison with target_error to the next
 WHOLE_STEPS = 6  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
@@ -133,6 +135,10 @@ class _Distillation:
         )
         self._measure_teacher()
         self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)
+        if checkpoint is None and self.learns:
+            start = LeastSquares(self.teacher, self.student, config.free_weight)
+            self.pools.answer_first(START_PROMPTS, start.answer)
+            start.solve()
         self._start(checkpoint)
 
     def _start(self, checkpoint: Checkpoint | None) -> None:

@@ -7,7 +7,7 @@ Shapes: P prompts of a pool, B of a batch.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,11 +39,7 @@ class PromptPools:
     def batch(self, step: int) -> Answers:
         """The batch of a step, counted from 1."""
         number, within = divmod(step - 1, self.steps)
-        if number != self._number:
-            self._number = number
-            self._groups = [None for _ in range(self.size // self.config.train_batch_size)]
-            rng = random.Random(f"{self.config.seed} pool {number}")
-            self._prompts = self.distribution.draw(rng, self.size)
+        self._open(number)
         batch = self.config.train_batch_size
         round_, position = divmod(within, len(self._groups))
         if round_ == 0:
@@ -56,14 +52,31 @@ class PromptPools:
         rows = zip(groups, (order % batch).tolist(), strict=True)
         return Answers.join([members[group].select(slice(row, row + 1)) for group, row in rows])
 
-    def _answered(self, groups: Sequence[int]) -> list[Answers]:
+    def _open(self, number: int) -> None:
+        """The prompts of a pool, unless they are there."""
+        if number != self._number:
+            self._number = number
+            self._groups = [None for _ in range(self.size // self.config.train_batch_size)]
+            rng = random.Random(f"{self.config.seed} pool {number}")
+            self._prompts = self.distribution.draw(rng, self.size)
+
+    def answer_first(self, prompts: int, answer: Callable[[Sequence[str]], Answers]) -> None:
+        """Have the first prompts of the first pool answered, by `answer`, before the steps need them."""
+        self._open(0)
+        self._answered(range(min(len(self._groups), -(-prompts // self.config.train_batch_size))), answer)
+
+    def _answered(
+        self, groups: Sequence[int], answer: Callable[[Sequence[str]], Answers] | None = None
+    ) -> list[Answers]:
         """The answers of these groups of prompts; what is missing is asked of the teacher."""
         missing = [group for group in groups if self._groups[group] is None]
         if missing:
             batch = self.config.train_batch_size
             with self.teacher.attached():
                 for group in missing:
-                    self._groups[group] = self.teacher.answer(self._prompts[group * batch : (group + 1) * batch])
+                    self._groups[group] = (answer or self.teacher.answer)(
+                        self._prompts[group * batch : (group + 1) * batch]
+                    )
         return [answers for group in groups if (answers := self._groups[group]) is not None]
 
 

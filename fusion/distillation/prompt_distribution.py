@@ -19,10 +19,10 @@ from fusion.adapters.adapter import Concept
 EMPTY_SHARE = 0.1  # of the prompts without concepts
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20)  # words beside the concepts
 COUNTS = (1, 1, 1, 1, 2, 2, 3)  # concepts in a prompt of words
-SENTENCE_SHARE = 0.75
+SENTENCE_SHARE = 0.9
 CAPTION_SHARE = 0.2  # of the prompts with one concept or none, where there are captions
 DECOY_SHARE = 0.15  # of the things in sentences and of the prompts of words, where there are decoys
-WORD_SHARE = 0.3  # of the things in sentences that are no decoys: any word of the tokenizer
+WORD_SHARE = 0.1  # of the things in sentences that are no decoys: any word of the tokenizer
 NOUN_SHARE = 0.15  # the concepts' own nouns; the rest are subjects
 COLOURS = ["blue", "yellow", "white", "red", "pink", "green", "grey", "black", "brown", "orange", "purple", "teal"]
 STYLE_SHARE = 0.3  # of the subjects in sentences, where there are styles

@@ -81,8 +81,9 @@ class Teacher:
             for adapter in (*self.adapters, self.decoys):
                 stack.enter_context(attach(self.pipe, adapter))
             # The pipeline's own method goes through all added tokens for every word: half the time of an answer.
-            owners = vars(pipe).get(name)  # one that the pipeline's owner has set
-            stack.callback(*((setattr, pipe, name, owners) if owners else (delattr, pipe, name)))
+            own = {name: vars(pipe)[name]} if name in vars(pipe) else {}  # set by the pipeline's owner
+            stack.callback(vars(pipe).update, own)
+            stack.callback(vars(pipe).pop, name)
             pipe.maybe_convert_prompt = self._expanded
             yield
 
@@ -141,12 +142,19 @@ class Teacher:
 
     def gated(self, layer: str, shape: tuple[int, int], states: Tensor, acts: Tensor) -> Tensor:
         """What the gated branches add at rows of one layer, (N, O), in float32; `states` (N, D) are the rows."""
+        return gated_change(*self.branches(layer, shape), states, acts)  # pyright: ignore[reportCallIssue]
+
+    def changes(self, layer: str) -> bool:
+        """Whether any branch changes this layer."""
+        return any(layer in branch.layers for branch in self._branches)
+
+    def branches(self, layer: str, shape: tuple[int, int]) -> tuple[Delta, Tensor]:
+        """The changes of all branches in one layer (O, I) as one ΔW, and the branch of each column of `up`."""
         if layer not in self._layers:
-            self._layers[layer] = self._joined(layer, shape, states.device)
-        return gated_change(*self._layers[layer], states, acts)  # pyright: ignore[reportCallIssue]
+            self._layers[layer] = self._joined(layer, shape, self._gates.device)
+        return self._layers[layer]
 
     def _joined(self, layer: str, shape: tuple[int, int], device: torch.device) -> tuple[Delta, Tensor]:
-        """The changes of all branches in one layer as one ΔW, and the branch of each column of `up`."""
         total, owners = Delta.zero(*shape), list[int]()
         with torch.no_grad():
             for number, branch in enumerate(self._branches):

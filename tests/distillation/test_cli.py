@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def noisy(pipe, _adapters, prompts, _seed):
+def noisy(pipe, _adapters, prompts, _seed, _clip_skip):
     """Noise instead of pictures that are drawn and made noisy."""
     count = len(prompts) * output_error.NOISE_LEVELS
     side = pipe.unet.config.sample_size

@@ -14,7 +14,7 @@ from fusion.distillation.prompt_distribution import PromptDistribution
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import BaseMismatch, ConfigError, FormatError, GatingError, TokenConflict
-from fusion.methods.distill import distillation_loss, gated_change, layer_errors, prompt_scales
+from fusion.methods.distill import distillation_loss, gated_change, layer_errors, least_squares_delta, prompt_scales
 from fusion.models.denoising import encode_prompts
 from fusion.models.layer_sites import components, sites
 from fusion.models.model_state import attached_state
@@ -79,6 +79,30 @@ def test_the_loss_is_that_of_whole_keys_computed_naively():
     assert scales.flatten().tolist() == [3, 12, 4]  # the mean of the prompt's concepts, the median without any
     assert prompt_scales(torch.tensor([[6.0]]), torch.zeros(1, 1), free_weight=3).tolist() == [[2]]
     assert float(distillation_loss([torch.tensor([3.0, 6, 4])], scales)) == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_the_start_is_the_least_squares_answer_of_each_layer():
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(200, 6, generator=generator).double(), torch.rand(200, generator=generator).double()
+    x[:, 1:] += 3 * x[:, :1]  # inputs that are much alike
+    up, down = (torch.randn(*size, generator=generator).double() for size in ((5, 4), (4, 6)))
+    acts = (torch.rand(200, 4, generator=generator) < 0.3).double()
+    target, root = ((x @ down.T) * acts) @ up.T, weights.sqrt()[:, None]
+    cross, second = (x * weights[:, None]).T @ ((x @ down.T) * acts), (x * weights[:, None]).T @ x
+
+    def error(matrix):
+        return float(((x @ matrix.T - target) * root).square().sum())
+
+    whole = least_squares_delta(up, cross, second, 6).dense().double()
+    best = torch.linalg.lstsq(x * root, target * root).solution.T
+    assert error(whole) == pytest.approx(error(best), rel=1e-2)  # but for the ridge
+    ranked = least_squares_delta(up, cross, second, 2)
+    assert ranked.rank == 2 and error(whole) < error(ranked.dense().double()) < error(torch.zeros(5, 6).double())
+    for _ in range(20):
+        other = ranked.dense().double() + 0.01 * torch.randn(5, 6, generator=generator).double()
+        left, values, right = torch.linalg.svd(other)
+        near = (left[:, :2] * values[:2]) @ right[:2]
+        assert error(near) >= error(ranked.dense().double()) * (1 - 1e-3)
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
