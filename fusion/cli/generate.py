@@ -102,7 +102,7 @@ def configure(args: Namespace, recipe: "Recipe | None") -> GenerationConfig:
     flags = flags_of(args, GenerationConfig)
     if regions := flags.pop("regions", None):
         flags["regions"] = "auto" if regions == ["auto"] else tuple(region(text) for text in regions)
-    values = {**(recipe.config.settings() if recipe else {}), **flags}
+    values = {**(recipe.config.settings() if recipe else {"prompt_weighting": "a1111"}), **flags}
     if "prompt" not in values:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     try:

@@ -96,7 +96,7 @@ class Teacher:
     @torch.no_grad()
     def answer(self, prompts: Sequence[str]) -> Answers:
         """The answers to prompts, in half precision. The teacher has to be attached."""
-        encoded = encode_prompts(self.pipe, prompts, self.clip_skip)
+        encoded = encode_prompts(self.pipe, prompts, self.clip_skip, chunks=1)
         ids, owners = dict[str, Tensor](), list[Tensor]()
         for component, size in self.vocabulary.items():
             ids[component], owner = self._ids(component, prompts, size)

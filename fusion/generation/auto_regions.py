@@ -46,7 +46,7 @@ def find_regions(
         return ()
     plain = {"prompt": by_nouns(config.prompt, nouns), "num_images": 1, "regions": ()}
     midway = draw_midway(pipe, config.updated(plain), image)
-    maps = changes(pipe, midway, config.prompt, nouns, config.clip_skip)
+    maps = changes(pipe, midway, config, nouns)
     regions = regions_of(cells_by_concept(maps), nouns)
     return tuple(with_prompt(region, config.prompt, nouns) for region in regions)
 
@@ -88,13 +88,15 @@ def with_prompt(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region
     return replace(region, prompt=by_nouns(prompt, nouns, keep=words))
 
 
-def changes(pipe: Pipeline, midway: Midway, prompt: str, nouns: Mapping[str, str], clip_skip: int = 0) -> Tensor:
+def changes(pipe: Pipeline, midway: Midway, config: GenerationConfig, nouns: Mapping[str, str]) -> Tensor:
     """(C, H, W): mean squares of how much each concept's token, in place of its noun, changes the prediction."""
+    prompt, weighting = config.prompt, config.prompt_weighting
     texts = [by_nouns(prompt, nouns), *(by_nouns(prompt, nouns, [token]) for token in nouns)]
     noisy = midway.latents.expand(len(texts), -1, -1, -1)
     times = torch.as_tensor(midway.timestep, device=noisy.device).expand(len(texts))
     with torch.no_grad():
-        predictions = predict(pipe, noisy, times, encode_prompts(pipe, texts, clip_skip))
+        encoded = encode_prompts(pipe, texts, config.clip_skip, weighting=weighting)
+        predictions = predict(pipe, noisy, times, encoded)
     return (predictions[1:] - predictions[:1]).float().square().mean(dim=1)
 
 

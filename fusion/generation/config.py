@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerial
 
 from fusion.config import MAX_PROMPT, MAX_SEED, SURROGATE, StrictModel
 from fusion.errors import ConfigError, DatasetError
+from fusion.prompt_syntax import PromptWeighting
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,7 +116,7 @@ class GenerationConfig(StrictModel):
         "batch": "num_images",
         "num_images_per_prompt": "num_images",
     }
-    users_own = ("prompt",)
+    users_own = ("prompt", "prompt_weighting")
     groups: ClassVar = {"picture": "prompt", "drawing": "seed"}
 
     prompt: str = Field(max_length=MAX_PROMPT)
@@ -135,6 +136,8 @@ class GenerationConfig(StrictModel):
     """How closely to follow the prompt."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """How much of the contrast that guidance adds is taken back, 0 to 1."""
+    prompt_weighting: PromptWeighting = "none"
+    """How weights of words are written: a1111 (word:1.2), compel word+, or none: all is text."""
     scheduler: str | None = None
     """ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ... Default: the base's own."""
     width: int | None = Field(default=None, ge=8, le=8192)

@@ -25,7 +25,7 @@ from fusion.models.binding import acts_on_pictures, bound_word, with_bound_words
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_name
-from fusion.models.prompt_length import check_prompts
+from fusion.prompt_syntax import unknown_syntax
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ def generate(
     concept of a prompt that names several gets a region, where the base would draw it; so it is, too, where a prompt
     names several adapters that were bound to words (`bind`) and act in layers that see no tokens.
     `on_step(step, total, preview)` is called after every step; preview() decodes the first picture.
-    Raises ConfigError, UnknownName for a scheduler, TokenConflict for a token beyond what the text encoder reads, and
-    whatever attach raises; Cancelled passes through.
+    Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
     Settings as keywords, the form until 0.1, still work and warn.
     """
     config = _settings(config, former).with_base_defaults(base_defaults(pipe, "generation"))
@@ -123,10 +122,7 @@ def _sized(pipe: Pipeline, config: GenerationConfig, image: Image.Image | None) 
 
 
 def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequence[Adapter]) -> GenerationConfig:
-    """Settings in which tokens are in lower case, and stand for the phrases of bound adapters.
-
-    Raises TokenConflict for one that the text encoder does not read.
-    """
+    """Settings in which tokens are in lower case, and stand for the phrases of bound adapters."""
     state = attached_state(pipe)
     concepts = [*(state.tokens.concepts if state else ()), *(c for adapter in adapters for c in adapter.info.concepts)]
     tokens = {concept.token for concept in concepts}
@@ -138,10 +134,7 @@ def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequen
         regions = tuple(replace(part, prompt=text) for part, text in zip(config.regions, texts, strict=True))
         if any(new.prompt != part.prompt for new, part in zip(regions, config.regions, strict=True)):
             values["regions"] = regions
-    config = config.updated(values)
-    prompts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
-    check_prompts(pipe, [config.prompt, config.negative_prompt, *prompts], concepts)
-    return config
+    return config.updated(values)
 
 
 def _bound_to_pictures(adapters: Sequence[Adapter], named: Mapping[str, str]) -> list[str]:
@@ -150,7 +143,11 @@ def _bound_to_pictures(adapters: Sequence[Adapter], named: Mapping[str, str]) ->
 
 
 def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, named: int) -> None:
-    """Name the settings that do nothing in this drawing."""
+    """Name the settings that do nothing in this drawing, and what of its prompts is not understood."""
+    regions = [] if config.regions == "auto" else [region.prompt for region in config.regions]
+    prompts = [config.prompt, config.negative_prompt, *regions]
+    if unknown := [text for prompt in prompts for text in unknown_syntax(prompt, config.prompt_weighting)]:
+        logger.warning("%s means nothing here; it is read as plain text.", ", ".join(unknown))
     if config.regions == "auto" and named < 2:
         names = f"names {named} of those given" if named else "names none of those given"
         logger.warning("regions = 'auto' does nothing: it places two or more concepts, and the prompt %s.", names)

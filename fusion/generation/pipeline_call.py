@@ -13,10 +13,10 @@ from PIL import Image
 
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
-from fusion.generation.regions import Cover, drawing_regions, embeddings, encode_regions
+from fusion.generation.prompt_embeddings import embed_prompts
+from fusion.generation.regions import Cover, drawing_regions
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.autoencoder import decode_latents
-from fusion.models.denoising import encode_with_negative
 from fusion.models.pipeline import Pipeline
 
 OnStep = Callable[[int, int, Callable[[], Image.Image]], None]
@@ -37,17 +37,12 @@ def call_pipeline(
         if image is not None:
             call.set_progress_bar_config(disable=True)
         options = {"output_type": "np", **(options or {}), **_options(call, config, image)}
-        if not config.regions and config.clip_skip:
-            prompts = [config.prompt] * config.num_images
-            encoded = encode_with_negative(pipe, prompts, config.negative_prompt, config.clip_skip)
-            return _pictures(call(**embeddings(*encoded), **options))
+        prompts = embed_prompts(call, config)
         if not config.regions:
-            negative = [config.negative_prompt] * config.num_images if config.negative_prompt else None
-            return _pictures(call(prompt=[config.prompt] * config.num_images, negative_prompt=negative, **options))
+            return _pictures(call(**prompts, **options))
         assert config.regions != "auto" and config.width and config.height
         scale = pipe.vae_scale_factor
         cover = Cover(config.regions, config.height // scale, config.width // scale)
-        prompts = encode_regions(pipe, config)
         with drawing_regions(pipe, cover):
             return _pictures(call(**prompts, **options))
 

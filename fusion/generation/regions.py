@@ -1,11 +1,12 @@
 """Regions of a picture, each with a prompt of its own: region-aware attention (Gu et al. 2023, arXiv 2305.18292).
 
-The regions' prompts are encoded with the picture's and appended to it, (B, (1 + R)·T, D). In cross-attention a cell
+The regions' prompts are encoded with the picture's and appended to it, (B, (1 + R)·n·T, D). In cross-attention a cell
 that regions cover attends to their prompts, to the mean of several, every other cell to the picture's. A concept's
 branch in a layer that sees no tokens acts at the cells whose prompt holds its token. So what a region's concept does
 in these layers, no cell outside the region sees; cells still meet in self-attention and convolutions.
 
-Shapes: B pictures, R regions, T text positions, D embedding width, H W latent size, N cells of one level of the UNet.
+Shapes: B pictures, R regions, n chunks of T text positions, D embedding width, H W latent size, N cells of one level of
+the UNet.
 """
 
 import threading
@@ -19,8 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
-from fusion.generation.config import GenerationConfig, Region
-from fusion.models.denoising import Conditioning, encode_with_negative
+from fusion.generation.config import Region
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 
@@ -69,13 +69,13 @@ class RegionAttention:
 
     @torch.compiler.disable
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **_: Any) -> Tensor:
-        """From (B, N, C) and (B, (1 + R)·T, D) to (B, N, C)."""
+        """From (B, N, C) and (B, (1 + R)·n·T, D) to (B, N, C)."""
         if (cover := self.covers.get(threading.get_ident())) is None:
             return self.own(attn, hidden_states, encoder_hidden_states, *args, **_)
         cells = cover.prompt_cells(hidden_states.shape[1], hidden_states.device)
         shares = cover.shares(hidden_states.shape[1], hidden_states.device)
         query, key, value = (
-            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N or (1 + R)·T, width)
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N or (1 + R)·n·T, width)
             for part in (
                 attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             )
@@ -120,25 +120,3 @@ def drawing_regions(pipe: Pipeline, cover: Cover) -> Generator[None]:
                 del module.processor.covers[thread]
                 if not module.processor.covers:
                     module.set_processor(module.processor.own)
-
-
-def encode_regions(pipe: Pipeline, config: GenerationConfig) -> dict[str, Tensor]:
-    """The prompts of a picture and its regions as arguments of the pipeline call, (batch, (1 + R)·T, D) and pooled."""
-    assert config.regions != "auto"
-    texts = [config.prompt, *(region.prompt for region in config.regions)]
-    encoded = encode_with_negative(pipe, texts, config.negative_prompt, config.clip_skip)
-    return embeddings(*(_joined(one, config.num_images) for one in encoded))
-
-
-def _joined(parts: Conditioning, batch: int) -> Conditioning:
-    """All parts one behind another for every picture; the pooled one is the whole picture's."""
-    pooled = None if parts.pooled is None else parts.pooled[:1].expand(batch, -1)
-    return Conditioning(parts.states.flatten(0, 1)[None].expand(batch, -1, -1), pooled)
-
-
-def embeddings(positive: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-    """Encoded prompts as arguments of the pipeline call."""
-    arguments = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
-    if positive.pooled is not None and negative.pooled is not None:
-        arguments |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
-    return arguments

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fusion.errors import ConfigError
 from fusion.models.pipeline import Pipeline
+from fusion.models.prompt_chunks import EMPTY, Chunk, apply_weights, split_prompt
 from fusion.models.tokens import text_encoders
+from fusion.prompt_syntax import PromptPart, PromptWeighting
 
 TimeIds = tuple[int, ...]  # SDXL: original height, width, crop top, left, target height, width
 
@@ -27,39 +29,54 @@ class Conditioning(NamedTuple):
         return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
-def encode_prompts(pipe: Pipeline, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
-    """Encode prompts, with gradients where encoders or token rows ask for them.
+def encode_prompts(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    clip_skip: int | None = None,
+    *,
+    weighting: PromptWeighting = "none",
+    chunks: int | None = None,
+    device: torch.device | None = None,
+) -> Conditioning:
+    """Encode prompts of any length, with gradients where encoders or token rows ask for them.
+
+    A prompt that is longer than the text encoders read is encoded in chunks of T positions (`split_prompt`), so that
+    `states` are (B, n·T, D); the shorter ones are padded with empty chunks to n, the longest's number, or to `chunks`,
+    where what is behind is cut off. `pooled` is of the first chunk. `weighting` says how weights of words are written.
 
     `clip_skip` leaves out that many layers at the end of the text encoders, as in diffusers: 1 is "Clip skip: 2" of
     A1111 and kohya; XL's are counted from the layer before the last, which it always takes. Raises ConfigError where
     the text encoders have not as many.
     """
+    if chunks == 1 and weighting == "none":
+        split = [[Chunk((PromptPart(prompt),))] for prompt in prompts]  # the tokenizer cuts it off
+    else:
+        split = [split_prompt(pipe, prompt, weighting) for prompt in prompts]
+    number = chunks or max(map(len, split))
+    padded = [chunk for one in split for chunk in [*one, *[EMPTY] * number][:number]]
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return _encode_chunks(pipe, texts, clip_skip, device or pipe.unet.device)
+
+    states, pooled = encode([chunk.text for chunk in padded])
+    states = apply_weights(pipe, padded, states, weighting, lambda: encode([""]).states)
+    return Conditioning(states.unflatten(0, (-1, number)).flatten(1, 2), None if pooled is None else pooled[::number])
+
+
+def _encode_chunks(pipe: Pipeline, texts: Sequence[str], clip_skip: int | None, device: torch.device) -> Conditioning:
+    """Texts of one chunk each, (chunks, T, D)."""
     if clip_skip:
         check_clip_skip(pipe, clip_skip)
         if not hasattr(pipe, "text_encoder_2"):
-            return Conditioning(_encode_without_last_layers(pipe, prompts, clip_skip), None)
+            return Conditioning(_encode_without_last_layers(pipe, texts, clip_skip, device), None)
     encoded = pipe.encode_prompt(
-        list(prompts),
-        device=pipe.unet.device,
+        list(texts),
+        device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
         clip_skip=clip_skip or None,
     )
     return Conditioning(encoded[0], encoded[2] if len(encoded) > 2 else None)
-
-
-def encode_with_negative(
-    pipe: Pipeline, prompts: Sequence[str], negative: str, clip_skip: int | None = None
-) -> tuple[Conditioning, Conditioning]:
-    """Prompts, and for each of them the negative prompt, at the same `clip_skip`, as A1111 and ComfyUI have it.
-
-    An empty negative prompt is zeros where the base's config asks for it, as SDXL's does.
-    """
-    positive = encode_prompts(pipe, prompts, clip_skip)
-    if not negative and pipe.config.get("force_zeros_for_empty_prompt"):
-        pooled = None if positive.pooled is None else torch.zeros_like(positive.pooled)
-        return positive, Conditioning(torch.zeros_like(positive.states), pooled)
-    return positive, encode_prompts(pipe, [negative] * len(prompts), clip_skip)
 
 
 def check_clip_skip(pipe: Pipeline, clip_skip: int) -> None:
@@ -74,7 +91,7 @@ def _layers(encoder: nn.Module) -> nn.ModuleList:
     return next(m for name, m in encoder.named_modules() if name.endswith("encoder.layers"))  # pyright: ignore
 
 
-def _encode_without_last_layers(pipe: Any, prompts: Sequence[str], clip_skip: int) -> Tensor:
+def _encode_without_last_layers(pipe: Any, prompts: Sequence[str], clip_skip: int, device: torch.device) -> Tensor:
     """What `encode_prompt` of StableDiffusionPipeline does with clip_skip, (B, T, D).
 
     diffusers 0.42 looks for the last norm in `text_encoder.text_model`, which transformers has not since 5.6.
@@ -82,7 +99,7 @@ def _encode_without_last_layers(pipe: Any, prompts: Sequence[str], clip_skip: in
     texts = pipe.maybe_convert_prompt(list(prompts), pipe.tokenizer)  # textual inversions of several vectors
     limit = pipe.tokenizer.model_max_length
     ids = pipe.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-    hidden = pipe.text_encoder(ids.to(pipe.unet.device), output_hidden_states=True).hidden_states[-1 - clip_skip]
+    hidden = pipe.text_encoder(ids.to(device), output_hidden_states=True).hidden_states[-1 - clip_skip]
     norm = next(m for name, m in pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
     return norm(hidden)
 

@@ -55,8 +55,9 @@ class TokenRows:
 class PictureRows:
     """The rows of each token in layers that see no tokens: the cells of a picture, or region, whose prompt holds it."""
 
-    prompts: Mapping[str, Sequence[tuple[int, int]]]  # token -> (picture, which of its prompts)
+    prompts: Mapping[str, Sequence[tuple[int, int]]]  # token -> (picture, which of its chunks)
     size: int  # pictures
+    chunks: int = 1  # of each picture, those of its prompt and of each region's one after the other
     regions: "Regions | None" = None
     _cache: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict[tuple[object, ...], "Tensor | None"])
 
@@ -72,7 +73,7 @@ class PictureRows:
             holders = sorted({holder for token in gate for holder in self.prompts.get(token, ())})
             regions = self.regions.prompt_cells(cells, x.device) if self.regions and x.ndim > 2 else None
             whole = torch.arange(cells, device=x.device)
-            parts = [b * cells + (whole if regions is None else regions[prompt]) for b, prompt in holders]
+            parts = [b * cells + (regions[n * len(regions) // self.chunks] if regions else whole) for b, n in holders]
             rows = torch.cat(parts).unique() if parts else whole[:0]
             self._cache[key] = rows if len(rows) else None
         rows = self._cache[key]
@@ -167,6 +168,17 @@ class PromptTracker:
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
 
+    def remember_scaled(self, before: Tensor, after: Tensor) -> None:
+        """Remember that last rows (B, D') of encoded prompts were changed to others, as by weights of words."""
+        widths = list(self.widths.values())
+        parts = zip(
+            torch.split(before.detach(), widths, dim=1), torch.split(after.detach(), widths, dim=1), strict=True
+        )
+        for component, (old, new) in zip(self.widths, parts, strict=True):
+            prompts = [self._known.get(component.encode() + digest) for digest in _digests(old)]
+            known = [number for number, prompt in enumerate(prompts) if prompt is not None]
+            self.remember(component, [prompt for prompt in prompts if prompt is not None], new[None, known])
+
     def start_unet(self, embeds: Tensor) -> None:
         """The UNet starts on prompt embeddings (B, T', D'), T' a multiple of T for prompts encoded in chunks.
 
@@ -190,15 +202,16 @@ class PromptTracker:
         rows: dict[str, list[int]] = {}
         holders: dict[str, list[tuple[int, int]]] = {}
         size = 0  # positions so far
-        for b, chunks in enumerate(prompts):
-            for number, chunk in enumerate(chunks):
+        chunks = max(map(len, prompts), default=1)
+        for b, prompt in enumerate(prompts):
+            for number, chunk in enumerate(prompt):
                 for token, positions in chunk.items():
                     rows.setdefault(token, []).extend(size + p for p in positions)
                     holders.setdefault(token, []).append((b, number))
                 size += length
         index = {token: torch.tensor(numbers, device=device) for token, numbers in rows.items()}
         self._calls.rows[component, True] = TokenRows(index, size)
-        self._calls.rows[component, False] = PictureRows(holders, len(prompts), self._calls.regions)
+        self._calls.rows[component, False] = PictureRows(holders, len(prompts), chunks, self._calls.regions)
 
     def _recognise(self, last_rows: Tensor) -> Iterator[Positions]:
         """The tokens of each of B prompts by their last rows (B, D'), both encoders' tokens joined."""

@@ -253,11 +253,11 @@ class _Training:
     def _encode(self, captions: list[str]) -> Conditioning:
         """Encoded captions; once per caption where nothing in the text encoder is trained and their number is small."""
         if self.trains_text or self.config.shuffle_caption:
-            return encode_prompts(self.pipe, captions)
+            return encode_prompts(self.pipe, captions, chunks=1)
         with torch.no_grad():
             for caption in captions:
                 if caption not in self.text_cache:
-                    self.text_cache[caption] = encode_prompts(self.pipe, [caption])
+                    self.text_cache[caption] = encode_prompts(self.pipe, [caption], chunks=1)
         return Conditioning.join([self.text_cache[caption] for caption in captions])
 
     def _previews(self, step: int) -> list[Image.Image]:

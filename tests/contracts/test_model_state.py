@@ -14,7 +14,8 @@ from torch import nn
 import tiny
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig, Region
-from fusion.generation.regions import Cover, drawing_regions, encode_regions
+from fusion.generation.prompt_embeddings import embed_prompts
+from fusion.generation.regions import Cover, drawing_regions
 from fusion.layer_names import TOKENIZERS
 from fusion.models import base_check, layer_sites
 from fusion.models.adapted_layers import AdaptedLinear
@@ -206,7 +207,7 @@ def test_a_thread_with_regions_leaves_the_other_alone():
 
         def with_regions():
             with drawing_regions(one, Cover(regions, 8, 8)):
-                return draw(one, None, **encode_regions(one, GenerationConfig(prompt="a dog", regions=regions)))
+                return draw(one, None, **embed_prompts(one, GenerationConfig(prompt="a dog", regions=regions)))
 
         def plain():
             return draw(two, "a <a> and a <b>")

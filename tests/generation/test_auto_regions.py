@@ -99,7 +99,7 @@ def test_changes_are_of_each_concept_alone(pipe):
     latents = torch.randn(1, pipe.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     midway = Midway(latents, torch.tensor(500))
     with attached(pipe, one, two):
-        maps = changes(pipe, midway, "a <rex> and a <tom>", {"<rex>": "dog", "<tom>": "dog"})
+        maps = changes(pipe, midway, GenerationConfig(prompt="a <rex> and a <tom>"), {"<rex>": "dog", "<tom>": "dog"})
     assert maps.shape == (2, 8, 8) and maps[1].max() < 1e-5 * maps[0].max()
 
 

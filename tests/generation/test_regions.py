@@ -10,8 +10,9 @@ import tiny
 from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import GenerationConfig, Region
 from fusion.generation.drawing import generate
+from fusion.generation.prompt_embeddings import embed_prompts
 from fusion.generation.recipe import recipe_of
-from fusion.generation.regions import Cover, drawing_regions, encode_regions
+from fusion.generation.regions import Cover, drawing_regions
 from fusion.layer_names import sees_tokens
 from fusion.models.attachment import attach
 from fusion.models.layer_sites import sites
@@ -29,7 +30,7 @@ def latents(pipe, prompt, regions=(), **options):
     if not regions:
         return pipe(prompt, generator=generator, **options).images
     with drawing_regions(pipe, cover):
-        prompts = encode_regions(pipe, GenerationConfig(prompt=prompt, regions=tuple(regions)))
+        prompts = embed_prompts(pipe, GenerationConfig(prompt=prompt, regions=tuple(regions)))
         return pipe(**prompts, generator=generator, **options).images
 
 

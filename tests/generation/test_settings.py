@@ -29,7 +29,7 @@ BOX = Region("a <rex>", (0.0, 0.0, 0.5, 1.0))
 EVERY = {
     "prompt": "a <rex>", "negative_prompt": "snow", "regions": (BOX, Region("a bird", mask=MASK)), "seed": 7,
     "num_images": 2, "num_inference_steps": 3, "guidance_scale": 2.5, "guidance_rescale": 0.5, "scheduler": "euler",
-    "width": 64, "height": 32, "image_strength": 0.25, "clip_skip": 1, "gating": "none",
+    "prompt_weighting": "compel", "width": 64, "height": 32, "image_strength": 0.25, "clip_skip": 1, "gating": "none",
 }  # fmt: skip
 # As fusion 0.1 wrote it, before settings had the names of diffusers.
 FORMER = json.loads(
@@ -71,8 +71,11 @@ def test_every_setting_is_a_flag_and_a_key_of_the_bases_defaults():
                 assert getattr(configure(arguments("generate", flags), None), setting.name) == EVERY[setting.name]
     every = GenerationConfig(**EVERY | {"regions": (BOX,)})
     assert configure(arguments("generate", words), None) == every
-    table = {name: value for name, value in EVERY.items() if name != "prompt"} | {"regions": [BOX.to_json()]}
-    assert GenerationConfig(prompt="a <rex>").with_base_defaults(table) == every
+    table = {name: value for name, value in EVERY.items() if name not in GenerationConfig.users_own} | {
+        "regions": [BOX.to_json()]
+    }
+    own = {name: EVERY[name] for name in GenerationConfig.users_own}
+    assert GenerationConfig(**own).with_base_defaults(table) == every
 
 
 def test_flags_override_the_recipe_and_everything_else_stays():
