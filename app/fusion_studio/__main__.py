@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME",
         help="a further name under which browsers reach the studio, as behind a proxy; can be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--allowed-frame", action="append", default=[], metavar="NAME",
+        help="a site whose pages may show the studio in a frame, as huggingface.co for a Space; can be repeated",
+    )  # fmt: skip
 
 
 def base_options() -> list[Any]:
@@ -50,7 +54,7 @@ def base_options() -> list[Any]:
 def run(args: argparse.Namespace) -> None:
     """Open the studio, and keep it open until Ctrl+C or a signal ends it."""
     parser: argparse.ArgumentParser = args.parser
-    if wrong := [name for name in args.allowed_host if not is_host_name(name)]:
+    if wrong := [name for name in [*args.allowed_host, *args.allowed_frame] if not is_host_name(name)]:
         parser.error(f"'{wrong[0]}' is no name of a host, such as studio.example.org: no scheme, no port.")
     auth = read_accounts(args.auth, parser) if args.auth else None
     print("Starting the studio ...", flush=True)
@@ -87,7 +91,7 @@ def serve(
     threading.Thread(target=session.warm_up, name="opening", daemon=True).start()
     page = build(session)
     try:
-        options = launch_options(args.host, args.allowed_host)
+        options = launch_options(args.host, args.allowed_host, args.allowed_frame)
         page.launch(auth=auth, server_port=args.port, quiet=True, prevent_thread_lock=True, **options)
     except (OSError, ValueError) as error:  # the port is taken; or gradio does not reach its own page
         parser.exit(1, f"{error}\n")

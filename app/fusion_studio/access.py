@@ -19,8 +19,9 @@ from typing import Any
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ALL_ADDRESSES = ("0.0.0.0", "::")
 PORTS = {"http": "80", "https": "443"}
-# Pages of other origins can neither show the studio in a frame nor load anything of it as a picture or script.
-HEADERS = [(b"cross-origin-resource-policy", b"same-origin"), (b"x-frame-options", b"SAMEORIGIN")]
+# Pages of other origins can neither load anything of the studio as a picture or script nor show it in a frame, but for
+# those of the sites that it was started with.
+HEADERS = [(b"cross-origin-resource-policy", b"same-origin")]
 
 _NETLOC = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w-]+(?:\.[\w-]+)*)\.?)(?::(\d{1,5}))?", re.ASCII)
 
@@ -33,9 +34,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 class AllowedHosts:
     """The names of a studio that listens at `host`, with further ones that it was started with."""
 
-    def __init__(self, host: str = LOOPBACK[1], further: Iterable[str] = ()) -> None:
+    def __init__(self, host: str = LOOPBACK[1], further: Iterable[str] = (), frames: Iterable[str] = ()) -> None:
         host, own = host.strip("[]").lower(), socket.gethostname().lower()
         self.further = {name.lower().rstrip(".") for name in further}
+        self.frames = sorted(f"https://{name.lower().rstrip('.')}" for name in frames)
         # A literal address is no name that somebody could point elsewhere: who reaches the studio by one of another
         # machine does so through address translation, as into a container.
         self.any_address = host in ALL_ADDRESSES
@@ -46,6 +48,12 @@ class AllowedHosts:
         """Whether a Host header names this studio; its port may be any, as behind a proxy or an SSH tunnel."""
         name, _ = _split(host) or ("", "")
         return name in self.names or (self.any_address and _is_address(name))
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What every answer says about pages of other sites."""
+        if not self.frames:
+            return [*HEADERS, (b"x-frame-options", b"SAMEORIGIN")]
+        return [*HEADERS, (b"content-security-policy", f"frame-ancestors 'self' {' '.join(self.frames)}".encode())]
 
     def is_own(self, origin: str, host: str) -> bool:
         """Whether an Origin header is that of the studio's own pages, requested at `host`."""
@@ -85,9 +93,9 @@ class RequestCheck:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
         elif reason := self.refusal(scope):
-            await _refuse(scope, send, reason)
+            await _refuse(scope, send, reason, self.hosts.headers())
         else:
-            await self.app(scope, receive, _with_headers(send))
+            await self.app(scope, receive, _with_headers(send, self.hosts.headers()))
 
     def refusal(self, scope: Message) -> str:
         """Why a request is refused, in a sentence; empty for one that is answered."""
@@ -101,32 +109,35 @@ class RequestCheck:
         if not all(self.hosts.is_own(origin, hosts[0]) for origin in origins):
             return "Pages of other sites cannot use this studio."
         relations = {*headers.get("sec-fetch-site", [])} - {"same-origin", "none"}
-        if relations and not origins and not _opens_page(scope, headers):
+        if relations and not origins and not _opens_page(scope, headers, framed=bool(self.hosts.frames)):
             return "Pages of other sites cannot use this studio; open it in a tab of its own."
         return ""
 
 
-def _opens_page(scope: Message, headers: dict[str, list[str]]) -> bool:
-    """Whether somebody follows a link to the studio, which shows it in a tab and changes nothing."""
+def _opens_page(scope: Message, headers: dict[str, list[str]], *, framed: bool) -> bool:
+    """Whether somebody follows a link to the studio, which shows it in a tab and changes nothing.
+
+    `framed`: or a page shows it in a frame; whose pages may do that, browsers read in the answer.
+    """
     mode = [headers.get(f"sec-fetch-{part}") for part in ("mode", "dest")]
     front = scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in ("", "/")
-    return front and mode == [["navigate"], ["document"]]
+    return front and mode in ([["navigate"], ["document"]], *([[["navigate"], ["iframe"]]] if framed else []))
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *HEADERS]
+            message["headers"] = [*message.get("headers", []), *headers]
         await send(message)
 
     return send_with_headers
 
 
-async def _refuse(scope: Message, send: Send, reason: str) -> None:
+async def _refuse(scope: Message, send: Send, reason: str, about: list[tuple[bytes, bytes]]) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"x-content-type-options", b"nosniff"), *HEADERS]
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"x-content-type-options", b"nosniff"), *about]
     await send({"type": "http.response.start", "status": 403, "headers": headers})
     await send({"type": "http.response.body", "body": f"{reason}\n".encode()})
 

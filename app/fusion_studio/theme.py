@@ -29,7 +29,9 @@ def studio_theme() -> gr.themes.Base:
     return theme.set(block_border_width="1px", block_label_border_width="0px", block_shadow="none")
 
 
-def launch_options(host: str = "127.0.0.1", allowed_hosts: Iterable[str] = ()) -> dict[str, Any]:
+def launch_options(
+    host: str = "127.0.0.1", allowed_hosts: Iterable[str] = (), frames: Iterable[str] = ()
+) -> dict[str, Any]:
     """For launch(), theme and privacy: people's pictures stay on this machine, and other sites' pages get nothing."""
     return {
         "theme": studio_theme(),
@@ -38,7 +40,7 @@ def launch_options(host: str = "127.0.0.1", allowed_hosts: Iterable[str] = ()) -
         "footer_links": [],
         "max_file_size": "20mb",
         "server_name": host,
-        "app_kwargs": {"lifespan": checked_lifespan(AllowedHosts(host, allowed_hosts))},
+        "app_kwargs": {"lifespan": checked_lifespan(AllowedHosts(host, allowed_hosts, frames))},
         # One server, which checks every request: no others that serve files or pages beside it.
         "ssr_mode": False,
         "_frontend": False,  # gradio gives up where its own page takes 3 seconds to answer, as on a busy machine

@@ -26,6 +26,7 @@ VERBS = {
     "library": "list, import, rename and delete adapters; show who owns which slice",
     "export": "write an adapter as a LoRA for other programs",
     "push": "share an adapter on the Hugging Face Hub",
+    "space": "write a Space for the Hub that runs the studio",
     "bake": "add an adapter into a copy of the base",
     "evaluate": "measure adapters in weights and in model output",
     "compare": "draw one prompt over strengths, methods and adapters",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from gradio_client import Client
 
-from fusion_studio.access import AllowedHosts, is_host_name
+from fusion_studio.access import AllowedHosts, RequestCheck, is_host_name
 from fusion_studio.interface import build
 from fusion_studio.session import Session
 from fusion_studio.temporary_folder import PREFIX, TemporaryFolder
@@ -107,6 +107,27 @@ def test_its_own_pages_links_to_it_and_programs_are_answered(served):
     assert "is empty" in Client(served.local_url, verbose=False).predict("", "", api_name="/library")[0]
     with urllib.request.urlopen(served.local_url) as response:
         assert response.status == 200
+
+
+FRAME = {"site": b"cross-site", "mode": b"navigate", "dest": b"iframe"}
+
+
+def test_a_site_that_is_allowed_may_show_the_page_in_a_frame_and_nothing_else():
+    frame = [(f"sec-fetch-{part}".encode(), value) for part, value in FRAME.items()]
+
+    def refusal(frames, path="/", origin=()):
+        headers = [(b"host", b"localhost"), *frame, *origin]
+        return RequestCheck(None, AllowedHosts(frames=frames)).refusal(
+            {"type": "http", "method": "GET", "path": path, "headers": headers}
+        )
+
+    assert refusal([]) and not refusal(["huggingface.co"])
+    assert refusal(["huggingface.co"], "/config")
+    assert refusal(["huggingface.co"], origin=[(b"origin", b"https://huggingface.co")])
+    assert (b"x-frame-options", b"SAMEORIGIN") in AllowedHosts().headers()
+    assert (b"content-security-policy", b"frame-ancestors 'self' https://huggingface.co") in AllowedHosts(
+        frames=["HuggingFace.co"]
+    ).headers()
 
 
 def test_hosts_are_allowed_by_name():
