@@ -1,5 +1,6 @@
 """The tuner that PEFT injects: which layers get an adapter, which slice it owns, and what its file holds."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -59,10 +60,14 @@ class SpectralModel(BaseTuner):
             alike = [other for other in others if other.layer_class.slice_of == config.layer_class.slice_of]
             owned = [other.directions for other in alike if other.slice is not None]
             config.slice = free_slice(owned, config.r, capacity=widths[narrowest]).start // config.r
-        elif config.basis == "fresh" and (overlapping := config.overlapping(others)):
-            raise SliceConflict(
-                f"Slice {config.slice} of rank {config.r} has directions that an adapter of this model owns "
-                f"({overlapping[0].directions}); leave `slice` out to get the next free one."
+        elif shared := config.overlapping(others):
+            owns = f"an adapter of this model owns (directions {shared[0].directions})"
+            if config.basis == "fresh":
+                raise SliceConflict(
+                    f"Slice {config.slice} is one that {owns}; leave `slice` out to get the next free one."
+                )
+            warnings.warn(
+                f"Slice {config.slice} is one that {owns}; active together, they disturb each other.", stacklevel=2
             )
         config.directions.check_fits(widths[narrowest], narrowest)
 

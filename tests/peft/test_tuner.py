@@ -182,6 +182,8 @@ def test_several_adapters_own_slices_add_up_and_are_saved_apart(tmp_path):
     assert again.peft_config["three"].slice == 2  # directions 4 and 5: two's are free again
     with pytest.raises(SliceConflict, match="owns"):
         again.add_adapter("four", SpectralConfig(r=8, slice=0))
+    with pytest.warns(UserWarning, match="directions 0-3"):
+        again.load_adapter(tmp_path / "one", adapter_name="once_more")
     with pytest.raises(SliceConflict, match="narrowest"):
         again.add_adapter("five", SpectralConfig(r=30))
 
@@ -483,3 +485,25 @@ def test_an_incomplete_file_is_refused(folder):
     narrower = {key: tensor[..., :2] for key, tensor in get_peft_model_state_dict(model).items()}
     with pytest.raises(BaseMismatch, match="in the file"):
         peft.set_peft_model_state_dict(model, narrower)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_is_decomposed_from_dequantised_weights(bits, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model, plain, x = nn.Module(), nn.Linear(64, 128), torch.randn(8, 64)
+    options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+    model.linear = getattr(bnb.nn, f"Linear{bits}bit" if bits == 4 else "Linear8bitLt")(64, 128, **options)
+    model.linear.load_state_dict(plain.state_dict())
+    model.linear.to("cpu")  # this is what quantises
+    before = model.linear(x)
+    adapted = get_peft_model(model, SpectralConfig(r=4, target_modules=["linear"]))
+    layer = adapted.base_model.model.linear
+    basis = layer.spectral_layers["default"].basis.spectrum()
+    assert residual(layer.matrix(), basis) < 1e-5 < residual(plain.weight, basis)
+    assert layer.get_base_layer().weight.dtype in (torch.uint8, torch.int8) and torch.equal(layer(x), before)
+    randomise(adapted)
+    assert largest((layer(x) - before).detach()) > 1e-2
+    layer(x).square().mean().backward()
+    assert layer.spectral_layers["default"].dU.grad.abs().max() > 0
+    with pytest.raises(ConfigError, match="rounded again"):
+        adapted.merge_adapter()
