@@ -21,7 +21,7 @@ LAYERS = [
     ["formats", "models"],
     ["base_models", "distillation"],
     ["composition", "generation", "library"],
-    ["training", "evaluation", "peft"],
+    ["comfyui", "training", "evaluation", "peft"],
     ["hub"],
     ["cli"],
 ]
@@ -39,6 +39,7 @@ ALLOWED = {
     "methods": {"torch", "peft"},
     "formats": {"torch", "safetensors", "pydantic", "PIL", "numpy", "huggingface_hub"},
     "library": {"torch", "filelock"},
+    "comfyui": {"torch", "safetensors", "comfy", "folder_paths"},
 }
 # Locks are the library's alone.
 DEPENDENCIES = {

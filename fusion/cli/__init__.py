@@ -28,6 +28,7 @@ VERBS = {
     "push": "share an adapter on the Hugging Face Hub",
     "space": "write a Space for the Hub that runs the studio",
     "bake": "add an adapter into a copy of the base",
+    "comfyui": "write the nodes for ComfyUI",
     "evaluate": "measure adapters in weights and in model output",
     "compare": "draw one prompt over strengths, methods and adapters",
     "doctor": "try a base on this machine, and print a report",

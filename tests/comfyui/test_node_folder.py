@@ -1,0 +1,79 @@
+"""The folder that `fusion comfyui` writes: what it needs of its host, and its example. Without ComfyUI."""
+
+import json
+import subprocess
+import sys
+
+import fusion
+import tiny
+from fusion.cli import main
+from fusion.comfyui.nodes import NODE_CLASS_MAPPINGS
+from trained import trained_adapter
+
+# Everything is blocked but the standard library and what ComfyUI has, with what that imports in turn.
+BLOCKED = """
+import importlib.util, sys
+import numpy, pydantic, safetensors.torch, torch
+known = {name.partition(".")[0] for name in sys.modules} | sys.stdlib_module_names | {"nodes_under_test"}
+known |= {"annotated_types", "typing_inspection", "sympy", "mpmath", "networkx", "jinja2", "filelock", "fsspec"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in known and not name.startswith("_sysconfigdata"):
+            raise ImportError(f"{name} may not be imported")
+
+sys.meta_path.insert(0, Block())
+folder, adapter = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("nodes_under_test", folder + "/__init__.py",
+                                              submodule_search_locations=[folder])
+package = sys.modules["nodes_under_test"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from nodes_under_test.fusion.formats.adapter_file import load
+print(sorted(package.NODE_CLASS_MAPPINGS), len(load(adapter).deltas()))
+print(sorted({"fusion", "transformers", "diffusers", "peft", "accelerate", "PIL"} & sys.modules.keys()))
+"""
+
+
+def test_nodes_import_nothing_that_comfyui_lacks(node_folder, tmp_path):
+    """Not even an installed spectral-fusion."""
+    adapter = trained_adapter(tiny.pipeline("sd1"))
+    fusion.save(adapter, tmp_path / "rex.safetensors")
+    words = [sys.executable, "-c", BLOCKED, str(node_folder), str(tmp_path / "rex.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{sorted(NODE_CLASS_MAPPINGS)} {len(adapter.deltas())}", "[]"]
+    assert (node_folder / "requirements.txt").read_text() == ""
+    assert "[tool.comfy]" in (node_folder / "pyproject.toml").read_text()
+
+
+def test_the_example_fits_the_nodes(node_folder, monkeypatch):
+    """Every link joins an output to an input of its type, and every widget of our nodes has its value."""
+    monkeypatch.setattr("fusion.comfyui.nodes._files", lambda: ["dog.safetensors"])
+    (path,) = (node_folder / "example_workflows").iterdir()
+    workflow = json.loads(path.read_text())
+    by_number = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, output, target, slot, kind in workflow["links"]:
+        assert by_number[source]["outputs"][output]["type"] == kind == by_number[target]["inputs"][slot]["type"]
+        assert number in by_number[source]["outputs"][output]["links"]
+    types = {node["type"] for node in workflow["nodes"]}
+    assert set(NODE_CLASS_MAPPINGS) <= types
+    for node in workflow["nodes"]:
+        if (kind := NODE_CLASS_MAPPINGS.get(node["type"])) is not None:
+            inputs = kind.INPUT_TYPES()["required"]
+            links = {name: spec[0] for name, spec in inputs.items() if spec[0] in ("MODEL", "CLIP")}
+            assert {slot["name"]: slot["type"] for slot in node["inputs"]} == links
+            assert len(node["widgets_values"]) == len(inputs) - len(links)
+            assert [output["type"] for output in node["outputs"]] == list(kind.RETURN_TYPES)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, capsys):
+    folder = tmp_path / "nodes"
+    assert main(["comfyui", "-o", str(folder)]) == 0
+    (folder / "stale.py").touch()
+    assert main(["comfyui", "-o", str(folder)]) == 0
+    assert not (folder / "stale.py").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    assert main(["comfyui", "-o", str(tmp_path / "other")]) == 1
+    assert "it is a folder of something else" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
