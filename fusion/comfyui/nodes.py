@@ -1,48 +1,13 @@
-"""The nodes, as ComfyUI calls them."""
+"""The nodes, as ComfyUI calls them. What is heavy to import waits until a node runs, so ComfyUI starts as before."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from fusion.adapters.adapter import Adapter, checked_strengths
-from fusion.comfyui.attachment import Entry, attach, entries_of
-from fusion.comfyui.base import Clip, ComfyBase, ModelPatcher, text_encoders
-from fusion.comfyui.concept_tokenizer import ConceptTokenizer
-from fusion.errors import FormatError, TokenConflict
-from fusion.formats.adapter_file import load
-from fusion.models.base_check import check_base, with_base_weights
-from fusion.models.binding import bind
-from fusion.models.pipeline import Pipeline
-from fusion.models.tokens import check_concepts
+from fusion.comfyui.base import Clip, ModelPatcher
+from fusion.errors import FormatError
 
 FOLDER = "spectral_adapters"  # in ComfyUI's models folder; adapters may also lie among the LoRAs
 _FOLDERS = (FOLDER, "loras")
-
-
-def loaded(model: ModelPatcher, clip: Clip, adapter: Adapter, strength: float, text_strength: float) -> Any:
-    """MODEL and CLIP with an adapter, behind those that are loaded already.
-
-    Raises BaseMismatch for a foreign base, TokenConflict for a token in use.
-    """
-    from folder_paths import get_temp_directory
-
-    checked_strengths([adapter, adapter], [strength, text_strength])
-    base = cast(Pipeline, ComfyBase(model, clip))
-    check_base(base, adapter)
-    names = text_encoders(clip)
-    tokenizers = {component: getattr(base, "tokenizer" + component.removeprefix("text_encoder")) for component in names}
-    check_concepts(adapter.info.concepts, adapter.tokens, {name: getattr(base, name) for name in names}, tokenizers)
-    others = [entry.adapter for entry in entries_of(clip.patcher)]
-    for other in others:
-        if shared := sorted(other.tokens.keys() & adapter.tokens.keys()):
-            raise TokenConflict(
-                f"{shared[0]} is a token of '{other.info.name}' and of '{adapter.info.name}'; rename one with "
-                "fusion library --rename."
-            )
-    model, clip = attach(model, clip, Entry(with_base_weights(base, adapter), strength, text_strength))
-    original = clip.tokenizer.base if isinstance(clip.tokenizer, ConceptTokenizer) else clip.tokenizer
-    folder = Path(get_temp_directory()) / "spectral_fusion"
-    clip.tokenizer = ConceptTokenizer(original, names, [*others, adapter], folder)
-    return model, clip
 
 
 class LoadSpectralAdapter:
@@ -61,7 +26,9 @@ class LoadSpectralAdapter:
         self, model: ModelPatcher, clip: Clip, adapter_name: str, strength_model: float, strength_clip: float
     ) -> tuple[ModelPatcher, Clip]:
         """MODEL and CLIP with the adapter."""
-        return loaded(model, clip, load(_path(adapter_name)), strength_model, strength_clip)
+        from fusion.comfyui.loader import load_adapter
+
+        return load_adapter(model, clip, _path(adapter_name), strength_model, strength_clip)
 
 
 class BindLora:
@@ -81,9 +48,9 @@ class BindLora:
         self, model: ModelPatcher, clip: Clip, lora_name: str, word: str, strength_model: float, strength_clip: float
     ) -> tuple[ModelPatcher, Clip]:
         """MODEL and CLIP with the LoRA at the word."""
-        base = cast(Pipeline, ComfyBase(model, clip))
-        adapter = bind(base, load(_path(lora_name)), word)
-        return loaded(model, clip, adapter, strength_model, strength_clip)
+        from fusion.comfyui.loader import load_adapter
+
+        return load_adapter(model, clip, _path(lora_name), strength_model, strength_clip, word)
 
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {"LoadSpectralAdapter": LoadSpectralAdapter, "BindLoraToWord": BindLora}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fusion.adapters import IMPORTED_TYPES
@@ -26,6 +26,9 @@ from fusion.formats.metadata import HASHES, foreign_base, kohya_entries, modelsp
 from fusion.formats.safetensors_file import OpenFile, write_file
 from fusion.layer_names import is_importable, kernel_of
 from fusion.spectral.delta import Delta
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Endings of keys, in every form, and the tensors of the layer types that they are.
 _PARTS = {
@@ -71,7 +74,7 @@ def no_scale(_file: OpenFile, _layer: str, _rank: int) -> float:
 def write_lora(
     form: ExportForm, info: AdapterInfo, deltas: Mapping[str, Delta], path: Path, dtype: str,
     imported: Mapping[str, ImportedLayer] = MappingProxyType({}), words: Iterable[str] = (),
-    picture: Image.Image | None = None,
+    picture: "Image.Image | None" = None,
 ) -> None:  # fmt: skip
     """Write changes of whole layers as a LoRA: without alpha, or with alpha = the largest rank.
 

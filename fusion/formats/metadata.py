@@ -9,13 +9,15 @@ import io
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from fusion.adapters.adapter import AdapterInfo, BaseInfo
 from fusion.errors import FusionError
 from fusion.formats.safetensors_file import opened
 from fusion.output_files import MARK
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # ModelSpec's architecture, resolution, kohya's version.
 _FAMILIES = {
@@ -95,7 +97,7 @@ def kohya_entries(info: AdapterInfo, rank: int, words: Iterable[str] = ()) -> di
     return {key: value for key, value in entries.items() if value}
 
 
-def thumbnail_entries(image: Image.Image) -> dict[str, str]:
+def thumbnail_entries(image: "Image.Image") -> dict[str, str]:
     """A picture in the file: for SwarmUI and others by ModelSpec, and for A1111, Forge and ComfyUI's model browser."""
     small, buffer = image.convert("RGB"), io.BytesIO()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
