@@ -3,6 +3,7 @@
     store.py      results by the hash of their inputs: a rerun computes only what changed
     concepts.py   sixteen concepts, eight nouns by two artists each
     recipes.py    ways to train one concept
+    plain_loras.py  trains plain LoRAs by PEFT, as people share them
     trainer.py    trains a concept by a recipe
     arms.py       ways to use N adapters together, one row of the tables each
     distilling.py gated concepts into plain LoRAs

@@ -16,6 +16,7 @@ from PIL import Image
 
 import fusion
 from benchmarks.laboratory.distilling import DEFAULTS, Distillation
+from benchmarks.laboratory.recipes import PLAIN
 
 Draw = Callable[[str, int, int], list[Image.Image]]  # prompt, seed, batch -> pictures
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
@@ -36,6 +37,7 @@ class Arm:
     prepare: Callable[[Any, Sequence[fusion.Adapter]], Prepared]
     single: str = ""  # the arm with the same pictures of prompts with one concept or none, which draws them
     distillation: Distillation | None = None  # what `prepare` gets are the distilled adapters
+    styled: bool = False  # under the LoRA of a style, which `prepare` gets behind the concepts'
 
 
 def fused(
@@ -82,6 +84,27 @@ def twice(adapters: Sequence[fusion.Adapter]) -> list[fusion.Adapter]:
     halves = [replace(a, branches=tuple(replace(b, strength=b.strength / 2) for b in a.branches)) for a in adapters]
     copies = [a.renamed({c.token: f"{c.token[:-1]}-again>" for c in a.info.concepts}) for a in halves]
     return [*halves, *(replace(a, info=replace(a.info, name=f"{a.info.name}-again")) for a in copies)]
+
+
+def bound(
+    regions: Callable[[str, fusion.Adapter], Any] = lambda prompt, adapter: (), *, styled: bool = False
+) -> Callable[..., Any]:
+    """Bind each concept's LoRA to its word; the LoRA of a style acts on every prompt."""
+
+    def prepare(pipe: Any, adapters: Sequence[fusion.Adapter]) -> Prepared:
+        split = len(adapters) - styled
+        loras = [fusion.bind(pipe, adapter, adapter.info.concepts[0].token) for adapter in adapters[:split]]
+        together = fusion.fuse(loras, name="bound")
+
+        def draw(prompt: str, seed: int, batch: int) -> list[Image.Image]:
+            config = fusion.GenerationConfig(
+                prompt=prompt, seed=seed, num_images=batch, regions=regions(prompt, together)
+            )
+            return [picture.image for picture in fusion.generate(pipe, config, [together, *adapters[split:]])]
+
+        return Prepared(draw, None if styled else together)
+
+    return prepare
 
 
 CONTROLS = ("spectral-shuffled", "lora, twice")  # four concepts are enough for them
@@ -143,4 +166,18 @@ def arms() -> dict[str, Arm]:
     rows["spectral-open, regression"] = Arm("spectral-open", "own slices, ungated, regression", fused("regression"))
     rows["lora, switch"] = Arm("lora", "LoRA, one at a time in turns", unfused("switch"))
     rows["lora, composite"] = Arm("lora", "LoRA, the mean of their predictions", unfused("composite"))
+    return rows | plain_arms()
+
+
+def plain_arms() -> dict[str, Arm]:
+    """Plain LoRAs by PEFT, on all attention layers and on ordinary words: as they are, and bound to their words."""
+    rows = {
+        f"{PLAIN}, bound": Arm(PLAIN, "plain LoRA, each bound to its word, regions found", bound()),
+        f"{PLAIN}, bound, places given": Arm(PLAIN, "the same with a region each, drawn by hand", bound(halves)),
+        f"{PLAIN}, bound, styled": Arm(PLAIN, "bound, under a style", bound(styled=True), styled=True),
+    }
+    for name, method in fusion.METHODS.items():
+        if name not in SLOW | GATED:
+            rows[f"{PLAIN}, {name}"] = Arm(PLAIN, f"plain LoRA, {method.about}", fused(name))
+    rows[f"{PLAIN}, composite"] = Arm(PLAIN, "plain LoRA, the mean of their predictions", unfused("composite"))
     return rows

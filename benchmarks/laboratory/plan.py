@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.laboratory import prediction
-from benchmarks.laboratory.arms import CONTROLS, arms
+from benchmarks.laboratory.arms import CONTROLS, arms, plain_arms
 from benchmarks.laboratory.concepts import NAMES, Concept, concepts
 from benchmarks.laboratory.trainer import Size
 
@@ -49,12 +49,13 @@ FULL = Plan(
     Size(),
     seeds=4,
     rows=[
-        *(Row(arm, UNLIKE) for arm in arms() if arm not in CONTROLS),
+        *(Row(arm, UNLIKE) for arm in arms() if arm not in (*CONTROLS, *plain_arms())),
         *(Row(arm, UNLIKE[:n], pairs=False) for n in (1, 2, 4) for arm in CURVE),
         *(Row(arm, NAMES, pairs=False) for arm in MANY),
         *(Row(arm, UNLIKE[:4], pairs=False) for arm in CONTROLS),
         *(Row(arm, NAMES[:n], pairs=n > 1) for n in (1, 2, 4, 16) for arm in DISTILLED),
         Row(EACH_ALONE, UNLIKE[:4]),
+        *(Row(arm, UNLIKE[:2]) for arm in plain_arms()),
         *(Row(arm, LOOK_ALIKES) for arm in DISTILLED),
         *(Row(arm, LOOK_ALIKES) for arm in ("spectral", "spectral, places found", "lora, direct_sum", "spectral-open")),
     ],

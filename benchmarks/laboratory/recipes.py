@@ -20,6 +20,8 @@ class Recipe:
     rate_of: str = ""  # the recipe whose searched learning rate it takes; its own if empty
 
 
+PLAIN = "plain-lora"  # trained by PEFT as people share them, on more layers: plain_loras.py
+
 RECIPES: dict[str, Recipe] = {
     "spectral": Recipe("additive, own slices, gated by tokens", {"gating": "tokens"}),
     "lora": Recipe("plain LoRA", {"adapter_type": "lora", "gating": "none"}, lambda k: None),
@@ -48,4 +50,5 @@ RECIPES: dict[str, Recipe] = {
         lambda k: None,
         rate_of="lora",
     ),
+    PLAIN: Recipe("plain LoRA by PEFT on all attention layers and ordinary words", slice_of=lambda k: None),
 }

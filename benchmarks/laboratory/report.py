@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.laboratory import figures, prediction, rates
-from benchmarks.laboratory.arms import CONTROLS, arms
+from benchmarks.laboratory.arms import CONTROLS, arms, plain_arms
 from benchmarks.laboratory.concepts import NAMES, concepts
 from benchmarks.laboratory.distilling import costs
 from benchmarks.laboratory.plan import CURVE, DISTILLED, LOOK_ALIKES, Plan
@@ -151,6 +151,7 @@ def write(laboratory: Laboratory, plan: Plan, output: Path | None) -> str:
         descriptions(full),
         look_alikes(scored),
         controls(scored),
+        plain(scored),
         learning_rates(laboratory, plan),
         curves(scored, folder),
         distillations(scored, at_ranks, folder),
@@ -199,6 +200,12 @@ def controls(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
     compared = ("spectral-open", "spectral-same", "lora, direct_sum", *CONTROLS)
     rows = [row_of(scored[arm, sets[0]]) for arm in compared if (arm, sets[0]) in scored]
     return f"## Controls of the ungated sum: {', '.join(sets[0])}\n\n{table(HEADINGS, rows)}"
+
+
+def plain(scored: dict[tuple[str, tuple[str, ...]], dict[str, Any]]) -> str:
+    """Plain LoRAs of two concepts, as they are and bound to words."""
+    rows = [row_of(score) for (arm, _), score in scored.items() if arm in plain_arms()]
+    return f"## Plain LoRAs of two concepts, and bound to their words\n\n{table(HEADINGS, rows)}" if rows else ""
 
 
 def learning_rates(laboratory: Laboratory, plan: Plan) -> str:

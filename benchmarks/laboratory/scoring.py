@@ -76,8 +76,10 @@ class Laboratory:
 
     def files_in_use(self, name: str, files: Sequence[Path]) -> Sequence[Path]:
         """The files that an arm draws with: the concepts' own, or what is distilled from them."""
-        distillation = arms()[name].distillation
-        return distilled(self.trainer, files, distillation) if distillation else files
+        arm = arms()[name]
+        if arm.styled:
+            return [*files, self.trainer.style_file()]
+        return distilled(self.trainer, files, arm.distillation) if arm.distillation else files
 
     def at_rank(self, recipe: str, concepts: Sequence[Concept], rank: int) -> Path:
         """The concepts distilled into one plain LoRA of this rank."""
@@ -89,10 +91,14 @@ class Laboratory:
 
     @cached_property
     def base(self) -> Drawer:
-        return self.drawer("base", [], lambda: with_adapters(self.trainer.pipe, []))
+        return self.without_fusion("base", [])
 
     def alone(self, file: Path) -> Drawer:
-        return self.drawer("alone", [file], lambda: with_adapters(self.trainer.pipe, [fusion.load(file)]))
+        return self.without_fusion("alone", [file])
+
+    def without_fusion(self, name: str, files: Sequence[Path]) -> Drawer:
+        """The base with the adapters of these files, each as its file says."""
+        return self.drawer(name, files, lambda: with_adapters(self.trainer.pipe, [fusion.load(f) for f in files]))
 
     def prepared(self, name: str, files: Sequence[Path]) -> tuple[Prepared, float]:
         """The prepared arm, and the seconds that took."""
@@ -133,9 +139,11 @@ class Laboratory:
 
     def _measure(self, name: str, concepts: Sequence[Concept], files: Sequence[Path], pairs: bool) -> dict[str, Any]:
         together = self.together(name, concepts, files)
-        alone = {concept.token: self.alone(file) for concept, file in zip(concepts, files, strict=True)}
+        style = [self.trainer.style_file()] if arms()[name].styled else []
+        alone = {c.token: self.without_fusion("alone", [file, *style]) for c, file in zip(concepts, files, strict=True)}
+        base = self.without_fusion("base", style)
         nouns = {concept.token: concept.noun for concept in concepts}
-        scene = identity.Scene(self.base, alone, together, nouns)
+        scene = identity.Scene(base, alone, together, nouns)
         references = {concept.token: concept.references() for concept in concepts}
         tokens = [concept.token for concept in concepts]
         ring = [*pairwise(tokens), (tokens[-1], tokens[0])] if pairs and len(tokens) > 1 else []
@@ -147,8 +155,10 @@ class Laboratory:
             "concepts": [concept.name for concept in concepts],
             "identity": asdict(result),
             "beside": self._beside(concepts, alone, together, result.floor) if pairs else [],
-            "drift": self._drift(self.prompts.free, together),
-            "nouns": self._drift([self.prompts.single.format(first=concept.noun) for concept in concepts], together),
+            "drift": self._drift(self.prompts.free, together, base),
+            "nouns": self._drift(
+                [self.prompts.single.format(first=concept.noun) for concept in concepts], together, base
+            ),
             **self.unet_scores(name, concepts, files),
         }
 
@@ -166,9 +176,9 @@ class Laboratory:
             rows.append({"now": float(now.mean()) - floor[k], "alone": float(before.mean()) - floor[k]})
         return rows
 
-    def _drift(self, prompts: Sequence[str], together: Any) -> float:
+    def _drift(self, prompts: Sequence[str], together: Any, base: Drawer) -> float:
         drawings = [(prompt, seed) for prompt in prompts for seed in self.seeds]
-        now, before = (self.judge.pictures([draw(*drawing) for drawing in drawings]) for draw in (together, self.base))
+        now, before = (self.judge.pictures([draw(*drawing) for drawing in drawings]) for draw in (together, base))
         return float(1 - (now * before).sum(dim=1).mean())
 
     def unet_scores(self, name: str, concepts: Sequence[Concept], files: Sequence[Path]) -> dict[str, Any]:

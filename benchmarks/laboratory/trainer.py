@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import fusion
+from benchmarks.laboratory import plain_loras
 from benchmarks.laboratory.concepts import Concept
-from benchmarks.laboratory.recipes import RECIPES, TARGETS
+from benchmarks.laboratory.recipes import PLAIN, RECIPES, TARGETS
 from benchmarks.laboratory.store import Store, digest
 
 RATE = 3e-3
+PLAIN_RATE = 1e-3  # of plain LoRAs, which change all attention layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Trainer:
 
     @cached_property
     def pipe(self) -> Any:
-        return fusion.open_pipeline(self.base, device=self.device)
+        return self.open()
 
     @cached_property
     def base_digest(self) -> str:
@@ -43,8 +45,32 @@ class Trainer:
         folder = Path(self.base or fusion.pocket())
         return digest(*folder.rglob("*.safetensors")) if folder.is_dir() else str(self.base)
 
+    def open(self) -> Any:
+        """Another pipeline, for a training that changes it."""
+        return fusion.open_pipeline(self.base, device=self.device)
+
+    def _plain_inputs(self) -> dict[str, Any]:
+        return {
+            "base": self.base_digest,
+            "recipe": PLAIN,
+            "rate": PLAIN_RATE,
+            "version": plain_loras.VERSION,
+            **vars(self.size),
+        }
+
+    def style_file(self) -> Path:
+        """The LoRA of a style, a plain one."""
+
+        def make(folder: Path) -> None:
+            plain_loras.train_style(self.open(), folder, **vars(self.size), rate=PLAIN_RATE)
+
+        inputs = {**self._plain_inputs(), "style": plain_loras.STYLE}
+        return self.store.cell("adapter", inputs, make) / "adapter.safetensors"
+
     def inputs(self, concept: Concept, recipe: str, k: int, rate: float) -> dict[str, Any]:
         row = RECIPES[recipe]
+        if recipe == PLAIN:
+            return {**self._plain_inputs(), "concept": concept.digest}
         return {
             "base": self.base_digest,
             "concept": concept.digest,
@@ -56,6 +82,9 @@ class Trainer:
         """The file of the k-th concept's adapter."""
 
         def make(folder: Path) -> None:
+            if recipe == PLAIN:
+                plain_loras.train_concept(self.open(), concept, folder, **vars(self.size), rate=PLAIN_RATE)
+                return
             row = RECIPES[recipe]
             config = fusion.TrainingConfig(
                 token=concept.token,
