@@ -54,6 +54,7 @@ from fusion.models.baking import bake as bake
 from fusion.models.baking import save_model as save_model
 from fusion.models.base_check import with_base_weights as with_base_weights
 from fusion.models.binding import bind as bind
+from fusion.models.binding import bound_words as bound_words
 from fusion.models.compilation import compile_unet as compile_unet
 from fusion.models.embedded_models import pocket as pocket
 from fusion.models.input_moments import record_moments as record_moments

@@ -9,7 +9,19 @@ import fusion
 from fusion_studio import markup
 from fusion_studio.errors import bind, warn
 from fusion_studio.session import LIFETIME, Session, error_sentence, tokens_of
-from fusion_studio.tabs import LATEST, PRIVATE, STREAM, combine, compare, draw, history, library, picked_of, teach
+from fusion_studio.tabs import (
+    LATEST,
+    PRIVATE,
+    STREAM,
+    binding,
+    combine,
+    compare,
+    draw,
+    history,
+    library,
+    picked_of,
+    teach,
+)
 from fusion_studio.training_jobs import current_training
 
 HEADER = (
@@ -85,6 +97,11 @@ def connect(session: Session, parts: tuple[Any, ...], tabs: gr.Tabs, pages: tupl
         selected = button.click(select, inputs, [selection, tabs], **PRIVATE)
         selected.then(*update, **PRIVATE).then(*judge, verdict_views, **PRIVATE)
 
+    bound = drawing.binding.button.click(
+        bind(binding.bind_lora, session), [*drawing.binding.inputs, drawing.picks], [selection, *drawing.binding.views],
+        api_name="bind", show_progress="hidden",
+    )  # fmt: skip
+    bound.then(*update, **PRIVATE).then(*judge, verdict_views, **PRIVATE)
     link_to_draw(teaching.use, lambda: latest_concept(session), None)
     link_to_draw(shelf.draw, lambda key: {key: 1.0} if key else {}, shelf.chosen)
     link_to_draw(combining.draw, picked_of, combining.picks)

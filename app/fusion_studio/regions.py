@@ -56,6 +56,12 @@ def as_regions(regions: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
 
 
+def as_entry(region: fusion.Region) -> dict[str, Any]:
+    """A region as the page's widget has it."""
+    entry = region.to_json()
+    return entry | {"mask": DATA_URL + entry["mask"]} if "mask" in entry else entry
+
+
 def _mask(url: str, number: int) -> Image.Image:
     wrong = fusion.FusionError(f"What is painted in region {number} cannot be read; paint it again.")
     if not url.startswith(DATA_URL) or len(url) > MAX_MASK_LENGTH:

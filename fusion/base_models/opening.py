@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PIPELINES = tuple(dict.fromkeys(CLASSES.values()))
+_INPAINTING = tuple(name.replace("Pipeline", "InpaintPipeline") for name in _PIPELINES)
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 
 
@@ -69,10 +70,10 @@ def open_pipeline(
                 module = load_vae(vae, where if exists else configs_of(family(pipe)), pipe.dtype)
             pipe.register_modules(vae=module)
     scale, channels = 2 ** (len(pipe.vae.config.block_out_channels) - 1), pipe.vae.config.latent_channels
-    if (scale, channels) != (pipe.vae_scale_factor, pipe.unet.config.in_channels):
+    if (scale, channels) != (pipe.vae_scale_factor, pipe.unet.config.out_channels):
         raise ConfigError(
             f"The VAE '{vae}' does not suit this base: {channels} channels and {scale} pixels a cell instead of "
-            f"{pipe.unet.config.in_channels} and {pipe.vae_scale_factor}."
+            f"{pipe.unet.config.out_channels} and {pipe.vae_scale_factor}."
         )
     return pipe.to(device)
 
@@ -94,7 +95,7 @@ def _from_folder(
             folder = Path(diffusers.DiffusionPipeline.download(source, **options))
         number = as_dtype(dtype, device, folder)
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=number, **options)
-    if type(pipe).__name__ not in _PIPELINES:
+    if type(pipe).__name__ not in (*_PIPELINES, *_INPAINTING):
         raise BaseMismatch(
             f"'{source}' is a {type(pipe).__name__}; spectral-fusion works on {' or '.join(_PIPELINES)}."
         )
@@ -151,7 +152,7 @@ def check_folder(folder: Path) -> None:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise BaseMismatch(f"'{index}' is damaged: {_first_line(error)}") from error
-    if name not in _PIPELINES:
+    if name not in (*_PIPELINES, *_INPAINTING):
         raise BaseMismatch(f"'{folder}' is a {name}; spectral-fusion works on {' or '.join(_PIPELINES)}.")
 
 

@@ -1,4 +1,4 @@
-"""Fuse several adapters into one, and report whether they are compatible.
+"""Fuse several adapters into one, and report whether they are compatible; with --bind also a single LoRA, for a word.
 
 direct_sum, average and energy_balanced keep every adapter with its gate. The other methods, --rank and --energy merge
 all of them into one LoRA, which acts on every token. distill learns one LoRA that leaves other words alone as the gates
@@ -28,16 +28,18 @@ from fusion.cli.distillation import (
     finished_later,
     refuse_distillation_settings,
 )  # fmt: skip
+from fusion.cli.generate import add_bind, bindings
 from fusion.errors import closest
 from fusion.methods import METHODS, MethodOptions
 from fusion.methods.method import AdapterMerge
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.usage = "fusion fuse ADAPTER ... -o FILE [options]"
+    parser.usage = "fusion fuse [ADAPTER ...] -o FILE [options]"
     parser.epilog = "example: fusion fuse dog.safetensors cat.safetensors -o pets.safetensors --strength 1 0.8"
     add = parser.add_argument
-    add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files")
+    add("adapters", nargs="*", type=Path, metavar="ADAPTER", help="adapter files")
+    add_bind(parser)
     add_file_arguments(parser, "the fused adapter")
     add_strengths(parser)
     add("--gating", choices=("tokens", "none"), help="how the adapters are gated (default: as their files say)")
@@ -51,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         kind: Any = type(option.default)
         text = f"{option.metadata['help']} (default: {option.default:g})"
         add(f"--{option.name}", type=kind, default=option.default, metavar="N" if kind is int else "X", help=text)
-    add_base(parser.add_argument_group("base"), "where a method needs it: ")
+    add_base(parser.add_argument_group("base"), "where a method or --bind needs it: ")
     add_distillation_settings(parser, leave=["seed"])
 
 
@@ -68,11 +70,20 @@ def run(args: Namespace) -> None:
     from fusion.formats.adapter_file import check_adapter_output, load
     from fusion.generation.adapter_pictures import join_adapter_pictures
     from fusion.library.library_folder import Library
+    from fusion.models.binding import bind
 
-    adapters = on_base(renamed([load(path) for path in args.adapters], args.rename), args)
+    pairs = bindings(args.bind)
+    files = [*args.adapters, *(path for _, path in pairs)]
+    if not files:
+        raise UsageError("There is nothing to fuse; name an adapter, or bind one to a word with --bind.")
+    adapters = [load(path) for path in args.adapters]
+    if pairs:
+        pipe = open_base(args.base, args, None)
+        adapters += [bind(pipe, load(path), word) for word, path in pairs]
+    adapters = on_base(renamed(adapters, args.rename), args)
     tokens = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     target = check_adapter_output(args.output, tokens, overwrite=args.overwrite)
-    if not args.overwrite and any(target.exists() and target.samefile(path) for path in args.adapters):
+    if not args.overwrite and any(target.exists() and target.samefile(path) for path in files):
         raise UsageError(f"'{target}' is one of the adapters to fuse; choose another name, or add --overwrite.")
     if args.method not in METHODS:
         raise UsageError(f"--method '{args.method}' is no method{closest(args.method, METHODS)}")
@@ -102,7 +113,7 @@ def run(args: Namespace) -> None:
         Library(target.parent).replace(fused, target.stem, args.dtype, overwrite=args.overwrite)
     tokens = [concept.token for concept in fused.info.concepts]
     print(f"wrote {target} ({file_size(target)}): {' '.join(tokens) or 'no concept tokens'}")
-    if picture := join_adapter_pictures(args.adapters, target):
+    if picture := join_adapter_pictures(files, target):
         print(f"wrote {picture}: the pictures of its parts")
     base = fused.info.base
     on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []

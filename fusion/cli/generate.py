@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from itertools import count
@@ -47,14 +48,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--from", dest="source", type=Path, metavar="PNG", help="repeat the recipe in this picture; flags override it")
     add("-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="folder, or .png file (default: out)")
     add("--image", type=Path, metavar="FILE", help="start from this picture instead of noise")
-    bound = 'use a LoRA or adapter of any program at a word: "<alice>=my_lora.safetensors", or at words of the prompt, '
-    bound += '"the knight=knight.safetensors"; repeatable'
-    add("--bind", action="append", default=[], metavar="WORD=FILE", help=bound)
+    text = "draw the picture of --image anew where this one is white; --image_strength 1 forgets what was there"
+    add("--mask", "--mask_image", dest="mask", type=Path, metavar="FILE", help=text)
+    add_bind(parser)
     add_strengths(parser)
     where = '"<dog>: 0 0 0.5 1" (left top right bottom, shares of the picture) or "a <dog>: mask.png"; repeatable'
     where += "; or auto: each concept where the base would draw it"
     names = ("--region", "--regions")
     add(*names, dest="regions", action="append", metavar="PROMPT: REGION", help=f"what a part of it shows: {where}")
+    text = "write the regions of each picture there, also those that were found: masks for --region, and all in colour"
+    add("--save_regions", type=Path, metavar="FOLDER", help=text)
     add_settings(parser, GenerationConfig, leave=("regions",))
     add_overwrite(parser)
     add_base_arguments(parser)
@@ -75,7 +78,8 @@ def run(args: Namespace) -> None:
     adapters, files, strengths = choose_adapters(args, recipe)
     words = [used.word for used in recipe.adapters] if recipe and not (args.adapters or args.bind) else []
     words = words or [*(None for _ in args.adapters), *(word for word, _ in bindings(args.bind))]
-    image = starting_picture(args.image, args.source, recipe)
+    image = picture_to_start_from(args.image, args.source, recipe, "image")
+    mask = picture_to_start_from(args.mask, args.source, recipe, "mask")
     if recipe and recipe.base != "pocket" and not args.base:
         raise UsageError(f"This picture was drawn on '{recipe.base}'; say where that is with --base.")
     pipe = open_base(args.base, args, args.dtype)
@@ -89,12 +93,21 @@ def run(args: Namespace) -> None:
     parts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
     check_words(" ".join([config.prompt, *parts]), adapters)
     with progress() as advance:
-        pictures = generate(pipe, config, adapters, strengths=strengths, image=image, on_step=advance)
+        pictures = generate(pipe, config, adapters, strengths=strengths, image=image, mask=mask, on_step=advance)
     if recipe and again:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     paths = write(pictures, files, args)
+    if args.save_regions:
+        write_regions(pictures, args.save_regions)
     on, another = base_flags(args.base, args), (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
+
+
+def add_bind(parser: ArgumentParser) -> None:
+    """Adapters of any program for words: `bindings` reads them."""
+    text = 'use a LoRA or adapter of any program at a word: "<alice>=my_lora.safetensors", or at words of the prompt, '
+    text += '"the knight=knight.safetensors"; repeatable'
+    parser.add_argument("--bind", action="append", default=[], metavar="WORD=FILE", help=text)
 
 
 def configure(args: Namespace, recipe: "Recipe | None") -> GenerationConfig:
@@ -161,22 +174,20 @@ def bindings(texts: list[str]) -> list[tuple[str, Path]]:
 
 def check_words(prompt: str, adapters: list["Adapter"]) -> None:
     """Warn of tokens that no adapter knows, and of concepts that are not named, so that their gates stay shut."""
-    from fusion.models.binding import bound_word, with_bound_words
+    from fusion.models.binding import bound_words, with_bound_words
 
     prompt = with_bound_words(prompt, adapters)
-    words = {a.info.concepts[0].token: word for a in adapters if (word := bound_word(a))}
+    bound = {token for adapter in adapters for token in bound_words(adapter)}  # `generate` warns of these
     known = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     named = [token.lower() for token in re.findall(TOKEN.pattern, prompt, re.IGNORECASE)]
     for token in dict.fromkeys(named):
         if token not in known:
             logger.warning("No adapter given knows %s%s", token, closest(token, known) or ".")
     gated = [concept.token for adapter in adapters if adapter.gated for concept in adapter.info.concepts]
+    gated = [token for token in gated if token not in bound]
     if gated and not set(named) & set(known):
-        logger.warning(
-            "The prompt has none of the tokens %s, so no concept will be in the picture.",
-            ", ".join(words.get(token, token) for token in known),
-        )
-    elif unnamed := [words.get(token, token) for token in gated if token not in named]:
+        logger.warning("The prompt has none of the tokens %s, so no concept will be in the picture.", ", ".join(known))
+    elif unnamed := [token for token in gated if token not in named]:
         logger.warning("The prompt does not name %s, so nothing of that will be in the picture.", ", ".join(unnamed))
 
 
@@ -199,17 +210,20 @@ def region(text: str) -> Region:
         raise UsageError(f'--region "{text}" has neither four numbers nor a mask: {error}') from None
 
 
-def starting_picture(path: Path | None, source: Path | None, recipe: "Recipe | None") -> Any:
+def picture_to_start_from(path: Path | None, source: Path | None, recipe: "Recipe | None", kind: str) -> Any:
+    """The "image" to start from at `path`, or its "mask". UsageError where the recipe in the picture `source` needs one, and none is."""
+    digest = None if recipe is None else recipe.image if kind == "image" else recipe.mask
     if path is None:
-        if recipe is not None and recipe.image:
-            raise UsageError("This picture was drawn from another one; name it with --image.")
+        if digest:
+            what = "from another one" if kind == "image" else "in a mask"
+            raise UsageError(f"This picture was drawn {what}; name it with --{kind}.")
         return None
-    from fusion.formats.picture_file import load_picture
+    from fusion.formats.picture_file import load_mask, load_picture
 
-    image = load_picture(path)
-    if recipe is not None and recipe.image not in (None, hashlib.sha256(image.tobytes()).hexdigest()):
-        logger.warning("'%s' is not the picture that '%s' was drawn from; the result will differ.", path, source)
-    return image
+    picture = load_picture(path) if kind == "image" else load_mask(path)
+    if digest not in (None, hashlib.sha256(picture.tobytes()).hexdigest()):
+        logger.warning("'%s' is not the %s that '%s' was drawn with; the result will differ.", path, kind, source)
+    return picture
 
 
 def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -> None:
@@ -217,6 +231,8 @@ def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -
     if args.output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise UsageError(f"Pictures are PNGs, which carry their recipe; '{args.output}' should end in .png.")
     size = 3 * len(seeds) * (config.width or 0) * (config.height or 0)
+    for seed in seeds if args.save_regions else ():
+        check_output(args.save_regions / f"{seed}-regions.png", overwrite=args.overwrite)
     for seed in seeds:
         path = path_for(args.output, config.prompt, seed, several=len(seeds) > 1)
         check_output(path, size=size, overwrite=args.overwrite)
@@ -239,6 +255,23 @@ def write(pictures: list["Picture"], files: list[str], args: Namespace) -> list[
         size, steps = f"{recipe.config.width}x{recipe.config.height}", recipe.config.num_inference_steps
         print(f"wrote {path}: {size}, seed {recipe.picture_seed}, {steps} steps on {recipe.base}")
     return paths
+
+
+def write_regions(pictures: list["Picture"], folder: Path) -> None:
+    """A mask for each region of each picture, all regions in colour, and the flags that give them back."""
+    from fusion.formats.png_file import write_png
+    from fusion.generation.region_pictures import region_mask, with_regions
+
+    for picture in pictures:
+        regions, seed, flags = picture.recipe.config.regions, picture.recipe.picture_seed, list[str]()
+        if regions == "auto" or not regions:
+            logger.warning("The picture of seed %d has no regions, so --save_regions writes none.", seed)
+            continue
+        for number, part in enumerate(regions, start=1):
+            path = write_png(folder / f"{seed}-region-{number}.png", region_mask(part, picture.image.size))
+            flags += ["--region", f"{part.prompt}: {path}"]
+        path = write_png(folder / f"{seed}-regions.png", with_regions(picture.image, regions))
+        print(f"wrote {path}: {len(regions)} regions; to give them back: {shlex.join(flags)}")
 
 
 def path_for(output: Path, prompt: str, seed: int, *, several: bool) -> Path:

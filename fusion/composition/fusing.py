@@ -20,6 +20,7 @@ from fusion.methods import METHODS
 from fusion.methods.method import AdapterMerge, MethodOptions, WeightedSum
 from fusion.models.attachment import effective_gates
 from fusion.models.base_check import with_base_weights
+from fusion.models.binding import joined_words
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.delta import Delta, check_compression
@@ -221,6 +222,6 @@ def _fused_info(
         provenance=Provenance(
             tool="fuse",
             parents=tuple(f"{a.info.name} {a.digest()[:12]}" for a in adapters),
-            settings={"method": method, "strengths": strengths, **changed},
+            settings={"method": method, "strengths": strengths, **changed, **joined_words(adapters)},
         ),
     )

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from fusion.evaluation.output_error import concepts_of
 from fusion.models.attachment import attach
 from fusion.models.autoencoder import decode_latents
 from fusion.models.denoising import encode_prompts, predict
+from fusion.models.noise_schedule import forward_process
 from fusion.models.pipeline import Pipeline
 
 MIN_EFFECT = 0.02  # similarity that a concept must add to its noun for a loss of it to mean anything
@@ -76,7 +76,7 @@ def _only(adapter: Adapter, tokens: Sequence[str]) -> Adapter:
 @torch.no_grad()
 def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int], clip_skip: int = 0) -> list[Image.Image]:
     """The S pictures that the UNet's first step predicts from each seed's noise: blurred means of possible results."""
-    schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    schedule: Any = forward_process(pipe, clip_sample=False)
     first = schedule.config.num_train_timesteps - 1
     side = pipe.unet.config.sample_size
     shape = pipe.unet.config.in_channels, side, side

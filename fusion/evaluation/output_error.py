@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch
@@ -25,6 +24,7 @@ from fusion.generation.drawing import generate
 from fusion.models.attachment import attach
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import encode_prompts, predict
+from fusion.models.noise_schedule import forward_process
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults
 
@@ -187,7 +187,7 @@ def _noisy(
     """Noisy latents (prompts · NOISE_LEVELS, C, H, W) of drawn pictures, and their timesteps; equal in every call."""
     configs = [GenerationConfig(prompt=prompt, seed=seed, clip_skip=clip_skip) for prompt in prompts]
     pictures = [generate(pipe, config, adapters)[0].image for config in configs]
-    schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+    schedule: Any = forward_process(pipe)
     clean = encode_pixels(pipe, pipe.image_processor.preprocess(pictures)).to(pipe.unet.dtype)
     clean = clean.repeat_interleave(NOISE_LEVELS, dim=0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)

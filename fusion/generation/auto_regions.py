@@ -39,19 +39,25 @@ class Midway(NamedTuple):
 
 
 def find_regions(
-    pipe: Pipeline, config: GenerationConfig, image: Image.Image | None, nouns: Mapping[str, str]
+    pipe: Pipeline,
+    config: GenerationConfig,
+    image: Image.Image | None,
+    nouns: Mapping[str, str],
+    mask: Image.Image | None = None,
 ) -> tuple[Region, ...]:
     """A region for each concept of the prompt of one picture; none where there is a single concept."""
     if len(nouns) < 2:
         return ()
     plain = {"prompt": by_nouns(config.prompt, nouns), "num_images": 1, "regions": ()}
-    midway = draw_midway(pipe, config.updated(plain), image)
+    midway = draw_midway(pipe, config.updated(plain), image, mask)
     maps = changes(pipe, midway, config, nouns)
     regions = regions_of(cells_by_concept(maps), nouns)
     return tuple(with_prompt(region, config.prompt, nouns) for region in regions)
 
 
-def draw_midway(pipe: Pipeline, config: GenerationConfig, image: Image.Image | None = None) -> Midway:
+def draw_midway(
+    pipe: Pipeline, config: GenerationConfig, image: Image.Image | None = None, mask: Image.Image | None = None
+) -> Midway:
     """Draw a quarter of the way, or as far as there is another step to come, and stop."""
     fewest = MIN_STEPS if image is None else math.ceil(MIN_STEPS / config.image_strength)
     config = config.updated({"num_inference_steps": max(config.num_inference_steps, fewest)})
@@ -65,7 +71,7 @@ def draw_midway(pipe: Pipeline, config: GenerationConfig, image: Image.Image | N
             call._interrupt = True
         return tensors
 
-    call_pipeline(pipe, config, image, {"callback_on_step_end": stop, "output_type": "latent"})
+    call_pipeline(pipe, config, image, {"callback_on_step_end": stop, "output_type": "latent"}, mask=mask)
     return midway[0]
 
 

@@ -6,7 +6,7 @@ Knows nothing of training or files of adapters; the preview of a training is dra
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ from PIL import Image
 from fusion.adapters.adapter import Adapter, checked_strengths, nouns
 from fusion.config import lower_tokens
 from fusion.errors import ConfigError, FusionError
-from fusion.formats.picture_file import as_picture
+from fusion.formats.picture_file import as_mask, as_picture
 from fusion.generation.auto_regions import find_regions, with_prompt
 from fusion.generation.config import GenerationConfig
-from fusion.generation.pipeline_call import OnStep, call_pipeline, reporting
+from fusion.generation.pipeline_call import OnStep, call_pipeline, check_start, reporting
 from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 from fusion.models.attachment import attach
-from fusion.models.binding import acts_on_pictures, bound_word, with_bound_words
+from fusion.models.binding import bound_to_pictures, bound_words, unused_words, with_bound_words
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_name
@@ -41,6 +41,7 @@ def generate(
     *,
     strengths: Sequence[float] | None = None,
     image: Image.Image | None = None,
+    mask: Image.Image | None = None,
     on_step: OnStep | None = None,
     **former: object,
 ) -> list[Picture]:
@@ -48,16 +49,18 @@ def generate(
 
     Adapters are attached for the call and taken out again whatever happens. What `config` does not set comes from the
     base's `fusion.toml`, then from the defaults, a size from the pipeline. With `image` the drawing starts from that
-    picture. With `regions` their parts of the picture follow their prompts instead of the picture's; one that holds
-    nothing but tokens, "<dog>", follows the picture's prompt with all other concepts by their nouns. With "auto" every
-    concept of a prompt that names several gets a region, where the base would draw it; so it is, too, where a prompt
-    names several adapters that were bound to words (`bind`) and act in layers that see no tokens.
+    picture, and with `mask` it is drawn anew where the mask is white (inpainting). With `regions` their parts of the
+    picture follow their prompts instead of the picture's; one that holds nothing but tokens, "<dog>", follows the
+    picture's prompt with all other concepts by their nouns. With "auto" every concept of a prompt that names several
+    gets a region, where the base would draw it; so it is, too, where a prompt names several adapters that were bound
+    to words (`bind`) and act in layers that see no tokens. The regions stand in the recipe of each picture.
     `on_step(step, total, preview)` is called after every step; preview() decodes the first picture.
     Raises ConfigError, UnknownName for a scheduler, and whatever attach raises; Cancelled passes through.
     Settings as keywords, the form until 0.1, still work and warn.
     """
     config = _settings(config, former).with_base_defaults(base_defaults(pipe, "generation"))
-    image = image and as_picture(image)
+    image, mask = image and as_picture(image), mask and as_mask(mask)
+    check_start(pipe, image, mask)
     config = _with_known_words(pipe, _sized(pipe, config, image), adapters)
     values = checked_strengths(adapters, strengths)
     recipe = Recipe(
@@ -65,14 +68,18 @@ def generate(
         base=base_name(pipe),
         adapters=tuple(_used(adapter, value) for adapter, value in zip(adapters, values, strict=True)),
         image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
+        mask=hashlib.sha256(mask.tobytes()).hexdigest() if mask else None,
     )
     named = {token: noun for token, noun in nouns(adapters).items() if token in config.prompt}
-    if not config.regions and len(bound := _bound_to_pictures(adapters, named)) > 1:
+    if not config.regions and len(bound := bound_to_pictures(adapters, config.prompt)) > 1:
         config = config.updated({"regions": "auto"})
         logger.warning(
             "%s change layers that see no tokens: there, each acts in a region where the base would draw it. Give "
             "regions to set others.", " and ".join(bound),
         )  # fmt: skip
+    parts = [] if config.regions == "auto" else [region.prompt for region in config.regions]
+    if unused := unused_words(adapters, " ".join([config.prompt, *parts])):
+        logger.warning("The prompt does not have %s, so what is bound to it does nothing.", " or ".join(unused))
     _warn_about_settings(config, image, len(named))
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
@@ -82,12 +89,12 @@ def generate(
         if config.regions == "auto":
             # Every picture has a layout of its own, so they are drawn one by one.
             singles = [config.updated({"seed": seed, "num_images": 1}) for seed in config.seeds()]
-            configs = [one.updated({"regions": find_regions(pipe, one, image, named)}) for one in singles]
+            configs = [one.updated({"regions": find_regions(pipe, one, image, named, mask)}) for one in singles]
         else:
             regions = [with_prompt(region, config.prompt, named) for region in config.regions]
             configs = [config.updated({"regions": regions})]
         options = reporting(on_step) if on_step else {}
-        batches = [(one, call_pipeline(pipe, one, image, options)) for one in configs]
+        batches = [(one, call_pipeline(pipe, one, image, options, mask=mask)) for one in configs]
     return [
         Picture(drawn, recipe.updated({"config": one, "index": index}))
         for one, images in batches
@@ -130,16 +137,20 @@ def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequen
     if (prompt := lower_tokens(with_bound_words(config.prompt, adapters), tokens)) != config.prompt:
         values["prompt"] = prompt
     if config.regions != "auto":
-        texts = [lower_tokens(with_bound_words(part.prompt, adapters), tokens) for part in config.regions]
+        texts = [_region_prompt(part.prompt, adapters, tokens) for part in config.regions]
         regions = tuple(replace(part, prompt=text) for part, text in zip(config.regions, texts, strict=True))
         if any(new.prompt != part.prompt for new, part in zip(regions, config.regions, strict=True)):
             values["regions"] = regions
     return config.updated(values)
 
 
-def _bound_to_pictures(adapters: Sequence[Adapter], named: Mapping[str, str]) -> list[str]:
-    """The tokens in the prompt of bound adapters that change layers which see no tokens."""
-    return [a.info.concepts[0].token for a in adapters if acts_on_pictures(a) and a.info.concepts[0].token in named]
+def _region_prompt(prompt: str, adapters: Sequence[Adapter], tokens: set[str]) -> str:
+    """A region's prompt with known words. Where it names a token, phrases are words of the base.
+
+    So they are in the regions of recipes, which call other bound concepts by their phrases.
+    """
+    prompt = lower_tokens(prompt, tokens)
+    return prompt if any(token in prompt for token in tokens) else with_bound_words(prompt, adapters)
 
 
 def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, named: int) -> None:
@@ -161,5 +172,6 @@ def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, na
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:
     tokens = tuple(concept.token for concept in adapter.info.concepts)
-    name, digest, word = adapter.info.name, adapter.digest(), bound_word(adapter)
+    word = next(iter(bound_words(adapter).values()), None) if len(tokens) == 1 else None
+    name, digest = adapter.info.name, adapter.digest()
     return UsedAdapter(name=name, digest=digest, word=word, strength=strength, tokens=tokens)

@@ -17,6 +17,7 @@ from fusion.generation.prompt_embeddings import embed_prompts
 from fusion.generation.regions import Cover, drawing_regions
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.autoencoder import decode_latents
+from fusion.models.denoising import is_inpainting
 from fusion.models.pipeline import Pipeline
 
 OnStep = Callable[[int, int, Callable[[], Image.Image]], None]
@@ -27,16 +28,16 @@ def call_pipeline(
     config: GenerationConfig,
     image: Image.Image | None = None,
     options: Mapping[str, Any] | None = None,
+    *,
+    mask: Image.Image | None = None,
 ) -> list[Image.Image]:
     """Draw a batch. `config` has a size and regions with prompts of their own; `options` go to the pipeline.
 
-    Raises ConfigError where numbers overflow.
+    `mask` is white where `image` is drawn anew. Raises ConfigError where numbers overflow.
     """
     with own_scheduler(pipe, config.scheduler), _without_progress_bar(pipe):
-        call: Any = pipe if image is None else diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-        if image is not None:
-            call.set_progress_bar_config(disable=True)
-        options = {"output_type": "np", **(options or {}), **_options(call, config, image)}
+        call = _pipeline_for(pipe, image, mask)
+        options = {"output_type": "np", **(options or {}), **_options(call, config, image, mask)}
         prompts = embed_prompts(call, config)
         if not config.regions:
             return _pictures(call(**prompts, **options))
@@ -47,7 +48,33 @@ def call_pipeline(
             return _pictures(call(**prompts, **options))
 
 
-def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> dict[str, Any]:
+def check_start(pipe: Pipeline, image: Image.Image | None, mask: Image.Image | None) -> None:
+    """Raise ConfigError where a drawing needs a picture or a mask that is not given, or something no setting gives."""
+    if mask is not None and image is None:
+        raise ConfigError("A mask says where a picture is drawn anew; give the picture, too (--image).")
+    if is_inpainting(pipe) and mask is None:
+        raise ConfigError("This base is for inpainting: give a picture and a mask (--image, --mask).")
+    if part := next((name for name in ("controlnet", "adapter") if pipe.components.get(name) is not None), None):
+        raise ConfigError(f"generate() has no picture for the {part} of {type(pipe).__name__}: attach(), and call it.")
+    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
+        raise ConfigError("generate() has no picture for an IP-Adapter: attach(), and call the pipeline yourself.")
+
+
+def _pipeline_for(pipe: Pipeline, image: Image.Image | None, mask: Image.Image | None) -> Any:
+    """The pipeline of the same components that draws from a prompt alone, from a picture, or in a mask."""
+    takes = inspect.signature(pipe.__call__).parameters
+    if ("strength" in takes, "mask_image" in takes) == (image is not None, mask is not None):
+        return pipe
+    kinds = [diffusers.AutoPipelineForText2Image, diffusers.AutoPipelineForImage2Image]
+    kinds.append(diffusers.AutoPipelineForInpainting)
+    call: Any = kinds[(image is not None) + (mask is not None)].from_pipe(pipe)
+    call.set_progress_bar_config(disable=True)
+    return call
+
+
+def _options(
+    call: Any, config: GenerationConfig, image: Image.Image | None, mask: Image.Image | None
+) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
@@ -60,6 +87,9 @@ def _options(call: Any, config: GenerationConfig, image: Image.Image | None) -> 
     else:
         resized = image.resize((config.width, config.height), Image.Resampling.LANCZOS)
         options |= {"image": [resized] * config.num_images, "strength": config.image_strength}
+    if mask is not None:
+        inside = mask.resize((config.width, config.height), Image.Resampling.LANCZOS)
+        options |= {"mask_image": [inside] * config.num_images, "width": config.width, "height": config.height}
     if config.guidance_rescale and "guidance_rescale" in inspect.signature(call.__call__).parameters:
         options["guidance_rescale"] = config.guidance_rescale
     return options

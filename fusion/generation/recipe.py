@@ -39,6 +39,7 @@ class Recipe(StrictModel):
     adapters: tuple[UsedAdapter, ...] = ()
     index: int = Field(default=0, ge=0)  # of this picture in its batch
     image: str | None = None  # SHA-256 of the picture that img2img started from
+    mask: str | None = None  # SHA-256 of the mask of inpainting
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -61,7 +62,7 @@ class Recipe(StrictModel):
         if not isinstance(table, Mapping):
             raise ConfigError("it is no table of settings.")
         values = {name: value for name, value in table.items() if value is not None}
-        entries = {name: values.pop(name) for name in ("base", "adapters", "index", "image") if name in values}
+        entries = {name: values.pop(name) for name in ("base", "adapters", "index", "image", "mask") if name in values}
         return cls.model_validate({**entries, "config": GenerationConfig.model_validate(values)})
 
     def parameters(self) -> str:

@@ -9,6 +9,7 @@ import diffusers
 from diffusers.configuration_utils import ConfigMixin
 
 from fusion.errors import ConfigError, UnknownName, closest
+from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline
 
 # With what makes each of them; everything else comes from the base's own.
@@ -42,6 +43,8 @@ def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
 
     Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.
     """
+    if name is not None or not hasattr(original, "init_noise_sigma"):  # Stable Diffusion's pipelines need that
+        check_noise(original)
     if name is None:
         return type(original).from_config(original.config)
     if name not in SCHEDULERS:

@@ -17,7 +17,7 @@ from fusion.layer_names import TOKENIZERS, sees_tokens
 from fusion.models.pipeline import Pipeline
 from fusion.models.tokens import initial_rows
 
-_BOUND_TO = "bound_to"  # among the settings of an adapter's provenance: the word as it was given
+BOUND_TO = "bound_to"  # setting of a provenance: for each concept the word as the user gave it, "" for none
 
 
 def bind(pipe: Pipeline, adapter: Adapter, word: str) -> Adapter:
@@ -28,20 +28,22 @@ def bind(pipe: Pipeline, adapter: Adapter, word: str) -> Adapter:
     token <the-knight> when it is drawn (`with_bound_words`). Raises ConfigError for a word without letters, or an
     adapter of several concepts.
     """
+    word = " ".join(word.split())
     token, concepts = token_of(word), adapter.info.concepts
     if len(concepts) > 1:
         raise ConfigError(f"'{adapter.info.name}' has {len(concepts)} concepts, which have their tokens already.")
     if concepts:
         bound = adapter.renamed({concepts[0].token: token})
     else:
-        noun = " ".join(word.split()) if not TOKEN.fullmatch(word) else re.sub(r"[-_]+", " ", word.strip("<>"))
+        noun = word if not TOKEN.fullmatch(word) else re.sub(r"[-_]+", " ", word.strip("<>"))
         tokenizers = [getattr(pipe, name) for name in TOKENIZERS.values() if getattr(pipe, name, None) is not None]
         pieces = max(len(tokenizer(noun, add_special_tokens=False).input_ids) for tokenizer in tokenizers)
         concept = Concept(token, noun, pieces)
-        rows = {token: initial_rows(pipe, concept)}
+        # Rounded, so that a file in half precision holds exactly these.
+        rows = {token: {name: start.half().float() for name, start in initial_rows(pipe, concept).items()}}
         bound = replace(adapter, info=replace(adapter.info, concepts=(concept,)), tokens=rows)
     provenance = bound.info.provenance
-    provenance = replace(provenance, settings={**provenance.settings, _BOUND_TO: word})
+    provenance = replace(provenance, settings={**provenance.settings, BOUND_TO: [word]})
     branches = tuple(replace(branch, gate=(token,)) for branch in bound.branches)
     info = replace(bound.info, provenance=provenance)
     return replace(bound, info=info, branches=branches, digest_cache=DigestCache())
@@ -57,21 +59,43 @@ def token_of(word: str) -> str:
     return f"<{letters}>"
 
 
-def bound_word(adapter: Adapter) -> str | None:
-    """The word that an adapter was bound to, a token or a phrase."""
-    word = adapter.info.provenance.settings.get(_BOUND_TO)
-    return word if isinstance(word, str) else None
+def bound_words(adapter: Adapter) -> dict[str, str]:
+    """Token -> the word that it was bound to: a phrase of prompts, or the token itself."""
+    words: object = adapter.info.provenance.settings.get(BOUND_TO)
+    if not isinstance(words, list | tuple) or len(words) != len(adapter.info.concepts):
+        return {}
+    pairs = [(concept.token, word) for concept, word in zip(adapter.info.concepts, words, strict=True) if word]
+    return {token: token if TOKEN.fullmatch(str(word)) else str(word) for token, word in pairs}
+
+
+def joined_words(adapters: Iterable[Adapter]) -> dict[str, list[str]]:
+    """The setting of an adapter that has the concepts of all of these; empty where none is bound."""
+    tables = [(adapter, bound_words(adapter)) for adapter in adapters]
+    words = [table.get(concept.token, "") for adapter, table in tables for concept in adapter.info.concepts]
+    return {BOUND_TO: words} if any(words) else {}
 
 
 def with_bound_words(text: str, adapters: Iterable[Adapter]) -> str:
     """A prompt with the token in place of every phrase that an adapter is bound to, the longest first."""
-    words = {word: a.info.concepts[0].token for a in adapters if (word := bound_word(a)) and a.info.concepts}
-    for word in sorted((word for word in words if not TOKEN.fullmatch(word)), key=len, reverse=True):
+    tokens = {word: token for adapter in adapters for token, word in bound_words(adapter).items() if word != token}
+    for word in sorted(tokens, key=len, reverse=True):
         phrase = r"\s+".join(map(re.escape, word.split()))
-        text = re.sub(rf"(?<![\w<-]){phrase}(?![\w>-])", words[word], text, flags=re.IGNORECASE)
+        text = re.sub(rf"(?<![\w<-]){phrase}(?![\w>-])", tokens[word], text, flags=re.IGNORECASE)
     return text
 
 
-def acts_on_pictures(adapter: Adapter) -> bool:
-    """Whether a bound adapter changes layers that see no tokens."""
-    return bound_word(adapter) is not None and not all(map(sees_tokens, adapter.layer_names))
+def bound_to_pictures(adapters: Iterable[Adapter], prompt: str) -> list[str]:
+    """The bound tokens in a prompt whose branches change layers that see no tokens."""
+    tokens = {
+        token: None
+        for adapter in adapters
+        for branch in adapter.branches
+        for token in branch.gate
+        if token in bound_words(adapter) and token in prompt and not all(map(sees_tokens, branch.layers))
+    }
+    return list(tokens)
+
+
+def unused_words(adapters: Iterable[Adapter], prompt: str) -> list[str]:
+    """The bound words that a prompt, with tokens in place of phrases, does not have."""
+    return [word for adapter in adapters for token, word in bound_words(adapter).items() if token not in prompt]

@@ -29,6 +29,20 @@ class Conditioning(NamedTuple):
         return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
+def is_inpainting(pipe: Pipeline) -> bool:
+    """Whether the UNet is given a mask and the latents that it hides, beside those it denoises (9 channels)."""
+    return pipe.unet.config.in_channels > pipe.unet.config.out_channels
+
+
+def check_denoises(pipe: Pipeline) -> None:
+    """Raise ConfigError for a base whose UNet needs more than noisy latents."""
+    if is_inpainting(pipe):
+        raise ConfigError(
+            f"This base is for inpainting, its UNet takes {pipe.unet.config.in_channels} channels: adapters can be "
+            "attached and drawn with a mask, but training, regions = 'auto' and measuring need an ordinary base."
+        )
+
+
 def encode_prompts(
     pipe: Pipeline,
     prompts: Sequence[str],
@@ -114,7 +128,9 @@ def predict(
     """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,).
 
     `time_ids` matter to SDXL only; without them the pictures are whole ones, of the latents' own size.
+    Raises ConfigError for a base that needs a mask, too.
     """
+    check_denoises(pipe)
     added = None
     if conditioning.pooled is not None:
         height, width = (side * pipe.vae_scale_factor for side in noisy.shape[-2:])

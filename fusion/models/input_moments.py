@@ -23,6 +23,7 @@ from fusion.models.adapted_layers import AdaptedConv, AdaptedLinear
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import sites
+from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline
 from fusion.spectral.moments import Moment, Moments
 
@@ -95,6 +96,8 @@ def _with_tokens(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
 
 def _denoise(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int, clip_skip: int) -> None:
     """Encode prompts, and denoise latents by DDIM without guidance, so that the recorded layers are run."""
+    if steps:
+        check_noise(pipe.scheduler)
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -1,6 +1,7 @@
 """Where the adaptable layers of a pipeline are: canonical layer name -> its parent module and attribute.
 
-PEFT's own matrices are no layers of the base and are left out, as are the copies that `fuse_qkv_projections` makes.
+PEFT's own matrices and an IP-Adapter's layers are no layers of the base and are left out, as are the copies that
+`fuse_qkv_projections` makes.
 """
 
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fusion.errors import BaseMismatch
 from fusion.layer_names import COMPONENTS, canonical
 from fusion.models.adapted_layers import base_of
 from fusion.models.pipeline import Pipeline, uncompiled
 
 _PEFT = "lora_"  # begins the levels that hold PEFT's own matrices
 _FUSED = ("to_qkv", "to_kv")
+_IP_ADAPTER = {"processor", "encoder_hid_proj"}  # levels that hold an IP-Adapter's layers
 _TABLE = "_spectral_fusion_sites"  # the attribute of a component that keeps its table
 
 
@@ -90,7 +93,7 @@ def _children(module: nn.Module) -> list[nn.Module | None]:
 def walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
     """The sites below a component, by a walk over all of its modules."""
     for path, parent in root.named_modules():
-        if any(level.startswith(_PEFT) for level in path.split(".")):
+        if any(level.startswith(_PEFT) or level in _IP_ADAPTER for level in path.split(".")):
             continue
         for attribute, module in parent.named_children():
             if (adaptable(module) or is_convolution(module)) and attribute not in _FUSED:
@@ -98,7 +101,18 @@ def walk(component: str, root: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def matrix(site: Site) -> torch.Tensor:
-    """The base weight at a site as (O, I); of a convolution as (O, I·K), K cells of its kernel."""
-    weight = site.module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().flatten(1)
+    """The base weight at a site as (O, I); of a convolution as (O, I·K), K cells of its kernel.
+
+    Raises BaseMismatch for a quantised layer, unless its weight can give back the numbers it stands for.
+    """
+    module = base_of(site.module)
+    weight: Any = module.weight
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        kind = f"{type(module).__name__}, {str(weight.dtype).removeprefix('torch.')}"
+        raise BaseMismatch(
+            f"The layer '{site.attribute}' of this base is quantised ({kind}), and adapters need its weight: open the "
+            "base in float16 or bfloat16, without quantization_config and without layerwise casting."
+        )
+    weight = weight.detach()
+    plain = type(weight) in (torch.Tensor, nn.Parameter) or not hasattr(type(weight), "__tensor_flatten__")
+    return (weight if plain else weight.dequantize()).flatten(1)

@@ -79,7 +79,8 @@ def base_name(pipe: Pipeline) -> str:
 
 def base_info(pipe: Pipeline) -> BaseInfo:
     """What an adapter trained on this pipeline says of its base."""
-    return BaseInfo(family(pipe), base_name(pipe), str(pipe.scheduler.config.prediction_type), _digest(pipe))
+    prediction = pipe.scheduler.config.get("prediction_type", "")  # schedulers of flow matching have none
+    return BaseInfo(family(pipe), base_name(pipe), str(prediction), _digest(pipe))
 
 
 def _digest(pipe: Pipeline) -> str:

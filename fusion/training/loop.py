@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor
@@ -28,9 +27,10 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
-from fusion.models.denoising import Conditioning, encode_prompts, predict
+from fusion.models.denoising import Conditioning, check_denoises, encode_prompts, predict
 from fusion.models.devices import explained_memory
 from fusion.models.layer_sites import Site
+from fusion.models.noise_schedule import check_noise, forward_process
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output
@@ -108,6 +108,8 @@ def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, di
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     config = config.updated({"mixed_precision": precision(pipe, config)})
     setup.check_base_name(pipe, config)
+    check_noise(pipe.scheduler)
+    check_denoises(pipe)
     return config, setup.target_sites(pipe, config), TrainingData(pipe, config)
 
 
@@ -160,7 +162,7 @@ class _Training:
         self.scaler: Any = accelerator.scaler  # of gradients, in fp16; else None
         names = ("prediction_type", "rescale_betas_zero_snr")
         others = {name: value for name in names if (value := getattr(config, name)) is not None}
-        self.noise: Any = DDPMScheduler.from_config({**pipe.scheduler.config, **others})  # the base's forward process
+        self.noise: Any = forward_process(pipe, **others)  # the base's forward process
         trained = {id(p) for group in groups for p in group["params"]}
         self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
         self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)

@@ -24,10 +24,11 @@ def sample_noise(shape: torch.Size, noise_offset: float, generator: torch.Genera
 
 
 def denoising_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The prediction target: the noise, or the velocity (Salimans & Ho 2022)."""
-    if scheduler.config["prediction_type"] == "v_prediction":
+    """The prediction target: the noise, the velocity (Salimans & Ho 2022), or the latents themselves ("sample")."""
+    prediction = scheduler.config["prediction_type"]
+    if prediction == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    return noise
+    return latents if prediction == "sample" else noise
 
 
 def denoising_loss(
@@ -46,7 +47,10 @@ def denoising_loss(
 
 
 def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-γ weights (Hang et al. 2023, arXiv 2303.09556), (B,): min(SNR, γ) over SNR, or over SNR + 1 for v."""
+    """Min-SNR-γ weights (Hang et al. 2023, arXiv 2303.09556), (B,).
+
+    min(SNR, γ) over SNR where noise is predicted, over SNR + 1 for velocities, over 1 for latents.
+    """
     snr = compute_snr(scheduler, timesteps)
-    divisor = snr + 1 if scheduler.config["prediction_type"] == "v_prediction" else snr.clamp(min=1e-8)
-    return snr.clamp(max=gamma) / divisor
+    divisors = {"v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / divisors.get(scheduler.config["prediction_type"], snr.clamp(min=1e-8))

@@ -1,15 +1,19 @@
 """LoRAs that are bound to words: they act at their word, and a prompt without it is the base's to the bit."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import fusion
 import tiny
 from fusion.cli import main
 from fusion.errors import ConfigError
-from fusion.models.binding import token_of, with_bound_words
+from fusion.generation.region_pictures import region_mask
+from fusion.models.binding import bound_words, token_of, with_bound_words
 from fusion.models.layer_sites import all_sites, matrix
 from fusion.models.targets import UNGATED_TARGETS, resolve
 
@@ -62,6 +66,8 @@ def test_a_prompt_without_the_word_is_the_bases_and_one_with_it_is_not(word, tmp
     silent = fusion.generate(pipe, picture.recipe.config, [bound], strengths=[0.0])[0]
     assert not np.array_equal(pixels(picture), pixels(silent))
     fusion.save(bound, tmp_path / "bound.safetensors", "float32")
+    half = fusion.load(tmp_path / "bound.safetensors").tokens[token_of(word)]["text_encoder"]
+    assert torch.equal(half, half.half().float())  # exact in a file of any precision
     again = fusion.load(tmp_path / "bound.safetensors")
     assert np.array_equal(pixels(drawn(pipe, with_word, again)), pixels(picture))
     assert picture.recipe.config.prompt == f"a photo of {token_of(word)} in snow"
@@ -87,9 +93,14 @@ def test_several_get_regions_where_some_layers_see_no_tokens(tmp_path, caplog):
         fusion.bind(pipe, fusion.load(lora_file(tmp_path, name, pipe, seed=seed)), word)
         for seed, (name, word) in enumerate([("rex", "the dog"), ("tom", "<tom>")])
     )
-    picture = drawn(pipe, "the dog beside <tom>", rex, tom)
+    for size in ({}, {"width": 32, "height": 24}):
+        picture, again = (drawn(pipe, "the dog beside <tom>", rex, tom, **size) for _ in range(2))
+        regions = picture.recipe.config.regions
+        assert regions and regions == again.recipe.config.regions
+        masks = [fusion.Region(part.prompt, mask=region_mask(part, picture.image.size)) for part in regions]
+        back = drawn(pipe, "the dog beside <tom>", rex, tom, regions=tuple(masks), **size)
+        assert np.array_equal(pixels(picture), pixels(again)) and np.array_equal(pixels(picture), pixels(back))
     assert "<the-dog> and <tom> change layers that see no tokens" in caplog.text
-    assert picture.recipe.config.regions
     halves = (fusion.Region("the dog", (0, 0, 0.5, 1)), fusion.Region("<tom>", (0.5, 0, 1, 1)))
     parts = drawn(pipe, "the dog beside <tom>", rex, tom, regions=halves).recipe.config.regions
     assert [part.prompt for part in parts] == ["<the-dog> beside tom", "the dog beside <tom>"]
@@ -105,7 +116,24 @@ def test_phrases_are_found_as_words(tmp_path):
             fusion.bind(pipe, lora, wrong)
 
 
-def test_bind_on_the_command_line_and_its_recipe(tmp_path, monkeypatch, capsys):
+def test_fused_and_renamed_they_keep_their_words(tmp_path, caplog):
+    pipe = tiny.pipeline("sd1")
+    rex, tom = (
+        fusion.bind(pipe, fusion.load(lora_file(tmp_path, name, pipe, seed=seed)), word)
+        for seed, (name, word) in enumerate([("rex", "the dog"), ("tom", "<tom>")])
+    )
+    both = fusion.fuse([rex, tom])
+    assert bound_words(both) == {"<the-dog>": "the dog", "<tom>": "<tom>"}
+    assert bound_words(both.renamed({"<the-dog>": "<rex>", "<tom>": "<tim>"})) == {"<rex>": "the dog", "<tim>": "<tim>"}
+    prompt = "the dog beside <tom>"
+    apart, together = drawn(pipe, prompt, rex, tom), drawn(pipe, prompt, both)
+    assert np.array_equal(pixels(apart), pixels(together)) and together.recipe.config.regions
+    caplog.clear()
+    drawn(pipe, "a cat", both)
+    assert caplog.messages == ["The prompt does not have the dog or <tom>, so what is bound to it does nothing."]
+
+
+def test_bind_on_the_command_line_and_its_recipe(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     pipe = tiny.pipeline("sd1")
     pipe.save_pretrained(tmp_path / "base")
@@ -115,5 +143,21 @@ def test_bind_on_the_command_line_and_its_recipe(tmp_path, monkeypatch, capsys):
     assert main(["generate", "--from", "a.png", "--base", "base", "--device", "cpu", "-o", "b.png"]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert main(["generate", "--bind", "the cat=rex.safetensors", "--prompt", "the dog", *words, "-o", "c.png"]) == 0
-    assert "has none of the tokens the cat" in capsys.readouterr().err
+    assert main(["generate", "--prompt", "the dog", *words, "-o", "base.png"]) == 0
+    assert "The prompt does not have the cat" in caplog.text and "the dog" not in capsys.readouterr().err
+    base, silent = (np.asarray(Image.open(tmp_path / name)) for name in ("base.png", "c.png"))
+    assert np.array_equal(base, silent)
+    assert not np.array_equal(base, np.asarray(Image.open(tmp_path / "a.png")))
+    fuse = ["fuse", "--bind", "the dog=rex.safetensors", "--base", "base", "--device", "cpu", "--dtype", "float32"]
+    assert main([*fuse, "-o", "bound.safetensors"]) == 0
+    assert main(["generate", "bound.safetensors", "--prompt", "the dog", *words, "-o", "d.png"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "d.png")), np.asarray(Image.open(tmp_path / "a.png")))
+    both = ["generate", "bound.safetensors", "--bind", "a cat=rex.safetensors", "--prompt", "the dog, a cat", *words]
+    both += ["--width", "32", "--height", "32"]
+    assert main([*both, "-o", "e.png", "--save_regions", "regions"]) == 0
+    regions = shlex.split(capsys.readouterr().out.partition("to give them back: ")[2].partition("\n")[0])
+    assert (tmp_path / "regions" / "0-regions.png").is_file() and regions[0] == "--region"
+    assert main([*both, "-o", "f.png", *regions]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "e.png")), np.asarray(Image.open(tmp_path / "f.png")))
     assert main(["generate", "--bind", "rex.safetensors", "--prompt", "the dog", *words]) == 2
+    assert main(["fuse", "-o", "none.safetensors"]) == 2

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 import tiny
 from fusion.cli.evaluate import load_references
-from fusion.cli.generate import region, starting_picture
+from fusion.cli.generate import picture_to_start_from, region
 from fusion.errors import DatasetError
 from fusion.evaluation.clip_judge import open_judge
 from fusion.evaluation.sheets import contact_sheet
@@ -294,7 +294,7 @@ def test_a_picture_lying_on_its_side_is_the_upright_one_through_every_entrance(t
         "training": lambda path: prepare(instance_dataset(config(path.parent)).examples[0], 32, config(path.parent))[0],
         "masked": lambda path: prepare(Example(upright, "", path, 1, (64, 64)), 32, config(path.parent))[1],
         "check": lambda path: check_pictures([path], 32).pictures[0].crop,
-        "--image": lambda path: starting_picture(path, None, None),
+        "--image": lambda path: picture_to_start_from(path, None, None, "image"),
         "--region": lambda path: region(f"a dog: {path}").mask,
         "Region": lambda path: Region("a dog", mask=Image.open(path)).mask,
         "references": lambda path: load_references([f"<dog>={path.parent}"])["<dog>"][0],

@@ -17,7 +17,7 @@ from fusion_studio.errors import bind, warn
 from fusion_studio.regions import as_regions, regions_of
 from fusion_studio.session import Session, tokens_of
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
-from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, cli_box, command_line, picked_of, widget
+from fusion_studio.tabs import LATEST, PRIVATE, STREAM, Controls, binding, cli_box, command_line, picked_of, widget
 from fusion_studio.training_jobs import SUFFIXES
 
 MAX_HISTORY = 24  # pictures kept on the page
@@ -52,7 +52,8 @@ def build(session: Session) -> SimpleNamespace:
             with gr.Row(elem_id="draw-row"):
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", visible=False, scale=1, min_width=90)
-            with gr.Accordion("Regions", open=False, elem_id="regions-part"):
+            binding_part = binding.build(session)
+            with gr.Accordion("Regions", open=False, elem_id="regions-part") as regions_part:
                 gr.HTML(markup.hint(REGIONS))
                 regions = widget("regions", {"regions": [], "tokens": []}, elem_id="regions")
                 auto_regions = gr.Checkbox(True, label=AUTO_REGIONS, container=False, elem_id="found")
@@ -119,6 +120,7 @@ def build(session: Session) -> SimpleNamespace:
         picks=picks, verdict=verdict, prompt=prompt, example=example, regions=regions, no_concepts=no_concepts,
         teach_first=teach_first, controls=controls, outputs=outputs, history=history, at=at, after=after,
         draws=draws, stops=stops, start=start, beginning=beginning, base_controls=[steps, guidance, scheduler],
+        binding=binding_part, regions_part=regions_part,
     )  # fmt: skip
 
 
@@ -199,9 +201,9 @@ def draw_pictures(
     yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
     adapters = session.adapters(list(picked))
     prompts = " ".join([controls.prompt, *(part["prompt"] for part in parts)])
-    if unused := [token for one in adapters if one.gated for token in tokens_of(one.info) if token not in prompts]:
+    if unused := [words_of(one)[token] for one in adapters if one.gated for token in unnamed(one, prompts)]:
         warn(f"The prompt does not mention {' or '.join(unused)}, so nothing of that is drawn.")
-    concepts = sum(token in controls.prompt for adapter in adapters for token in tokens_of(adapter.info))
+    concepts = sum(len(words_of(one)) - len(unnamed(one, controls.prompt)) for one in adapters)
     seed = random.randrange(2**31) if controls.new_seed else controls.seed
     controls = controls._replace(picks={"picked": picked}, seed=seed, new_seed=False)
     auto = controls.auto_regions and not parts and concepts > 1
@@ -226,6 +228,17 @@ def draw_pictures(
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
             yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
+
+
+def words_of(adapter: fusion.Adapter) -> dict[str, str]:
+    """Each token of an adapter, with what stands for it in prompts: itself, or the phrase that it is bound to."""
+    return {token: token for token in tokens_of(adapter.info)} | fusion.bound_words(adapter)
+
+
+def unnamed(adapter: fusion.Adapter, prompt: str) -> list[str]:
+    """The tokens of an adapter that a prompt does not have in any form."""
+    prompt = " ".join(prompt.lower().split())
+    return [t for t, word in words_of(adapter).items() if t not in prompt and word.lower() not in prompt]
 
 
 def in_words(recipe: fusion.Recipe) -> str:

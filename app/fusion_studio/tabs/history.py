@@ -12,6 +12,7 @@ import gradio as gr
 import fusion
 from fusion_studio import markup
 from fusion_studio.errors import bind
+from fusion_studio.regions import MAX_REGIONS, as_entry
 from fusion_studio.session import Session
 from fusion_studio.streaming import ProgressStream, Result, StepProgress, stream_results
 from fusion_studio.tabs import PRIVATE, STREAM, Controls, Picks, picked_of
@@ -27,6 +28,7 @@ def build(session: Session, page: SimpleNamespace) -> None:
             repeat = gr.Button("Repeat", size="sm", elem_id="repeat", min_width=90)
             vary = gr.Button("Another seed", size="sm", elem_id="vary", min_width=90)
             onward = gr.Button("Start from it", size="sm", elem_id="onward", min_width=90)
+            edit = gr.Button("Edit its regions", size="sm", elem_id="edit-regions", min_width=90)
         with gr.Accordion("Before and after", open=False, visible=False, elem_id="before-part") as before_part:
             side = gr.Radio(list(SIDES), value=SIDES[0], label="Compare this picture with", elem_classes="radio-chips")
             compare = gr.Button("Compare", size="sm", elem_id="hold")
@@ -38,6 +40,8 @@ def build(session: Session, page: SimpleNamespace) -> None:
     page.draws(repeat.click(controls_of, [history, at, page.picks], page.controls, **PRIVATE).then)
     page.draws(vary.click(controls_with_new_seed, [history, at, page.picks], page.controls, **PRIVATE).then)
     onward.click(bind(start_from_entry, session), [history, at], page.beginning, **PRIVATE)
+    parts = [page.regions, page.regions_part]
+    edit.click(bind(regions_of_entry, session), [history, at, page.regions], parts, **PRIVATE)
     handler, events = (bind(before_and_after, session), [side, history, at]), STREAM | PRIVATE
     compare.click(*handler, [slider, status], **events).failure(lambda: "", None, status, **PRIVATE)
     page.stops()
@@ -68,6 +72,18 @@ def start_from_entry(session: Session, history: Sequence[Mapping[str, Any]], at:
     """A drawn picture as the start of the next one."""
     upload = session.store_upload(history[at]["path"])
     return upload.name, gr.Image(str(upload), visible=True), gr.Slider(visible=True), gr.Button(visible=True)
+
+
+def regions_of_entry(session: Session, history: Sequence[Mapping[str, Any]], at: int, value: Any) -> tuple[Any, Any]:
+    """The regions of a drawn picture, those that the base found too, where they can be edited for the next one."""
+    if not history:
+        raise fusion.FusionError("Draw a picture first.")
+    regions = fusion.recipe_of(history[at]["path"]).config.regions
+    if regions == "auto" or not regions:
+        raise fusion.FusionError("This picture has no regions: they are found for two or more concepts in a prompt.")
+    if len(regions) > MAX_REGIONS:
+        raise fusion.FusionError(f"{len(regions)} regions are too many; {MAX_REGIONS} is the limit.")
+    return {**(value or {}), "regions": [as_entry(region) for region in regions]}, gr.Accordion(open=True)
 
 
 def before_and_after(

@@ -12,6 +12,7 @@ from fusion_studio import commands, markup
 from fusion_studio.errors import bind
 from fusion_studio.session import Session, safe_name, tokens_of
 from fusion_studio.tabs import PRIVATE, cli_box, command_line, widget
+from fusion_studio.tabs.binding import import_adapter
 from fusion_studio.tabs.combine import FORMATS, export_adapter
 
 NO_ADAPTERS = markup.empty("The library is empty", "What you teach is saved here, as files. Others can be imported.")
@@ -156,14 +157,8 @@ def delete_adapter(session: Session, key: str) -> tuple[Any, ...]:
 
 def import_file(session: Session, file: str) -> tuple[Any, ...]:
     """Copy an uploaded adapter file into the library, once it has been checked."""
-    upload, name = session.store_upload(file), safe_name(Path(file).stem)
-    try:
-        added = fusion.Library(session.library).add(upload, name)
-    except fusion.FusionError as error:
-        raise fusion.FusionError(str(error).replace(str(upload), Path(file).name)) from None
-    finally:
-        upload.unlink(missing_ok=True)
-    line = commands.command("library", session.library, "--add", f"{name}.safetensors")
+    added = import_adapter(session, file)
+    line = commands.command("library", session.library, "--add", f"{safe_name(Path(file).stem)}.safetensors")
     return *detail(session, added.stem), markup.hint(f"'{added.stem}' is in the library now."), command_line(line)
 
 

@@ -1,0 +1,138 @@
+"""Adapters are exact in every pipeline of diffusers that has these UNets, as in the plain one."""
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+import fusion
+import tiny
+from fusion.errors import ConfigError
+from fusion.models.layer_sites import sites
+from fusion.models.targets import resolve
+from trained import attached, trained_adapter
+
+PICTURE, MASK = Image.new("RGB", (16, 16), (200, 50, 50)), Image.new("L", (16, 16), 255)
+START = {"image": PICTURE, "strength": 0.9}
+CONTROL = {"image": torch.linspace(0, 1, 768).reshape(1, 3, 16, 16), "width": 16, "height": 16}
+INPAINTING = {**START, "mask_image": MASK, "width": 16, "height": 16}
+FAMILIES = ["sd1", pytest.param("sdxl", marks=pytest.mark.long)]
+CASES = ("img2img", "inpainting", "9 channels", "controlnet", "t2i-adapter", "ip-adapter", "pag", "from_pipe")
+
+
+def of_class(name, family, pipe, **parts):
+    """The pipeline class of a family with the components of another pipeline."""
+    kind = getattr(diffusers, f"StableDiffusion{'XL' if family == 'sdxl' else ''}{name}Pipeline")
+    known = inspect.signature(kind.__init__).parameters
+    options = {} if family == "sdxl" else {"requires_safety_checker": False}
+    call = kind(**{key: value for key, value in pipe.components.items() if key in known}, **parts, **options)
+    call.set_progress_bar_config(disable=True)
+    return call
+
+
+def for_inpainting(family):
+    pipe = tiny.pipeline(family)
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    pipe.unet = diffusers.UNet2DConditionModel.from_config({**config, "in_channels": 9}).eval()
+    return of_class("Inpaint", family, pipe)
+
+
+def with_ip_adapter(pipe):
+    width, weights = pipe.unet.config.cross_attention_dim, {}
+    for number, name in enumerate(n for n in pipe.unet.attn_processors if "attn2" in n):
+        rows = pipe.unet.get_submodule(name.rpartition(".")[0]).to_q.out_features
+        weights |= {f"{2 * number + 1}.to_{part}_ip.weight": torch.randn(rows, width) * 0.1 for part in "kv"}
+    image = {"proj.weight": torch.randn(4 * width, 16) * 0.1, "proj.bias": torch.zeros(4 * width)}
+    image |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}], low_cpu_mem_usage=False)
+    return pipe
+
+
+def pipeline(case, family):
+    """The pipeline, and what its call takes beside a prompt."""
+    torch.manual_seed(0)
+    pipe = for_inpainting(family) if case == "9 channels" else tiny.pipeline(family)
+    auto = diffusers.AutoPipelineForImage2Image.from_pipe
+    if case == "controlnet":
+        net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(block.weight, std=0.1)
+        return of_class("ControlNet", family, pipe, controlnet=net.eval()), CONTROL
+    if case == "t2i-adapter":
+        sizes = {"channels": [32, 64], "downscale_factor": 2, "adapter_type": "full_adapter"}
+        if family == "sdxl":
+            sizes = {"channels": [32, 64, 64, 64], "downscale_factor": 4, "adapter_type": "full_adapter_xl"}
+        return of_class(
+            "Adapter", family, pipe, adapter=diffusers.T2IAdapter(in_channels=3, num_res_blocks=1, **sizes).eval()
+        ), CONTROL
+    return {
+        "img2img": lambda: (of_class("Img2Img", family, pipe), START),
+        "inpainting": lambda: (diffusers.AutoPipelineForInpainting.from_pipe(pipe), INPAINTING),
+        "9 channels": lambda: (pipe, INPAINTING),
+        "ip-adapter": lambda: (with_ip_adapter(pipe), {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}),
+        "pag": lambda: (diffusers.AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True), {"pag_scale": 3.0}),
+        "from_pipe": lambda: (auto(pipe), START),
+    }[case]()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_in_every_pipeline(case, family):
+    pipe, options = pipeline(case, family)
+    one, other = trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(prompt):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+        return pipe(prompt, generator=generator, **settings, **options).images
+
+    base = latents("a dog")
+    with attached(pipe, one):
+        alone = latents("a <rex>")
+    with attached(pipe, other, one):
+        assert torch.equal(latents("a <rex>"), alone)
+        assert torch.equal(latents("a dog"), base)
+    assert torch.equal(latents("a dog"), base) and not torch.equal(alone, base)
+    if case == "ip-adapter":
+        assert not [name for name in sites(pipe) if "processor" in name or "encoder_hid_proj" in name]
+        assert all(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name in resolve(["unet.attn2"], sites(pipe)))
+    if case in ("controlnet", "t2i-adapter", "ip-adapter"):
+        with pytest.raises(ConfigError, match=r"attach\(\), and call"):
+            fusion.generate(pipe, "a <rex>", [one])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_draws_in_a_mask(family, tmp_path):
+    plain, special = tiny.pipeline(family), for_inpainting(family)
+    config = fusion.GenerationConfig(prompt="a <rex>", num_inference_steps=2, image_strength=1, num_images=2)
+    left = Image.new("L", (16, 16), 0)
+    left.paste(255, (0, 0, 8, 16))
+    for pipe in (plain, special):
+        rex = trained_adapter(pipe, "<rex>")
+        first, second = fusion.generate(pipe, config, [rex], image=PICTURE, mask=left)
+        again, _ = fusion.generate(pipe, config, [rex], image=PICTURE, mask=left)
+        base, _ = fusion.generate(pipe, config.updated({"prompt": "a dog"}), image=PICTURE, mask=left)
+        assert first.image.tobytes() == again.image.tobytes() != base.image.tobytes()
+        alone = config.updated({"seed": 1, "num_images": 1})
+        (single,) = fusion.generate(pipe, alone, [rex], image=PICTURE, mask=left)
+        assert difference(single.image, second.image) <= 1
+        assert first.recipe.mask and fusion.Recipe.from_json(first.recipe.to_json()) == first.recipe
+    regions = [fusion.Region("a dog", (0, 0, 0.5, 1))]
+    (picture,) = fusion.generate(
+        special, config.updated({"regions": regions, "num_images": 1}), [rex], image=PICTURE, mask=left
+    )
+    assert difference(picture.image, first.image) > 0
+    for refused, options in ((plain, {"mask": left}), (special, {}), (special, {"image": PICTURE})):
+        with pytest.raises(ConfigError, match="--image"):
+            fusion.generate(refused, config, **options)
+    auto = config.updated({"prompt": "a <rex> and a <tom>", "regions": "auto"})
+    with pytest.raises(ConfigError, match="for inpainting, its UNet takes 9 channels"):
+        fusion.generate(special, auto, [rex, trained_adapter(special, "<tom>", k=1)], image=PICTURE, mask=left)
+
+
+def difference(one, other):
+    pixels = [torch.tensor(list(image.tobytes()), dtype=torch.int) for image in (one, other)]
+    return int((pixels[0] - pixels[1]).abs().max())
