@@ -211,7 +211,7 @@ def region(text: str) -> Region:
 
 
 def picture_to_start_from(path: Path | None, source: Path | None, recipe: "Recipe | None", kind: str) -> Any:
-    """The "image" to start from at `path`, or its "mask". UsageError where the recipe in the picture `source` needs one, and none is."""
+    """The "image" at `path`, or the "mask". Raises UsageError where `recipe`, of the picture `source`, needs one."""
     digest = None if recipe is None else recipe.image if kind == "image" else recipe.mask
     if path is None:
         if digest:
