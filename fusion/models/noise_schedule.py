@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin
 
 from fusion.errors import BaseMismatch
 from fusion.models.pipeline import Pipeline
@@ -17,7 +18,7 @@ def forward_process(pipe: Pipeline, **settings: object) -> Any:
     return DDPMScheduler.from_config({**pipe.scheduler.config, **settings})
 
 
-def check_noise(scheduler: Any) -> None:
+def check_noise(scheduler: ConfigMixin) -> None:
     """Raise BaseMismatch for the scheduler of a base that knows no betas: EDM (Playground 2.5), flow matching."""
     name = type(scheduler).__name__
     if "FlowMatch" in name or scheduler.config.get("prediction_type") == "flow_prediction":
