@@ -25,7 +25,7 @@ DECOY_SHARE = 0.15  # of the things in sentences and of the prompts of words, wh
 WORD_SHARE = 0.1  # of the things in sentences that are no decoys: any word of the tokenizer
 NOUN_SHARE = 0.15  # the concepts' own nouns; the rest are subjects
 COLOURS = ["blue", "yellow", "white", "red", "pink", "green", "grey", "black", "brown", "orange", "purple", "teal"]
-STYLE_SHARE = 0.3  # of the subjects in sentences, where there are styles
+STYLE_SHARE = 0.5  # of the subjects in sentences, where there are styles
 ALONE = (
     *("{a}", "{a}", "a photo of {a}", "a picture of {a}", "a close-up of {a}", "a painting of {a}", "{a} on the left"),
     *("{a} on the right", "{a} in the middle", "{bare}", "{bare}", "the {bare}", "two {bare}", "{a} in the snow"),
