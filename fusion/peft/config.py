@@ -11,6 +11,7 @@ from peft import PeftConfig
 from fusion.adapters import ADAPTERS
 from fusion.adapters.layer import AdapterLayer, LayerOptions
 from fusion.errors import ConfigError, UnknownName, closest
+from fusion.output_files import write_output
 from fusion.spectral.slices import SpectralSlice
 
 BASES = ("fresh", "file", "recomputed")
@@ -121,4 +122,4 @@ class SpectralConfig(PeftConfig):
         super(SpectralConfig, stored).save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.is_file() and "fusion.peft" not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(text.rstrip() + "\n" + _CARD, encoding="utf-8")
+            write_output(card, f"{text.rstrip()}\n{_CARD}".encode())

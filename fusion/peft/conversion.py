@@ -35,7 +35,8 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         deltas = {path: layer.delta(adapter_name) for path, layer in layers.items()}
     rank = max(delta.rank for delta in deltas.values())
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {key: value for key, value in state.items() if ".spectral_layers." not in key}
+    others = {key.removeprefix(_PREFIX): value for key, value in state.items() if ".spectral_layers." not in key}
+    tensors = {_PREFIX + key: value for key, value in others.items()}
     for path, delta in deltas.items():
         rows, columns = delta.down.new_zeros(rank, delta.shape[1]), delta.up.new_zeros(delta.shape[0], rank)
         rows[: delta.rank], columns[:, : delta.rank] = delta.down, delta.up  # (Q, I), (O, Q)
@@ -53,9 +54,8 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lora.save_pretrained(str(folder))
     write_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"}, "float32")
+    lora.save_pretrained(str(folder))
 
 
 def to_adapter(

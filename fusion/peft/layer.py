@@ -82,9 +82,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):  # PEFT finds layers for a seco
 
     def update_layer(self, adapter_name: str, config: SpectralConfig, name: str = "this layer") -> None:
         """Add an adapter: fresh, or with places for the tensors of a file."""
-        if self.weight.is_meta and config.basis != "file":
+        if config.basis != "file" and (self.weight.is_meta or not self.weight.numel()):
             raise ConfigError(
-                f"{name} has no weight here now (offloaded), so it cannot be decomposed; load the model whole."
+                f"{name} has no weight here now (offloaded or sharded) to decompose; load the model whole."
             )
         layer = self._blank(config) if config.basis == "file" else None
         if layer is None or (_has_unsaved_buffers(layer) and not config.inference_mode):
