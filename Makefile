@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test check format app bench bench-fusion pocket clean
+.PHONY: install demo test check format app bench bench-fusion pocket docs clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,12 @@ pocket: install
 	$(BIN)/python -m tools.pocket classifier
 	$(BIN)/python -m tools.pocket evaluate
 	$(BIN)/python -m tools.pocket card
+
+# A site in build/site; mkdocs is in an environment of its own, outside of requirements.lock.
+docs: install
+	$(BIN)/python -m tools.reference
+	@test -x build/docs/bin/mkdocs || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install --quiet "mkdocs>=1.6"; }
+	build/docs/bin/mkdocs build --quiet
 
 # Adapters and pictures (out/) are kept.
 clean:

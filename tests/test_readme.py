@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 
 from fusion.cli import main
+from tools.reference import page
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-QUICK = {"train": ["--max_train_steps", "2"], "generate": ["--steps", "2"], "--distill": ["--max_train_steps", "2"]}
+CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+BLOCKS = CODE.findall(README)
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+# Their blocks run after README's, with what these have trained.
+PAGES = ("first-concept.md", "several-concepts.md", "community-loras.md", "python.md")
+QUICK = {
+    "train": ["--max_train_steps", "2", "--num_validation_images", "0"],
+    "generate": ["--steps", "2"],
+    "--distill": ["--max_train_steps", "2"],
+}
 
 
 @pytest.mark.slow
@@ -19,7 +28,7 @@ def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for kind, block in BLOCKS:
+    for kind, block in [*BLOCKS, *(block for page in PAGES for block in CODE.findall(DOCS[page]))]:
         if kind == "bash":
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line)
@@ -27,8 +36,8 @@ def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
                 quick = [option for word in words for option in QUICK.get(word, [])]
                 assert main([*words[1:], *quick]) == 0, f"{line}\n{capsys.readouterr().err}"
         elif kind == "python":
-            exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "out" / "both.png").is_file() and (tmp_path / "out" / "pair.png").is_file()
+            exec(compile(block, "a block of Python", "exec"), names)
+    assert {"both.png", "pair.png", "auto.png", "bound.png", "python.png"} <= {p.name for p in Path("out").iterdir()}
 
 
 def test_tree_is_the_real_one():
@@ -53,8 +62,26 @@ def test_tree_is_the_real_one():
 
 
 def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), f"README points at {target}"
+    for name, text in {"README.md": README, **{f"docs/{page}": text for page, text in DOCS.items()}}.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} points at {target}"
+
+
+def test_tests_that_the_docs_name_exist():
+    for page, text in DOCS.items():
+        for file, name in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text):
+            source = ROOT / file
+            assert source.is_file(), f"docs/{page} names {file}"
+            assert not name or f"def {name}(" in source.read_text(encoding="utf-8"), f"docs/{page} names {name}"
+
+
+def test_the_reference_is_that_of_the_code():
+    assert DOCS["reference.md"] == page(), "write it again: python -m tools.reference"
+
+
+def test_the_site_has_every_page():
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(DOCS)
 
 
 def test_every_law_that_is_cited_stands_in_laws_md_and_names_tests_that_exist():

@@ -78,7 +78,7 @@ def _text(adapter: Adapter, repo_id: str, report: ExportReport, base_model: str 
         f"# {_plain(info.name)}",
         "<Gallery />",
         f"## Trigger words\n\nYou should use {words} to trigger the image generation." if words else "",
-        f"A {types} adapter of rank {adapter.rank}{steps}, on {named}.",
+        f"Adapter of type {types}, rank {adapter.rank}{steps}, on {named}.",
         f"## With spectral-fusion\n\nIt {acts}, and can be used beside other adapters.\n\n"
         + _code("import fusion", *opening, f'fusion.attach(pipe, fusion.load("{repo_id}"))', _call(prompt)),
         "## With diffusers alone\n\n"
