@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusion.cli import main
-from tools.reference import page
+from tools import reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def test_tests_that_the_docs_name_exist():
 
 
 def test_the_reference_is_that_of_the_code():
-    assert DOCS["reference.md"] == page(), "write it again: python -m tools.reference"
+    assert DOCS["reference.md"] == reference.page(), "write it again: python -m tools.reference"
 
 
 def test_the_site_has_every_page():
