@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices = {"choices": setting.choices} if setting.choices else {"type": setting.parse}
         parser.add_argument(f"--{setting.name}", help=setting.help, **choices)
     parser.add_argument("--device", metavar="NAME", help="cpu, gpu, cuda:1, mps, ... (default: the best there is)")
+    text = "also with adapters of another base, if their layers have the shapes of this one's"
+    parser.add_argument("--other_base", action="store_true", help=text)
     parser.add_argument(
         "--compile", action="store_true", help="compile the UNet: faster drawing after the first picture"
     )
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from fusion_studio.session import Session
 
     options = {s.name: value for s in base_options() if (value := getattr(args, s.name)) is not None}
+    options |= {"other_base": True} if args.other_base else {}
     # Before gradio is imported: the session has the folder for gradio's files.
     session = Session(args.base, args.library, device=args.device, compiled=args.compile, **options)
     try:

@@ -131,7 +131,8 @@ class Session:
     def base_flags(self) -> list[str]:
         """The base, and how it is opened, as flags of the command line."""
         flags = {"base": self.base, **self.options}
-        return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+        flags = {name: value for name, value in flags.items() if value is not None}
+        return [word for name, value in flags.items() for word in (f"--{name}", *([str(value)] * (value is not True)))]
 
     @property
     def base_path(self) -> str | None:

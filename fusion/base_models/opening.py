@@ -16,13 +16,14 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from fusion.base_models.single_file import CLASSES, configs_of, load_single_file, load_vae, read_single_file
 from fusion.errors import BaseMismatch, ConfigError, closest
+from fusion.models.base_check import allow_other_bases
 from fusion.models.devices import as_device, as_dtype
 from fusion.models.embedded_models import pocket
 from fusion.models.pipelines import family, silent_loading
 
 logger = logging.getLogger(__name__)
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _PIPELINES = tuple(dict.fromkeys(CLASSES.values()))
 _INPAINTING = tuple(name.replace("Pipeline", "InpaintPipeline") for name in _PIPELINES)
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SingleFileComponentError)
@@ -39,6 +40,7 @@ def open_pipeline(
     rescale_betas_zero_snr: bool | None = None,
     base_config: str | Path | None = None,
     pretrained_vae_model_name_or_path: str | Path | None = None,
+    other_base: bool = False,
 ) -> Any:
     """A Stable Diffusion pipeline from a folder, hub id or single file, `pocket` by default, ready on `device`.
 
@@ -47,8 +49,8 @@ def open_pipeline(
     bfloat16 where that would not fit. `prediction_type` and `rescale_betas_zero_snr` are
     for a base that does not say, or wrongly, how it was trained. `base_config` is a diffusers folder with configs for
     a single file, instead of those of its family; `pretrained_vae_model_name_or_path` is a folder, hub id or file with
-    another VAE. Raises BaseMismatch when it cannot be opened, ConfigError for a device that is not here or settings
-    that do not suit.
+    another VAE. With `other_base` adapters of other bases of its shapes can be attached, too. Raises BaseMismatch when
+    it cannot be opened, ConfigError for a device that is not here or settings that do not suit.
     """
     device, vae = as_device(device), pretrained_vae_model_name_or_path
     if prediction_type not in (None, *PREDICTION_TYPES):
@@ -75,6 +77,8 @@ def open_pipeline(
             f"The VAE '{vae}' does not suit this base: {channels} channels and {scale} pixels a cell instead of "
             f"{pipe.unet.config.out_channels} and {pipe.vae_scale_factor}."
         )
+    if other_base:
+        allow_other_bases(pipe)
     return pipe.to(device)
 
 

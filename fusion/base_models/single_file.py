@@ -39,7 +39,9 @@ _PADS_WITH_ZERO = {("sd2", "tokenizer"), ("sdxl", "tokenizer_2")}  # OpenCLIP's
 # Whole models that are none of them, by a pattern that a tensor's name matches.
 _UNSUITABLE = {
     r"edm_(mean|vpred)": "a model of EDM noise (Playground 2.5 and its like)",
-    r"model\.diffusion_model\.time_embed\.cond_proj": "a whole LCM model, which takes the guidance as an input",
+    r"model\.diffusion_model\.time_embed\.cond_proj": (
+        "a whole LCM model, which has the guidance as an input, in one file (its diffusers folder works)"
+    ),
     r"scaled_fp8|.*\.(absmax|quant_map|scale_weight|weight_scale)": "a quantised model",
 }
 # Files that are no whole model; the first that fits.
@@ -48,7 +50,11 @@ _PARTS = {
         "a LoRA, no base: give it as an adapter, and its base with --base"
     ),
     r"(emb_params|string_to_param|clip_[lg]|<.*>)$": "a textual-inversion embedding, no base",
-    r"control_model\.|controlnet_|input_hint_block": "a ControlNet, no base",
+    r"control_model\.|controlnet_|input_hint_block|lllite_": "a ControlNet, no base",
+    r"brushnet_": "a BrushNet, no base",
+    r".*motion_modules\.": "a motion module of AnimateDiff, no base",
+    r"(body|adapter)\.": "a T2I-Adapter, no base",
+    r"vision_model\.": "an image encoder, no base",
     r"ip_adapter\.|image_proj\.": "an IP-Adapter, no base",
     r".*(double_blocks|single_transformer_blocks)\.": "a FLUX model",
     r".*joint_blocks\.": "a Stable Diffusion 3 model",

@@ -166,13 +166,16 @@ def add_base(group: Any, purpose: str = "") -> None:
         add_setting(group, setting)
     text = f"{purpose}cpu, gpu, cuda:1, mps, ... (default: the best there is)"
     group.add_argument("--device", metavar="NAME", help=text)
+    text = f"{purpose}also with adapters of another base, if their layers have the shapes of this one's"
+    group.add_argument("--other_base", action="store_true", help=text)
 
 
 def base_flags(name: str | None, options: Namespace | TrainingConfig) -> list[str]:
     """The flags by which another command opens the same base."""
     values = {"base": name, **{s.name: getattr(options, s.name, None) for s in BASE_OPTIONS}}
     texts = {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in values.items()}
-    return [word for key, text in texts.items() if values[key] is not None for word in (f"--{key}", text)]
+    words = [word for key, text in texts.items() if values[key] is not None for word in (f"--{key}", text)]
+    return words + ["--other_base"] * getattr(options, "other_base", False)
 
 
 def add_file_arguments(parser: ArgumentParser, what: str) -> None:
@@ -206,7 +209,8 @@ def open_base(name: str | None, args: Namespace, dtype: str | None, settings: Tr
     from fusion.base_models.opening import open_pipeline
 
     options = {setting.name: getattr(settings or args, setting.name, None) for setting in BASE_OPTIONS}
-    return open_pipeline(name, device=args.device, dtype=dtype, **options)
+    other_base = getattr(args, "other_base", False)  # training uses no adapters
+    return open_pipeline(name, device=args.device, dtype=dtype, other_base=other_base, **options)
 
 
 def on_base(adapters: list[Any], args: Namespace) -> list[Any]:

@@ -139,7 +139,7 @@ class GenerationConfig(StrictModel):
     prompt_weighting: PromptWeighting = "none"
     """How weights of words are written: a1111 (word:1.2), compel word+, or none: all is text."""
     scheduler: str | None = None
-    """ddim, ddpm, euler, euler_a, dpmpp_2m, unipc, heun, ... Default: the base's own."""
+    """ddim, euler, euler_a, dpmpp_2m, unipc, euler_trailing, lcm, tcd, ... Default: the base's own."""
     width: int | None = Field(default=None, ge=8, le=8192)
     """Width in pixels. Default: of the picture to start from, or the base's own."""
     height: int | None = Field(default=None, ge=8, le=8192)

@@ -15,12 +15,24 @@ from fusion.models.pipeline import Pipeline
 # With what makes each of them; everything else comes from the base's own.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),  # Hyper-SD
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # SDXL Lightning, Turbo
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -41,7 +53,8 @@ def own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
 def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
     """A fresh scheduler called `name` for the base whose own is `original`; None: a fresh one of the same class.
 
-    Raises UnknownName, or ConfigError for one that cannot follow the base's noise schedule.
+    Raises UnknownName, ConfigError for one that cannot follow the base's noise schedule, BaseMismatch where only the
+    base's own can, or none.
     """
     if name is not None or not hasattr(original, "init_noise_sigma"):  # Stable Diffusion's pipelines need that
         check_noise(original)
@@ -63,5 +76,7 @@ def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
         raise ConfigError(
             f"Scheduler '{name}' cannot do this base's zero-terminal-SNR noise; use {', '.join(capable)}."
         )
+    if class_name == "PNDMScheduler" and original.config.get("prediction_type") == "sample":
+        raise ConfigError(f"Scheduler '{name}' cannot draw on this base, which predicts the sample; use ddim or euler.")
     known: Mapping[str, Any] = inspect.signature(scheduler.__init__).parameters
     return scheduler.from_config({k: v for k, v in original.config.items() if k in known} | settings)

@@ -21,16 +21,27 @@ def encode_pixels(pipe: Pipeline, pixels: Tensor) -> Tensor:
     """
     with _without_overflow(pipe):
         mode: Tensor = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
-    return mode.float() * pipe.vae.config.scaling_factor
+    mean, std = _statistics(pipe, mode.device)
+    return (mode.float() - mean) / std * pipe.vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
     """The pictures of scaled latents (B, C, H, W)."""
     with _without_overflow(pipe):
-        scaled = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        pixels = pipe.vae.decode(scaled).sample
+        mean, std = _statistics(pipe, pipe.vae.device)
+        scaled = latents.to(pipe.vae.device).float() / pipe.vae.config.scaling_factor * std + mean
+        pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample
     return pipe.image_processor.postprocess(pixels.float())
+
+
+def _statistics(pipe: Pipeline, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and deviation (1, C, 1, 1) of an autoencoder's latents, where its config has them; else 0 and 1."""
+    values = (pipe.vae.config.get("latents_mean"), pipe.vae.config.get("latents_std"))
+    if any(value is None for value in values):
+        return 0.0, 1.0
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in values)
+    return mean, std
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Whether an adapter fits a base: its layers, their shapes, and the stored basis compared with the weights."""
 
 import logging
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FINE_TUNE_RESIDUAL = 0.02  # above it, the base is taken for a fine-tune of the adapter's own
 FOREIGN_RESIDUAL = 0.3  # above it, for another base
+_OTHER_BASE = "_spectral_fusion_other_base"  # attribute of a pipeline whose user wants adapters of other bases
 
 
 class PassedChecks:
@@ -43,11 +45,16 @@ class PassedChecks:
         self._residuals[digest] = residual
 
 
+def allow_other_bases(pipe: Pipeline) -> None:
+    """Let adapters of any base be attached to this pipeline, if their layers have its shapes; a warning names them."""
+    setattr(pipe, _OTHER_BASE, True)
+
+
 def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = None) -> None:
     """Compare every layer's stored basis with the pipeline's weights; once, where `passed` knows that it fits.
 
-    Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above, or where layers are missing or differ in
-    shape. Types without a basis are checked by shape.
+    Silent below a residual of 0.02, a warning below 0.3, BaseMismatch above (another warning after
+    `allow_other_bases`), or where layers are missing or differ in shape. Types without a basis are checked by shape.
     """
     table, trained_on = all_sites(pipe), _trained_on(adapter)
     for name in adapter.layer_names:
@@ -60,7 +67,17 @@ def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = N
         worst = _largest_residual(adapter, table)
         if passed and cacheable:
             passed.remember(adapter.digest(), weights, worst)
-    if worst[0] > FINE_TUNE_RESIDUAL:
+    if worst[0] > FOREIGN_RESIDUAL:
+        if math.isinf(worst[0]) or not getattr(pipe, _OTHER_BASE, False):
+            raise BaseMismatch(
+                f"'{adapter.info.name}' does not fit this base: residual {worst[0]:.2f} at {worst[1]} (limit "
+                f"{FOREIGN_RESIDUAL}). {trained_on} --other_base uses it all the same."
+            )
+        logger.warning(
+            "'%s' was trained on another base (residual %.2f at %s, limit %s), which --other_base allows; pictures may "
+            "have little of its concept. %s", adapter.info.name, *worst, FOREIGN_RESIDUAL, trained_on,
+        )  # fmt: skip
+    elif worst[0] > FINE_TUNE_RESIDUAL:
         logger.warning(
             "'%s' was trained on a relative of this base (residual %.3f at %s, same base < %s); results may differ. %s",
             adapter.info.name, *worst, FINE_TUNE_RESIDUAL, trained_on,
@@ -87,7 +104,7 @@ def _on_weights(layers: Mapping[str, AdapterLayer], table: Mapping[str, Site]) -
 
 
 def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[float, str]:
-    """The largest residual and its layer. Raises BaseMismatch above the limit, or for other shapes."""
+    """The largest residual and its layer. Raises BaseMismatch for other shapes."""
     worst = 0.0, ""
     for branch in adapter.branches:
         for name, layer in branch.layers.items():
@@ -107,11 +124,6 @@ def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[floa
                 )
             if basis:
                 worst = max(worst, (residual(weight, Spectrum(*(t.float() for t in basis))), name))
-    if worst[0] > FOREIGN_RESIDUAL:
-        raise BaseMismatch(
-            f"'{adapter.info.name}' does not fit this base: residual {worst[0]:.2f} at {worst[1]} (limit "
-            f"{FOREIGN_RESIDUAL}). {_trained_on(adapter)}"
-        )
     return worst
 
 

@@ -15,6 +15,7 @@ from fusion.models.prompt_chunks import EMPTY, Chunk, apply_weights, split_promp
 from fusion.models.tokens import text_encoders
 from fusion.prompt_syntax import PromptPart, PromptWeighting
 
+LCM_GUIDANCE = 7.5  # guidance_scale of drawings, if not set
 TimeIds = tuple[int, ...]  # SDXL: original height, width, crop top, left, target height, width
 
 
@@ -124,13 +125,18 @@ def predict(
     timesteps: Tensor,
     conditioning: Conditioning,
     time_ids: Sequence[TimeIds] | None = None,
+    guidance: float = LCM_GUIDANCE,
 ) -> Tensor:
     """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,).
 
-    `time_ids` matter to SDXL only; without them the pictures are whole ones, of the latents' own size.
-    Raises ConfigError for a base that needs a mask, too.
+    `time_ids` matter to SDXL only; without them the pictures are whole ones, of the latents' own size. `guidance` is
+    an input of whole LCM UNets only. Raises ConfigError for a base that needs a mask, too.
     """
     check_denoises(pipe)
+    scale = None
+    if (width := pipe.unet.config.get("time_cond_proj_dim")) is not None:
+        scales = torch.full((len(noisy),), guidance - 1)  # as diffusers' pipelines have it
+        scale = pipe.get_guidance_scale_embedding(scales, embedding_dim=width).to(noisy.device, pipe.unet.dtype)
     added = None
     if conditioning.pooled is not None:
         height, width = (side * pipe.vae_scale_factor for side in noisy.shape[-2:])
@@ -142,6 +148,7 @@ def predict(
     return pipe.unet(
         noisy.to(pipe.unet.dtype),
         timesteps,
+        timestep_cond=scale,
         encoder_hidden_states=conditioning.states,
         added_cond_kwargs=added,
     ).sample

@@ -15,7 +15,8 @@ def forward_process(pipe: Pipeline, **settings: object) -> Any:
     Raises BaseMismatch for other kinds of noise.
     """
     check_noise(pipe.scheduler)
-    return DDPMScheduler.from_config({**pipe.scheduler.config, **settings})
+    # As keywords: in a table, those that the scheduler's own config leaves at their defaults would be lost.
+    return DDPMScheduler.from_config(pipe.scheduler.config, **settings)
 
 
 def check_noise(scheduler: ConfigMixin) -> None:

@@ -4,11 +4,13 @@ Shapes: O out_features, I in_features.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +18,11 @@ from fusion.layer_names import canonical
 from fusion.models.layer_sites import Site, components, matrix
 from fusion.models.pipeline import Pipeline, uncompiled
 
+# Where checkpoint files of SD 1.x, 2.x and XL have the text encoders, in transformers' names and in OpenCLIP's.
+_CLIP = {"text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")}
+_OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
+_OPEN_CLIP_LAYERS = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+Part = Callable[[Tensor], Tensor]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
@@ -35,25 +42,62 @@ class StoredWeights:
         weight = matrix(site).cpu()
         if weight.dtype == torch.float32:
             return weight
-        for path, key in self._keys.get(name, ()):
+        for path, key, part in self._keys.get(name, ()):
             with safe_open(path, framework="pt", device="cpu") as file:
-                stored: Tensor = file.get_tensor(key).flatten(1)
+                stored: Tensor = part(file.get_tensor(key).flatten(1))
             if stored.shape == weight.shape and torch.equal(stored.to(weight.dtype), weight):
                 return stored.float()
         self.unknown.append(name)
         return weight.float()
 
     @cached_property
-    def _keys(self) -> dict[str, list[tuple[Path, str]]]:
-        """Canonical layer name -> files that hold its weight, and the key there."""
-        keys: dict[str, list[tuple[Path, str]]] = {}
+    def _keys(self) -> dict[str, list[tuple[Path, str, Part]]]:
+        """Canonical layer name -> files that hold its weight, the key there, and the part of that tensor."""
+        keys: dict[str, list[tuple[Path, str, Part]]] = {}
+        base = Path(self._pipe.config.get("_name_or_path") or "")
         for component, module in components(self._pipe).items():
             source = getattr(uncompiled(module).config, "_name_or_path", "")  # where from_pretrained found it
-            for path in _files(Path(source)) if source else ():
-                for key in _shapes(path):
-                    layer = canonical(component, key.removesuffix(".weight"))
-                    keys.setdefault(layer, []).append((path, key))
+            names = [
+                (path, key, key, _whole) for path in (_files(Path(source)) if source else ()) for key in _shapes(path)
+            ]
+            if base.suffix == ".safetensors" and not source:
+                names = [(base, *entry) for entry in _single_file_keys(base, component, uncompiled(module))]
+            for path, name, key, part in names:
+                keys.setdefault(canonical(component, name.removesuffix(".weight")), []).append((path, key, part))
         return keys
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _third(number: int) -> Part:
+    return lambda tensor: tensor.chunk(3)[number]
+
+
+def _single_file_keys(path: Path, component: str, module: Any) -> list[tuple[str, str, Part]]:
+    """Names of a component's tensors in diffusers, their keys in a checkpoint file, and which part of each it is."""
+    shapes = _shapes(path)
+    if component == "unet":
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        keys = {id(tensor): key for key, tensor in tensors.items()}
+        converted = convert_ldm_unet_checkpoint(dict(tensors), dict(module.config))
+        return [(name, keys[id(tensor)], _whole) for name, tensor in converted.items() if id(tensor) in keys]
+    entries: list[tuple[str, str, Part]] = []
+    for key in shapes:
+        for prefix in _CLIP.get(component, ()):
+            if key.startswith(prefix):
+                entries.append((key.removeprefix(prefix), key, _whole))
+        rest = key.removeprefix(_OPEN_CLIP[component])
+        if rest == "text_projection":
+            entries.append(("text_projection.weight", key, torch.t))
+        elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._]weight", rest):
+            layer, inside = f"encoder.layers.{match[1]}", match[2]
+            if inside == "attn.in_proj":
+                entries += [(f"{layer}.self_attn.{name}_proj", key, _third(i)) for i, name in enumerate("qkv")]
+            elif inside in _OPEN_CLIP_LAYERS:
+                entries.append((f"{layer}.{_OPEN_CLIP_LAYERS[inside]}", key, _whole))
+    return entries
 
 
 def stored_parameters(base: Path) -> int:

@@ -83,7 +83,7 @@ class TrainingConfig(StrictModel):
     """Variant of the base's files, such as fp16."""
     base_config: Path | None = None
     """Diffusers folder with configs for a base in a single file. Default: those of its family."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the base predicts. Default: what it says itself."""
     rescale_betas_zero_snr: bool | None = None
     """Noise of zero terminal SNR, and trailing timesteps. Default: what the base says itself."""

@@ -22,9 +22,12 @@ from fusion.base_models.single_file import _FAMILIES as FAMILY_KEYS
 from fusion.base_models.single_file import configs_of, read_single_file
 from fusion.cli import main
 from fusion.errors import BaseMismatch, ConfigError, FormatError
+from fusion.models.layer_sites import sites
+from fusion.models.stored_weights import StoredWeights
 from fusion_studio.session import Session
 from trained import trained_adapter
 
+HALVES = (torch.float16, torch.bfloat16)
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -302,3 +305,34 @@ def test_another_vae_comes_from_a_folder_or_a_file(sd1, tmp_path):
     deep.save_pretrained(tmp_path / "deep")
     with pytest.raises(ConfigError, match="4 channels and 4 pixels a cell instead of 4 and 2"):
         fusion.open_pipeline(sd1 / "base", device="cpu", pretrained_vae_model_name_or_path=tmp_path / "deep")
+
+
+def test_slices_of_a_file_are_those_of_its_folder_in_every_precision(both, tmp_path):
+    folder, file = both
+    exact = fusion.open_pipeline(folder, device="cpu")
+    half = single_files.save(exact, tmp_path / "half.safetensors", dtype=torch.float16)
+    opened = {dtype: fusion.open_pipeline(file, base_config=folder, device="cpu", dtype=dtype) for dtype in HALVES}
+    opened["half"] = fusion.open_pipeline(half, base_config=folder, device="cpu", dtype=torch.bfloat16)
+    for name, pipe in opened.items():
+        stored, table = StoredWeights(pipe), sites(exact)
+        for layer, site in sites(pipe).items():
+            expected = table[layer].module.weight.detach().flatten(1)
+            expected = expected.half().float() if name == "half" else expected
+            assert torch.equal(stored.matrix(layer, site), expected), layer
+        assert not stored.unknown
+
+
+PARTS = {
+    "brushnet_down_blocks.0.weight": "a BrushNet",
+    "down_blocks.0.motion_modules.0.norm.weight": "a motion module of AnimateDiff",
+    "lllite_unet_input_blocks_4.weight": "a ControlNet",
+    "body.0.block1.weight": "a T2I-Adapter",
+    "vision_model.embeddings.class_embedding": "an image encoder",
+}
+
+
+@pytest.mark.parametrize(("key", "kind"), PARTS.items())
+def test_further_files_that_are_no_base_are_named(key, kind, tmp_path):
+    save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(BaseMismatch, match=f"is {kind}, no base"):
+        fusion.open_pipeline(tmp_path / "x.safetensors", device="cpu")

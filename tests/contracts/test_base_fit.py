@@ -12,7 +12,7 @@ from fusion.adapters.layer import SpectralLayer
 from fusion.errors import BaseMismatch
 from fusion.models.attachment import attach
 from fusion.models.baking import bake
-from fusion.models.base_check import check_base
+from fusion.models.base_check import allow_other_bases, check_base
 from fusion.models.layer_sites import sites
 from trained import everywhere, trained_adapter
 
@@ -75,8 +75,22 @@ def test_another_family_is_refused_by_shape_or_missing_layer(other):
         attach(pipe, xl)
 
 
+def test_another_base_of_the_same_shapes_can_be_allowed_and_is_warned_about(caplog):
+    pipe, adapter = tiny.pipeline("sd1", seed=5), trained_adapter(tiny.pipeline("sd1"))
+    allow_other_bases(pipe)
+    for _ in range(2):
+        attach(pipe, adapter).detach()
+    messages = [record.getMessage() for record in ours(caplog)]
+    assert len(messages) == 2 and all("'rex' was trained on another base (residual" in text for text in messages)
+    other = tiny.pipeline("sd2")
+    allow_other_bases(other)
+    with pytest.raises(BaseMismatch, match=r"here and .* in the adapter|which this base does not have"):
+        attach(other, adapter)
+
+
 def test_a_basis_that_is_no_number_is_refused():
     pipe = tiny.pipeline("sd1")
+    allow_other_bases(pipe)
     adapter = trained_adapter(pipe)
     adapter.layers[adapter.layer_names[3]].basis.S.fill_(float("nan"))
     with pytest.raises(BaseMismatch, match=f"residual inf at {adapter.layer_names[3]}"):

@@ -41,3 +41,17 @@ def test_previews_and_forecasts_are_those_of_float32(overflowing):
     pipe.vae.register_to_config(force_upcast=False)
     with pytest.warns(RuntimeWarning, match="invalid value"):  # NaN, as it overflows
         preview(pipe, latents)
+
+
+def test_latents_have_the_mean_and_deviation_of_the_config_as_diffusers_decodes_them():
+    pipe = tiny.pipeline("sdxl")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.vae.register_to_config(latents_mean=[0.5, 0.1, -0.3, 0.2], latents_std=[2.0, 3.0, 4.0, 5.0])
+    timesteps = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": latents, "prompt": "a dog"}
+    drawn = pipe(**timesteps, output_type="latent").images, pipe(**timesteps).images[0]
+    assert np.array_equal(np.asarray(decode_latents(pipe, drawn[0])[0]), np.asarray(drawn[1]))
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    vae, scale = pipe.vae, pipe.vae.config.scaling_factor
+    mode = vae.encode(pixels).latent_dist.mode()
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    torch.testing.assert_close(encode_pixels(pipe, pixels), (mode - mean) / std * scale)

@@ -8,6 +8,7 @@ import fusion
 import tiny
 from fusion.errors import BaseMismatch, ConfigError
 from fusion.generation.schedulers import make_scheduler
+from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import sites
 from fusion.models.noise_schedule import forward_process
 from fusion.training.loss import denoising_target, snr_weights
@@ -76,3 +77,29 @@ def test_training_on_a_base_for_inpainting_is_refused_at_once(tmp_path):
     pipe.unet = type(pipe.unet).from_config({**config, "in_channels": 9})
     with pytest.raises(ConfigError, match="its UNet takes 9 channels"):
         fusion.check_training(pipe, fusion.TrainingConfig(token="<tom>", instance_data_dir=tmp_path))
+
+
+def test_a_whole_lcm_model_is_given_the_guidance():
+    pipe = tiny.pipeline("sd1")
+    unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=16).eval()
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
+    pipe.register_modules(unet=unet, scheduler=diffusers.LCMScheduler.from_config(pipe.scheduler.config))
+    inputs = []
+    unet.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+    config = fusion.GenerationConfig(prompt="a dog", num_inference_steps=1)
+    fusion.generate(pipe, config)
+    (noisy, time), options = inputs[0]
+    with torch.no_grad():
+        expected = unet(noisy, time, **options)[0]
+        conditioning = encode_prompts(pipe, ["a dog"])
+        assert torch.equal(predict(pipe, noisy, time[None].expand(len(noisy)), conditioning), expected)
+    assert options["timestep_cond"] is not None
+
+
+def test_the_forward_process_follows_settings_that_the_bases_scheduler_leaves_at_their_defaults():
+    pipe = tiny.pipeline("sd1")
+    pipe.scheduler = diffusers.DDIMScheduler()
+    process = forward_process(pipe, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert process.config.prediction_type == "v_prediction" and float(process.alphas_cumprod[-1]) < 1e-4
+    with pytest.raises(ConfigError, match="'pndm' cannot draw on this base, which predicts the sample"):
+        make_scheduler(diffusers.DDPMScheduler(prediction_type="sample"), "pndm")
