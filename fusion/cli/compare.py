@@ -8,7 +8,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import STRENGTH, add_base_arguments, add_overwrite, number, open_base, progress
+from fusion.cli.console import STRENGTH, add_base_arguments, add_overwrite, number, open_base
+from fusion.cli.progress_bar import progress
 from fusion.config import MAX_SEED
 from fusion.output_files import check_output
 

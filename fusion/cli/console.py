@@ -11,8 +11,7 @@ import sys
 import textwrap
 import warnings
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -240,26 +239,6 @@ def example(*words: object) -> str:
     return shlex.join(["fusion", *map(str, words)])
 
 
-@contextlib.contextmanager
-def progress() -> Generator[Callable[..., None]]:
-    """Gives `advance(done, total, note="")`, also good as an `on_step` of generate.
-
-    The bar stays away until it first moves, and is seldom redrawn in files and pipes.
-    """
-    from tqdm import tqdm
-
-    shape = "{percentage:3.0f}% {bar:30} {n}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    every = 0.1 if sys.stderr.isatty() else 60
-    with tqdm(total=0, leave=False, mininterval=every, unit=" steps", bar_format=shape, delay=1e-9) as bar:
-
-        def advance(done: int, total: int, _preview: object = None, *, note: str = "") -> None:
-            bar.total = total
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(done - bar.n)
-
-        yield advance
-
-
 def resume_hint(checkpoint: Path | None, resumed: str | None, words: Sequence[str]) -> str:
     """How to continue after `checkpoint`, the run's latest, with the command that `words` are.
 
@@ -272,17 +251,6 @@ def resume_hint(checkpoint: Path | None, resumed: str | None, words: Sequence[st
     flag, name = "--resume_from_checkpoint", f"{checkpoint.parent.name}/{checkpoint.name}"
     again = [word for before, word in pairwise(["", *words]) if flag not in (before, word.partition("=")[0])]
     return f"Continue after {checkpoint.name} with:\n  {example(*again, flag, name)}"
-
-
-def with_progress(steps: Iterable[Any], advance: Callable[..., None]) -> Generator[Any]:
-    """The steps of a training or a distillation, each shown on the bar of `progress` with the mean of recent losses."""
-    losses = deque[float](maxlen=25)
-    for step in steps:
-        if not losses and step.resumed:
-            print(f"resumed after step {step.resumed} of {step.total}", flush=True)
-        losses.append(step.loss)
-        advance(step.step, step.total, note=f"loss {sum(losses) / len(losses):.4f}")
-        yield step
 
 
 def print_list(lines: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.cli.console import add_overwrite, open_base, progress, with_progress
+from fusion.cli.console import add_overwrite, open_base
+from fusion.cli.progress_bar import progress, with_progress
 from fusion.generation.config import GenerationConfig, Region
 from fusion.models.embedded_models import embedded
 from fusion.output_files import MARK, check_output, write_output

@@ -7,16 +7,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.console import (
-    UsageError,
-    add_settings,
-    example,
-    flags_of,
-    progress,
-    relative,
-    resume_hint,
-    with_progress,
-)
+from fusion.cli.console import UsageError, add_settings, example, flags_of, relative, resume_hint
+from fusion.cli.progress_bar import progress, with_progress
 from fusion.distillation.config import DistillationConfig
 from fusion.errors import ConfigError, OutputError
 

@@ -25,8 +25,8 @@ from fusion.cli.console import (
     example,
     flags_of,
     open_base,
-    progress,
-)  # fmt: skip
+)
+from fusion.cli.progress_bar import progress
 from fusion.config import MAX_SEED, TOKEN
 from fusion.errors import ConfigError, FormatError, closest
 from fusion.generation.config import GenerationConfig, Region

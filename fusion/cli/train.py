@@ -22,11 +22,10 @@ from fusion.cli.console import (
     file_size,
     flags_of,
     open_base,
-    progress,
     relative,
     resume_hint,
-    with_progress,
-)  # fmt: skip
+)
+from fusion.cli.progress_bar import progress, show_phases, with_progress
 from fusion.cli.push import add_hub_options, hub_options, push_adapter
 from fusion.config import read_base_defaults, settings_of
 from fusion.errors import ConfigError, OutOfMemory, OutputError
@@ -151,9 +150,8 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
     print(f"training {config.token} on {relative(config.instance_data_dir)}", flush=True)
     step, checkpoint = None, None
     target = adapter_path(config)
-    training: Any = train(pipe, config)
     try:
-        with closing(training), progress() as advance:
+        with progress() as advance, closing(train(pipe, config, on_progress=show_phases(advance))) as training:
             try:
                 for step in with_progress(training, advance):
                     save_previews(step, config)
@@ -163,10 +161,22 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
                 checkpoint = last_checkpoint(training, config, step)
                 raise
     except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):
-        hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
-        print(f"stopped after step {step.step if step else 0}. {hint}", file=sys.stderr)
+        if step is None:
+            print(f"stopped before the first step. {what_is_kept(config)}", file=sys.stderr)
+        else:
+            hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
+            print(f"stopped after step {step.step}. {hint}", file=sys.stderr)
         raise
     return step, target
+
+
+def what_is_kept(config: TrainingConfig) -> str:
+    """A sentence for who stops a training before its first step: what the next one need not do again."""
+    kept = ["the singular directions that were computed"]
+    if config.uses_class_pictures() and (count := len(list(config.class_folder().glob("*.png")))):
+        kept.append(f"{count} class pictures in '{relative(config.class_folder())}'")
+    resumed = f", and the checkpoint {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
+    return f"Kept for the next start: {' and '.join(kept)}{resumed}."
 
 
 def last_checkpoint(training: Any, config: TrainingConfig, step: Any) -> Path | None:

@@ -9,7 +9,7 @@ Shapes: B prompts, I in_features, N rows of an input.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ CONCEPT_FREE = (
 )  # fmt: skip
 STEPS = 5  # denoising steps, so noise levels at which inputs are recorded
 BATCH = 4  # prompts at a time
+OnProgress = Callable[[int, int], None]
 
 
 def record_moments(
@@ -72,20 +73,19 @@ def record_moments(
 
 
 def record_base(
-    pipe: Pipeline,
-    layers: Iterable[str],
-    prompts: Sequence[str],
-    *,
-    steps: int = STEPS,
-    seed: int = 0,
-    clip_skip: int = 0,
-) -> dict[str, Moment]:
-    """The moments of what the layers are given as the pipeline is now, all of it as inputs to be left unchanged."""
+    pipe: Pipeline, layers: Iterable[str], prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0,
+    side: int | None = None, batch: int = BATCH, clip_skip: int = 0, on_progress: OnProgress | None = None,
+) -> dict[str, Moment]:  # fmt: skip
+    """The moments of what the layers are given as the pipeline is now, all of it as inputs to be left unchanged.
+
+    `side` of the square latents (default: the base's own) and the `batch` of prompts decide how much memory it takes.
+    `on_progress(done, total)` counts passes.
+    """
     names = list(layers)
+    steps = steps if any(component_of(name) == "unet" for name in names) else 0
     with _Recorder(pipe, names) as recorder, torch.no_grad():
         recorder.concept_free = True
-        steps = steps if any(component_of(name) == "unet" for name in names) else 0
-        _denoise(pipe, prompts, steps, seed, clip_skip)
+        _denoise(pipe, prompts, steps, seed, side, batch, clip_skip, on_progress)
     return recorder.moments()
 
 
@@ -94,32 +94,44 @@ def _with_tokens(prompts: Sequence[str], tokens: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt.replace("{token}", token) for prompt in prompts for token in tokens or ("",)))
 
 
-def _denoise(pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int, clip_skip: int) -> None:
+def _denoise(
+    pipe: Pipeline, prompts: Sequence[str], steps: int, seed: int, side: int | None = None, batch: int = BATCH,
+    clip_skip: int = 0, on_progress: OnProgress | None = None,
+) -> None:  # fmt: skip
     """Encode prompts, and denoise latents by DDIM without guidance, so that the recorded layers are run."""
     if steps:
         check_noise(pipe.scheduler)
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
-    side, shape = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    size, shape = side or int(pipe.unet.config.sample_size), pipe.unet.config.in_channels
     generator = torch.Generator("cpu").manual_seed(seed)
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
+    passes = 0
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
         conditioning = encode_prompts(pipe, part, clip_skip)
-        latents = torch.randn(len(part), shape, side, side, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
+        latents = torch.randn(len(part), shape, size, size, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
         if steps:
             schedule.set_timesteps(steps)
-        for time in schedule.timesteps if steps else ():
-            times = torch.full((len(part),), int(time), device=latents.device)
-            latents = schedule.step(predict(pipe, latents, times, conditioning), time, latents).prev_sample
+        for time in schedule.timesteps if steps else (None,):
+            if on_progress:
+                on_progress(passes, -(-len(prompts) // batch) * max(steps, 1))
+            if time is not None:
+                times = torch.full((len(part),), int(time), device=latents.device)
+                latents = schedule.step(predict(pipe, latents, times, conditioning), time, latents).prev_sample
+            passes += 1
 
 
 class _SecondMoment:
-    """Σ x xᵀ in float64 on the CPU, and the number of rows x."""
+    """Σ x xᵀ in float64 on the CPU, and the number of rows x. Without rows it takes no memory."""
 
     def __init__(self, width: int) -> None:
-        self.total, self.count = torch.zeros(width, width, dtype=torch.float64), 0
+        self.total, self.count = torch.zeros((), dtype=torch.float64).expand(width, width), 0
 
     def add(self, rows: Tensor) -> None:
+        if not len(rows):
+            return
         exact = rows.detach().to("cpu", torch.float64)
+        if not self.count:
+            self.total = self.total.clone()
         self.total.addmm_(exact.T, exact)
         self.count += len(rows)
 

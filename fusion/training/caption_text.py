@@ -62,20 +62,10 @@ def split_caption(text: str, keep_tokens: int, separator: str | None) -> tuple[s
 
 def shuffle_tags(text: str, fixed: FixedTags, draw: random.Random) -> str:
     """A caption's tags in another order, but for the fixed ones."""
-    first, middle, last = _parts(text, fixed)
-    return ", ".join([*first, *draw.sample(middle, len(middle)), *last])
-
-
-def latest_order(text: str, fixed: FixedTags, token: str) -> str:
-    """The order of a shuffled caption in which the token is as late as it can be."""
-    first, middle, last = _parts(text, fixed)
-    return ", ".join([*first, *sorted(middle, key=lambda tag: token in tag), *last])
-
-
-def _parts(text: str, fixed: FixedTags) -> tuple[list[str], list[str], list[str]]:
     tags = _tags(text)
     end = max(fixed[0], len(tags) - fixed[1])
-    return tags[: fixed[0]], tags[fixed[0] : end], tags[end:]
+    middle = tags[fixed[0] : end]
+    return ", ".join([*tags[: fixed[0]], *draw.sample(middle, len(middle)), *tags[end:]])
 
 
 def _phrase(words: str) -> re.Pattern[str]:

@@ -126,6 +126,8 @@ class TrainingConfig(StrictModel):
     """Longest side of a bucket, in pixels. Default: twice the resolution."""
     bucket_reso_steps: int | None = Field(None, ge=1, le=MAX_RESOLUTION)
     """Sides of buckets are multiples of it. Default: 64, or less where the resolution is below 512."""
+    clip_skip: int | None = Field(None, ge=0, le=32)
+    """Layers left out at the end of the text encoder; 1 is kohya's 2. Default: as the base's pictures are drawn."""
     center_crop: bool = True
     """Crop the middle of each picture; if false, a random part each time."""
     random_flip: bool = False
@@ -283,6 +285,9 @@ class TrainingConfig(StrictModel):
         base, unet_only = self.pretrained_model_name_or_path, bool(self.targets)
         unet_only = unet_only and all(target.startswith("unet") for target in self.targets or ())
         rules: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "with gating = 'tokens', under which class prompts run the base itself": (
+                self.gating == "tokens", ("with_prior_preservation",)
+            ),
             "without with_prior_preservation": (
                 not self.with_prior_preservation, ("num_class_images", "prior_loss_weight", "sample_batch_size")
             ),
@@ -330,6 +335,10 @@ class TrainingConfig(StrictModel):
     def varies_captions(self) -> bool:
         """Whether a picture's caption is another one at each use."""
         return self.shuffle_caption or self.caption_dropout_rate > 0
+
+    def uses_class_pictures(self) -> bool:
+        """Whether class pictures change anything: under token gating, class prompts run the base itself."""
+        return self.with_prior_preservation and self.gating == "none"
 
     def caches_latents(self) -> bool:
         """Whether every picture is the same each time it is used, and may be encoded once."""

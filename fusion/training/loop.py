@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
-from fusion.models.denoising import Conditioning, check_denoises, encode_prompts, predict
+from fusion.models.denoising import Conditioning, check_clip_skip, check_denoises, encode_prompts, predict
 from fusion.models.devices import explained_memory
 from fusion.models.layer_sites import Site
 from fusion.models.noise_schedule import check_noise, forward_process
@@ -40,7 +41,7 @@ from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.quiet_loss import QuietLoss
-from fusion.training.training_data import TrainingData
+from fusion.training.training_data import OnPhase, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class TrainStep:
     resumed: int = 0  # steps that were done before, by the checkpoint this training was resumed from
 
 
-def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
+def train(pipe: Pipeline, config: TrainingConfig, *, on_progress: OnPhase | None = None) -> Generator[TrainStep]:
     """Train an adapter for one concept; the pipeline's own weights are never changed.
 
     Settings left open come from the base's `fusion.toml`. Everything is checked before the first step: pictures,
@@ -70,6 +71,9 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
     training yields that step once more, so that its adapter can be saved. Raises DatasetError, ConfigError,
     SliceConflict, UnknownName; FormatError for a damaged checkpoint; OutputError where checkpoints cannot be written;
     OutOfMemory, with the settings that help; FusionError when the loss is not finite.
+
+    `on_progress(phase, done, total)` is called before every unit of what is done beside steps: class pictures, layers
+    whose directions are computed, pictures that are encoded, passes for the quiet loss, steps of previews.
 
     Ctrl+C, a KeyboardInterrupt thrown into the generator, and any error end a training after a checkpoint of its last
     whole step. A checkpoint that cannot be written ends nothing; a warning says so.
@@ -89,11 +93,12 @@ def train(pipe: Pipeline, config: TrainingConfig) -> Generator[TrainStep]:
         accelerated(pipe, config) as accelerator,
         frozen(pipe, config),
     ):
-        data.prepare()
-        adapter = setup.fresh_adapter(pipe, config, targets, directions)
+        data.prepare(on_progress, checkpoint and checkpoint.path.parent)
+        layer_progress = on_progress and partial(on_progress, "computing the layers' singular directions")
+        adapter = setup.fresh_adapter(pipe, config, targets, directions, layer_progress)
         setup.warn_about_gates(config, list(targets))
         with attach(pipe, adapter, live=True):
-            yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint).steps()
+            yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint, on_progress).steps()
 
 
 def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
@@ -106,7 +111,11 @@ def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
 def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, dict[str, Site], TrainingData]:
     """The settings with the base's defaults, the layers to adapt, and the pictures."""
     config = config.with_base_defaults(base_defaults(pipe, "training"))
-    config = config.updated({"mixed_precision": precision(pipe, config)})
+    clip_skip = config.clip_skip
+    if clip_skip is None:
+        clip_skip = GenerationConfig(prompt="").with_base_defaults(base_defaults(pipe, "generation")).clip_skip
+    check_clip_skip(pipe, clip_skip)
+    config = config.updated({"mixed_precision": precision(pipe, config), "clip_skip": clip_skip})
     setup.check_base_name(pipe, config)
     check_noise(pipe.scheduler)
     check_denoises(pipe)
@@ -135,8 +144,9 @@ class _Training:
 
     def __init__(
         self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, data: TrainingData, accelerator: Accelerator,
-        targets: Mapping[str, Site], checkpoint: Checkpoint | None,
+        targets: Mapping[str, Site], checkpoint: Checkpoint | None, on_progress: OnPhase | None,
     ) -> None:  # fmt: skip
+        self.on_progress = on_progress
         self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
         self.resumed = checkpoint.state.step if checkpoint else 0
@@ -149,7 +159,10 @@ class _Training:
         provenance = replace(adapter.info.provenance, run=self.run, settings=settings)
         self.adapter = replace(adapter, info=replace(adapter.info, provenance=provenance))
         captions = [example.caption for example in data.instances.examples]
-        self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions) if config.quiet_loss_weight else None
+        self.quiet_loss = None
+        if config.quiet_loss_weight:
+            progress = on_progress and partial(on_progress, "recording inputs for the quiet loss")
+            self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions, data.resolution, progress)
         groups = setup.parameter_groups(pipe, adapter, config, targets)
         optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
         for group in optimizer.param_groups:
@@ -255,11 +268,13 @@ class _Training:
     def _encode(self, captions: list[str]) -> Conditioning:
         """Encoded captions; once per caption where nothing in the text encoder is trained and their number is small."""
         if self.trains_text or self.config.shuffle_caption:
-            return encode_prompts(self.pipe, captions, chunks=1)
+            return encode_prompts(self.pipe, captions, self.config.clip_skip)
         with torch.no_grad():
             for caption in captions:
                 if caption not in self.text_cache:
-                    self.text_cache[caption] = encode_prompts(self.pipe, [caption], chunks=1)
+                    self.text_cache[caption] = encode_prompts(self.pipe, [caption], self.config.clip_skip)
+            if len({self.text_cache[caption].states.shape[1] for caption in captions}) > 1:  # padded to the longest
+                return encode_prompts(self.pipe, captions, self.config.clip_skip)
         return Conditioning.join([self.text_cache[caption] for caption in captions])
 
     def _previews(self, step: int) -> list[Image.Image]:
@@ -268,23 +283,35 @@ class _Training:
         due = not step % config.validation_steps or step == config.max_train_steps
         if not (due and config.num_validation_images):
             return []
+        count, skip, prompts = config.num_validation_images, config.clip_skip or 0, config.validation_prompts()
         drawings = [
-            GenerationConfig(prompt=prompt, seed=config.seed, num_images=config.num_validation_images)
-            for prompt in config.validation_prompts()
+            GenerationConfig(prompt=prompt, seed=config.seed, num_images=count, clip_skip=skip) for prompt in prompts
         ]
+
+        def report(number: int, done: int, total: int, _: object) -> None:
+            if self.on_progress:
+                self.on_progress("drawing previews", number * total + done, len(drawings) * total)
+
         try:
-            return [picture.image for drawing in drawings for picture in generate(self.pipe, drawing)]
+            return [
+                picture.image
+                for number, drawing in enumerate(drawings)
+                for picture in generate(self.pipe, drawing, on_step=partial(report, number))
+            ]
         except KeyboardInterrupt:  # of a finished training, the adapter must not be lost with its previews
             if step < config.max_train_steps:
                 raise
             return []
 
     def _save_checkpoint(self) -> Path | None:
-        """A checkpoint of the last whole step, unless there is one."""
-        return self.checkpoints.save(
+        """A checkpoint of the last whole step, unless there is one, and beside it the encoded pictures."""
+        checkpoint = self.checkpoints.save(
             self.parameters, self.optimizer, self.scaler,
             step=self.done, loss=self.last_loss, settings=self.adapter.info.provenance.settings,
         )  # fmt: skip
+        if checkpoint:
+            self.data.write(checkpoint.parent)
+        return checkpoint
 
     def _check_room(self) -> None:
         """Raise OutputError if the disk has no room for the checkpoints to come: the adapter and two moments each."""

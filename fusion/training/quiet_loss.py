@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
 from fusion.models.attachment import attach
-from fusion.models.input_moments import CONCEPT_FREE, record_base
+from fusion.models.input_moments import BATCH, CONCEPT_FREE, OnProgress, record_base
 from fusion.models.layer_sites import Site, matrix
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
@@ -36,14 +36,21 @@ class QuietLoss:
 
     def __init__(
         self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, targets: Mapping[str, Site],
-        captions: Sequence[str],
+        captions: Sequence[str], resolution: int, on_progress: OnProgress | None = None,
     ) -> None:  # fmt: skip
-        """`adapter` is attached, and untrained: it changes nothing yet. `targets`: its layers in the base."""
+        """`adapter` is attached, and untrained: it changes nothing yet. `targets`: its layers in the base.
+
+        Recording takes no more memory than a step does: `resolution` pixels, and at most as many prompts at a time.
+        """
         decoys = decoy_words(config, adapter)
         with attach(pipe, decoys):
             words = [concept.token for concept in decoys.info.concepts]
             prompts = quiet_prompts(config, captions, words)
-            recorded = record_base(pipe, list(adapter.layer_names), prompts, steps=NOISE_LEVELS, seed=config.seed)
+            recorded = record_base(
+                pipe, list(adapter.layer_names), prompts, steps=NOISE_LEVELS, seed=config.seed,
+                side=resolution // pipe.vae_scale_factor, batch=min(BATCH, config.train_batch_size),
+                clip_skip=config.clip_skip or 0, on_progress=on_progress,
+            )  # fmt: skip
         self.weight = config.quiet_loss_weight
         # C₀ (I, I), one tensor for all layers that have the same inputs, and ‖W X₀‖² of each layer.
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}

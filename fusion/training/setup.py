@@ -16,6 +16,7 @@ from fusion.errors import ConfigError, UnknownName, closest
 from fusion.layer_names import component_of, sees_tokens
 from fusion.library.library_folder import Library
 from fusion.library.spectrum_cache import cached_spectrum
+from fusion.models.input_moments import OnProgress
 from fusion.models.layer_sites import Site, components, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info, base_name
@@ -98,14 +99,20 @@ def named_slice(config: TrainingConfig) -> SpectralSlice | None:
 
 
 def fresh_adapter(
-    pipe: Pipeline, config: TrainingConfig, targets: Mapping[str, Site], directions: SpectralSlice
-) -> Adapter:
-    """An untrained adapter in float32 of the `targets` on the slice `directions`; its ΔW is zero."""
+    pipe: Pipeline, config: TrainingConfig, targets: Mapping[str, Site], directions: SpectralSlice,
+    on_progress: OnProgress | None = None,
+) -> Adapter:  # fmt: skip
+    """An untrained adapter in float32 of the `targets` on the slice `directions`; its ΔW is zero.
+
+    `on_progress(done, total)` counts layers.
+    """
     kind, concept = ADAPTERS[config.adapter_type], Concept(config.token, config.noun, config.num_vectors)
     options, depth = LayerOptions(seed=config.seed, guard=config.guard), max(directions.stop, config.guard)
     layers: dict[str, AdapterLayer] = {}
     stored = StoredWeights(pipe)
-    for name, site in targets.items():
+    for number, (name, site) in enumerate(targets.items()):
+        if on_progress:
+            on_progress(number, len(targets))
         spectrum = layer_spectrum(stored, name, site, depth) if kind.slice_of == "spectrum" else None
         layers[name] = kind.fresh(matrix(site).float(), directions, spectrum=spectrum, options=options)
     if stored.unknown:
@@ -176,11 +183,6 @@ def warn_about_gates(config: TrainingConfig, layers: list[str]) -> None:
             "%d of %d targeted layers see no tokens (%s, …); there %s acts on whole pictures whose prompt has it, so "
             "concepts drawn together will mix.", len(ungated), len(layers), ungated[0], config.token,
         )  # fmt: skip
-    if config.with_prior_preservation:
-        logger.warning(
-            "Prior preservation changes nothing here: under token gating, class prompts run the base itself. "
-            "Drop with_prior_preservation, or train with gating = 'none'."
-        )
 
 
 def memory_advice(config: TrainingConfig, resolution: int) -> str:

@@ -4,28 +4,32 @@ Shapes: B examples, C latent channels, H W latent size.
 """
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion.adapters.adapter import Concept
+from fusion.errors import FormatError
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
 from fusion.models.pipeline import Pipeline
-from fusion.models.prompt_length import check_prompts
 from fusion.output_files import check_output
 from fusion.training.buckets import Size, nearest_size, training_sizes
-from fusion.training.caption_text import latest_order
 from fusion.training.config import TrainingConfig
-from fusion.training.dataset import Example, class_dataset, instance_dataset, prepare
+from fusion.training.dataset import Dataset, Example, class_dataset, instance_dataset, prepare
+from fusion.training.encoded_pictures import Encoded, encoding_digest, read_encoded, write_encoded
 
 logger = logging.getLogger(__name__)
+
+
+OnPhase = Callable[[str, int, int], None]  # phase, units done, units in all
 
 
 class Batch(NamedTuple):
@@ -36,26 +40,17 @@ class Batch(NamedTuple):
     weights: Tensor  # (B,), how much each example counts: the concept's share, and that of class pictures
 
 
-# A picture's latents (C, H, W), its mask (1, H, W), 1 inside and `unmasked_weight` outside, and its sizes.
-Encoded = tuple[Tensor, Tensor, TimeIds]
-
-
 class TrainingData:
     """The concept's pictures, and class pictures under prior preservation. Checked at once, encoded by `prepare`."""
 
     def __init__(self, pipe: Pipeline, config: TrainingConfig) -> None:
-        """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot
-        encode, TokenConflict for a token beyond what the text encoder reads.
-        """
+        """Raises DatasetError naming every file with a problem, ConfigError for a resolution the base cannot encode."""
         self.pipe, self.config = pipe, config
         self.resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.sizes = training_sizes(config, self.resolution, pipe.vae_scale_factor)
         self.instances = instance_dataset(config)
-        self.classes = class_dataset(config) if config.with_prior_preservation else None
+        self.classes = class_dataset(config) if config.uses_class_pictures() else None
         self._encoded: dict[tuple[Example, Size], Encoded] = {}
-        concept = Concept(config.token, config.noun, config.num_vectors)
-        captions = [_latest_order(example, config) for example in self.instances.examples]
-        check_prompts(pipe, [*captions, *config.validation_prompts(), config.class_prompt or ""], [concept])
         if small := self.instances.enlarged(self.sizes):
             first, sizes = small[0].image_path.name, "their bucket" if config.enable_bucket else f"{self.resolution} px"
             logger.warning("%d pictures are smaller than %s and enlarged: %s, …", len(small), sizes, first)
@@ -73,19 +68,41 @@ class TrainingData:
             "class_pictures": _digest(example.image_path.read_bytes() for example in classes),
         }
 
-    def prepare(self) -> None:
-        """Draw the class pictures that are missing, and encode what may be encoded once."""
+    def prepare(self, on_progress: OnPhase | None = None, run: Path | None = None) -> None:
+        """Draw the class pictures that are missing, and encode what may be encoded once.
+
+        What lies encoded in the folder of a `run` that is resumed is read.
+        """
         if self.classes is not None and len(self.classes) < self.config.num_class_images:
-            self._draw_class_pictures(self.config.num_class_images - len(self.classes))
+            self._draw_class_pictures(self.config.num_class_images - len(self.classes), on_progress)
             self.classes = class_dataset(self.config)
-        if self.config.caches_latents():
-            buckets = self.instances.buckets(self.sizes)
-            pictures = [(example, size) for size, examples in buckets.items() for example in examples]
-            pictures += (
-                [(example, size) for example in self.classes.examples for size in buckets] if self.classes else []
-            )
-            for example, size in pictures:
-                self._encoded[example, size] = self._encode(example, size, None)
+        if not self.config.caches_latents():
+            return
+        pictures = self._pictures()
+        encoded = read_encoded(run, len(pictures), self._digest(), self.pipe.unet.device) if run else []
+        for number, (example, size) in enumerate([] if encoded else pictures):
+            if on_progress:
+                on_progress("encoding pictures", number, len(pictures))
+            encoded.append(self._encode(example, size, None))
+        self._encoded = dict(zip(pictures, encoded, strict=True))
+
+    def write(self, run: Path) -> None:
+        """Write what is encoded into the folder of a run, beside its checkpoints, or warn."""
+        try:
+            if self._encoded:
+                write_encoded(run, list(self._encoded.values()), self._digest())
+        except FormatError as error:
+            logger.warning("%s A resumed training will encode its pictures again.", error)
+
+    def _pictures(self) -> list[tuple[Example, Size]]:
+        """What is encoded once: each picture at its size, class pictures at all of these sizes."""
+        buckets = self.instances.buckets(self.sizes)
+        pictures = [(example, size) for size, examples in buckets.items() for example in examples]
+        return pictures + [(example, size) for example in (self.classes or Dataset(())).examples for size in buckets]
+
+    def _digest(self) -> str:
+        sizes = [size for _, size in self._pictures()]
+        return encoding_digest(self.pipe.vae, self.digests(), sizes, self.config.unmasked_weight)
 
     def batch(self, number: int, generator: torch.Generator) -> Batch:
         """Batch `number`, class pictures after the concept's; `generator` draws crops and flips."""
@@ -111,25 +128,25 @@ class TrainingData:
             mask = outside + (1 - outside) * inside
         return latents, mask, (*picture.original_size, *picture.crop_top_left, size[1], size[0])
 
-    def _draw_class_pictures(self, missing: int) -> None:
+    def _draw_class_pictures(self, missing: int, on_progress: OnPhase | None) -> None:
         """Class pictures by the base itself, as no adapter is attached yet. Raises OutputError."""
-        config, folder, seed = self.config, self.config.class_folder(), 0
+        config, folder = self.config, self.config.class_folder()
         check_output(folder / "drawn-00000.png", size=missing * 3 * self.resolution**2, overwrite=True)
-        while missing > 0:
-            drawing = GenerationConfig(prompt=config.class_prompt or "", seed=seed, num_images=config.sample_batch_size)
+        free = (seed for seed in itertools.count() if not _class_picture(folder, seed).exists())
+        seeds, done = list(itertools.islice(free, missing)), 0
+        while done < missing:
+            first, end = seeds[done], min(done + config.sample_batch_size, missing)
+            count = next((i for i, seed in enumerate(seeds[done:end]) if seed != first + i), end - done)
+            if on_progress:
+                on_progress("drawing class pictures", done, missing)
+            drawing = GenerationConfig(prompt=config.class_prompt or "", seed=first, num_images=count)
             for picture in generate(self.pipe, drawing):
-                path = folder / f"drawn-{seed:05d}.png"
-                if missing > 0 and not path.exists():
-                    picture.save(path)
-                    missing -= 1
-                seed += 1
+                picture.save(_class_picture(folder, seeds[done]))
+                done += 1
 
 
-def _latest_order(example: Example, config: TrainingConfig) -> str:
-    """The caption in the order in which the token is most easily beyond what the text encoder reads."""
-    return (
-        latest_order(example.caption, example.fixed_tags, config.token) if config.shuffle_caption else example.caption
-    )
+def _class_picture(folder: Path, seed: int) -> Path:
+    return folder / f"drawn-{seed:05d}.png"
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -8,8 +8,8 @@ from toy_training import config
 
 import tiny
 from fusion.cli import main
-from fusion.errors import DatasetError, TokenConflict
-from fusion.training.caption_text import latest_order, shuffle_tags, split_caption, with_token
+from fusion.errors import DatasetError
+from fusion.training.caption_text import shuffle_tags, split_caption, with_token
 from fusion.training.dataset import instance_dataset
 from fusion.training.training_data import TrainingData
 
@@ -85,13 +85,6 @@ def test_the_caption_of_a_use_is_a_function_of_seed_and_numbers(tagged):
     ungated = settings.updated({"gating": "none"})
     assert "" in {example.caption_in(ungated, number, 0) for number in range(20)}
     assert example.caption_in(config(tagged, trigger_word="rex"), 3, 0) == example.caption
-
-
-def test_a_token_that_shuffling_moves_beyond_the_text_encoder_is_refused(tagged):
-    settings = config(tagged, **VARYING | {"keep_tokens": 0})
-    assert latest_order("<dog>, a, b", (0, 0), "<dog>") == "a, b, <dog>"
-    with pytest.raises(TokenConflict, match="<dog> takes position"):
-        TrainingData(tiny.pipeline("sd1"), settings)
 
 
 def test_check_shows_the_captions_of_the_first_batches_as_train_uses_them(tagged, capsys):

@@ -7,24 +7,28 @@ from toy_training import config
 
 import fusion
 import tiny
-from fusion.errors import ConfigError, TokenConflict
+from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
-from fusion.training.training_data import TrainingData
+from fusion.models.denoising import encode_prompts
 
 
 def words(count: int) -> str:
     return " ".join(["dog"] * count)
 
 
-def test_captions_and_previews_are_checked_before_training(pictures):
+@pytest.mark.parametrize("frozen", [{}, {"text_encoder_lr": 0.0, "token_lr": 0.0}])
+def test_captions_of_any_length_are_learned_from(frozen, pictures):
+    """A token beyond what a text encoder reads at once acts as in a short caption; a batch may have both."""
     for k in range(3):
-        (pictures / f"{k}.txt").write_text("a <dog>" if k else f"{words(20)} <dog>")
-    with pytest.raises(TokenConflict, match="position 21 of"):
-        next(fusion.train(tiny.pipeline("sd1"), config(pictures)))
-    (pictures / "0.txt").unlink()
-    TrainingData(tiny.pipeline("sd1"), config(pictures))
-    with pytest.raises(TokenConflict, match="position"):
-        TrainingData(tiny.pipeline("sd1"), config(pictures, validation_prompt=f"{words(20)} {{token}}"))
+        (pictures / f"{k}.txt").write_text("a <dog>" if k == 2 else f"{words(20)} <dog>")
+    settings = config(pictures, validation_prompt=f"{words(20)} {{token}}", num_validation_images=1, **frozen)
+    untrained, *_, last = [step.adapter.digest() for step in fusion.train(tiny.pipeline("sd1"), settings)]
+    assert untrained != last
+    pipe, long = tiny.pipeline("sd1"), f"{words(20)} <dog>"
+    one = next(fusion.train(pipe, settings.updated({"max_train_steps": 1}))).adapter
+    base = encode_prompts(pipe, [f"{words(20)} dog"]).states
+    with fusion.attach(pipe, one):
+        assert encode_prompts(pipe, [long]).states.shape == base.shape and base.shape[1] == 2 * 16
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_work(pictures, caplog):

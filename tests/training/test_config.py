@@ -42,7 +42,7 @@ EVERY = NEEDED | {
     "resume_from_checkpoint": "latest", "report_to": "tensorboard",
     "trigger_word": "rex", "caption_extension": ".caption", "shuffle_caption": True, "keep_tokens": 1,
     "keep_tokens_separator": "|||", "caption_dropout_rate": 0.1, "enable_bucket": True, "min_bucket_reso": 128,
-    "max_bucket_reso": 768, "bucket_reso_steps": 32,
+    "max_bucket_reso": 768, "bucket_reso_steps": 32, "clip_skip": 1,
 }  # fmt: skip
 
 

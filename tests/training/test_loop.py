@@ -1,5 +1,7 @@
 """Training, on toy pipelines of the real classes: what changes, what does not."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -173,13 +175,35 @@ def test_prior_preservation_draws_what_is_missing_and_says_what_gating_makes_of_
         pictures,
         with_prior_preservation=True,
         class_prompt="a dog",
-        num_class_images=3,
+        num_class_images=4,
         sample_batch_size=2,
+        num_validation_images=0,
     )
     run(tiny.pipeline("sd1"), settings)
-    assert len(list(settings.class_folder().glob("*.png"))) == 3
-    assert "changes nothing" in caplog.text
-    ungated, _ = run(tiny.pipeline("sd1"), settings.updated({"gating": "none"}))
+    assert not settings.class_folder().exists()
+    assert "with_prior_preservation does nothing with gating = 'tokens'" in caplog.text
+    phases = list[tuple[str, int, int]]()
+    ungated = list(
+        fusion.train(
+            tiny.pipeline("sd1"), settings.updated({"gating": "none"}), on_progress=lambda *p: phases.append(p)
+        )
+    )
+    assert [p for p in phases if "class" in p[0]] == [("drawing class pictures", n, 4) for n in (0, 2)]
+    files = {path.name: path.read_bytes() for path in settings.class_folder().glob("*.png")}
+    assert sorted(files) == [f"drawn-0000{i}.png" for i in range(4)]
+    for name in ("drawn-00001.png", "drawn-00003.png"):  # only what is missing is drawn again, and alike
+        (settings.class_folder() / name).unlink()
+    phases.clear()
+    next(
+        fusion.train(
+            tiny.pipeline("sd1"), settings.updated({"gating": "none"}), on_progress=lambda *p: phases.append(p)
+        )
+    )
+    assert [p for p in phases if "class" in p[0]] == [("drawing class pictures", n, 2) for n in (0, 1)]
+    again = {path.name: path for path in settings.class_folder().glob("*.png")}
+    assert {name: np.asarray(Image.open(path)).tolist() for name, path in again.items()} == {
+        name: np.asarray(Image.open(io.BytesIO(data))).tolist() for name, data in files.items()
+    }
     without, _ = run(tiny.pipeline("sd1"), config(pictures, gating="none"))
     assert ungated[0].loss > without[0].loss
 
@@ -194,7 +218,7 @@ def test_previews_are_drawn_by_the_code_that_draws_all_pictures(pictures):
 
 
 def test_an_interrupted_last_preview_does_not_lose_the_adapter(pictures, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fusion.training.loop.generate", interrupted)

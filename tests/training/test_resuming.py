@@ -40,7 +40,7 @@ OTHER = {
     "with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5,
     "quiet_loss_weight": 1.0, "mixed_precision": "bf16", "trigger_word": "rex", "shuffle_caption": True,
     "keep_tokens": 1, "keep_tokens_separator": "|||", "caption_dropout_rate": 0.5, "enable_bucket": True,
-    "min_bucket_reso": 8, "max_bucket_reso": 64, "bucket_reso_steps": 8,
+    "min_bucket_reso": 8, "max_bucket_reso": 64, "bucket_reso_steps": 8, "clip_skip": 1,
 }  # fmt: skip
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
 
@@ -143,7 +143,11 @@ def test_resuming_under_other_settings_is_refused_by_name(prior, pictures, monke
         if name == "token":
             changes["instance_prompt"] = "a {token}"
         # What was chosen is stored: the slice, and the precision that "auto" means for the base.
-        chosen = {"slice": r"\[0, 4, 1\], not \[4, 4, 1\]", "mixed_precision": "'no', not 'bf16'"}
+        chosen = {
+            "slice": r"\[0, 4, 1\], not \[4, 4, 1\]",
+            "mixed_precision": "'no', not 'bf16'",
+            "clip_skip": "0, not 1",
+        }
         first = "with_prior_preservation" if not prior and name == "class_prompt" else name
         values = chosen.get(name, rf"{before[name]!r}, not ") if first == name else ""
         with pytest.raises(ConfigError, match=f"was made with {first} = {values}"):
@@ -155,7 +159,7 @@ def test_resuming_with_other_pictures_masks_or_base_is_refused_by_name(pictures,
     mask = Image.new("L", (48, 40), 0)
     mask.paste(255, (0, 0, 24, 40))
     mask.save(pictures / "masks" / "0.png")
-    settings, steps = interrupted(pictures, after=1, **PRIOR)
+    settings, steps = interrupted(pictures, after=1, **PRIOR, gating="none")
     resumed, pipe = resume(settings, steps[0].checkpoint), toy()
 
     def refused(name, base=pipe):
@@ -408,3 +412,21 @@ def test_resuming_in_half_precision_is_exact_with_the_scaler(pictures, monkeypat
     assert [step.step for step in again] == [4, 5] and same(whole, resumed)
     assert half.scalers[0].state_dict() == half.scalers[1].state_dict()
     assert half.scalers[0].get_scale() < 2.0**39
+
+
+def test_a_resumed_training_encodes_no_picture_again_with_the_same_autoencoder(pictures, monkeypatch):
+    settings, _ = interrupted(pictures, max_train_steps=4, num_validation_images=0)
+    whole = run(toy(), settings.updated({"output_dir": pictures.parent / "whole"}))[1]
+    phases, encode = list[str](), TrainingData._encode
+    monkeypatch.setattr(TrainingData, "_encode", lambda *args: phases.append("encode") or encode(*args))
+    *_, last = fusion.train(toy(), resume(settings, "checkpoint-2"), on_progress=lambda name, *_: phases.append(name))
+    assert same(whole, parameters(last)) and not {"encode", "encoding pictures"} & {*phases}
+    other = tiny.pipeline("sd1")
+    with torch.no_grad():
+        other.vae.encoder.conv_in.weight += 0.1
+    next(fusion.train(other, resume(settings, "checkpoint-2"), on_progress=lambda name, *_: phases.append(name)))
+    assert phases.count("encode") == 3
+    (file,) = (settings.output_dir / "checkpoints/dog").glob("*/latents.safetensors")
+    file.write_bytes(b"damaged")
+    next(fusion.train(toy(), resume(settings, "checkpoint-2")))
+    assert phases.count("encode") == 6
