@@ -162,7 +162,7 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
                 raise
     except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):
         if step is None:
-            print(f"stopped before the first step. {what_is_kept(config)}", file=sys.stderr)
+            print(f"stopped before the first step. {first_step_hint(config)}", file=sys.stderr)
         else:
             hint = resume_hint(checkpoint, config.resume_from_checkpoint, args.words)
             print(f"stopped after step {step.step}. {hint}", file=sys.stderr)
@@ -170,13 +170,13 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
     return step, target
 
 
-def what_is_kept(config: TrainingConfig) -> str:
+def first_step_hint(config: TrainingConfig) -> str:
     """A sentence for who stops a training before its first step: what the next one need not do again."""
-    kept = ["the singular directions that were computed"]
+    parts = ["the singular directions that were computed"]
     if config.uses_class_pictures() and (count := len(list(config.class_folder().glob("*.png")))):
-        kept.append(f"{count} class pictures in '{relative(config.class_folder())}'")
+        parts.append(f"{count} class pictures in '{relative(config.class_folder())}'")
     resumed = f", and the checkpoint {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
-    return f"Kept for the next start: {' and '.join(kept)}{resumed}."
+    return f"Kept for the next start: {' and '.join(parts)}{resumed}."
 
 
 def last_checkpoint(training: Any, config: TrainingConfig, step: Any) -> Path | None:
