@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from fusion.errors import BaseMismatch, ConfigError, FormatError, SliceConflict, UnknownName, closest
+from fusion.errors import BaseMismatch, ConfigError, FormatError, FusionError, SliceConflict, UnknownName, closest
 from fusion.peft.config import SpectralConfig
 from fusion.peft.layer import BASE_MODEL, SpectralLinear, check_supported, weight_shape
 from fusion.spectral.slices import free_slice
@@ -35,10 +35,15 @@ class SpectralModel(BaseTuner):
         """Check every targeted layer and find a slice, before the first layer is changed."""
         _maybe_include_all_linear_layers(peft_config, model)
         targets = self._targets(peft_config, model)
-        for name, module in targets.items():
-            check_supported(module, name, **get_quantization_kwargs(model))
-        if targets and peft_config.layer_class.slice_of is not None:
-            self._own_slice(peft_config, {name: weight_shape(module) for name, module in targets.items()})
+        try:
+            for name, module in targets.items():
+                check_supported(module, name, **get_quantization_kwargs(model))
+            if targets and peft_config.layer_class.slice_of is not None:
+                self._own_slice(peft_config, {name: weight_shape(module) for name, module in targets.items()})
+        except FusionError:
+            for name in [name for name, config in self.peft_config.items() if config is peft_config]:
+                del self.peft_config[name]  # transformers and diffusers would keep it
+            raise
 
     def _targets(self, config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
         wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))

@@ -468,7 +468,7 @@ def test_a_model_with_lora_is_refused_unchanged():
     with pytest.raises(ConfigError, match="another PEFT method"), pytest.warns(UserWarning):
         model.add_adapter(SpectralConfig(r=4, target_modules=["q_proj"]), "spectral")
     assert not any(isinstance(module, SpectralLinear) for module in model.modules())
-    assert torch.equal(logits(model), before)
+    assert {*model.peft_config} == {"lora"} and torch.equal(logits(model), before)
 
 
 def test_a_config_of_a_file_without_its_tensors_is_refused(folder):
