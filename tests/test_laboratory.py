@@ -45,7 +45,7 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
     names = plan.UNLIKE[:2]
     names_of_arms = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
-    names_of_arms += ("spectral-gated-quiet, distilled", plan.EACH_ALONE)
+    names_of_arms += ("spectral-gated-quiet, distilled", plan.EACH_ALONE, "plain-lora, bound, styled")
     assert set(names_of_arms) <= arms().keys()
     rows = [*(plan.Row(arm, names) for arm in names_of_arms), plan.Row("spectral", names[:1], pairs=False)]
     rows.append(plan.Row("spectral-gated-quiet, distilled", names[:1], pairs=False))
@@ -53,6 +53,7 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     schedule.work(schedule.tasks(laboratory, small, None))
     made = {path: path.stat().st_mtime_ns for path in laboratory.store.folder.rglob("*.*")}
     text = report.write(laboratory, small, tmp_path / "bench.md")
+    assert "| plain-lora, bound, styled | " in text.partition("## Plain LoRAs of two concepts")[2]
     assert "| lora, halved | " in text and text == (tmp_path / "bench.md").read_text()
     assert all((tmp_path / f"fusion-bench-{name}.png").stat().st_size > 1000 for name in ("matrices", "distilled"))
     section = text.partition("## Distilled into plain LoRAs")[2].partition("##")[0]

@@ -65,9 +65,9 @@ def _pipeline_for(pipe: Pipeline, image: Image.Image | None, mask: Image.Image |
     takes = inspect.signature(pipe.__call__).parameters
     if ("strength" in takes, "mask_image" in takes) == (image is not None, mask is not None):
         return pipe
-    kinds = [diffusers.AutoPipelineForText2Image, diffusers.AutoPipelineForImage2Image]
-    kinds.append(diffusers.AutoPipelineForInpainting)
-    call: Any = kinds[(image is not None) + (mask is not None)].from_pipe(pipe)
+    auto: Any = diffusers
+    kind = ("Text2Image", "Image2Image", "Inpainting")[(image is not None) + (mask is not None)]
+    call: Any = getattr(auto, f"AutoPipelineFor{kind}").from_pipe(pipe)
     call.set_progress_bar_config(disable=True)
     return call
 
