@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusion.adapters.adapter import Adapter, float32
 from fusion.comfyui.base import Clip, ModelPatcher, text_encoders, text_paths, unet_paths, widths
 from fusion.comfyui.concept_tokenizer import gate_key, positions, rows_of
+from fusion.comfyui.mask_cells import MaskCells
 from fusion.errors import GatingError
 from fusion.layer_names import component_of, sees_tokens
 from fusion.models.adapted_layers import LayerBranch, Strength, adapted
@@ -43,6 +44,7 @@ class Entry:
     adapter: Adapter
     strength: float  # of its layers in the UNet
     text_strength: float  # and in the text encoders
+    mask: MaskCells | None = None  # where it acts in layers that see no tokens; None: on the whole picture
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _LayerChange:
     strength: float
     gate: tuple[str, ...]  # gate keys
     rows: Callable[[], Any]
+    mask: MaskCells | None
 
 
 class Attachment:
@@ -80,19 +83,22 @@ class Attachment:
                 for name, layer in branch.layers.items():
                     if name in paths and (delta := float32(layer).delta().detach()).rank:
                         rows = partial(self._tracker.rows, component_of(name), sees_tokens(name))
-                        change = _LayerChange(paths[name], delta, branch.strength * strength, gate, rows)
+                        mask = None if text or sees_tokens(name) else entry.mask
+                        rows = rows if mask is None else partial(_masked, rows, mask)
+                        change = _LayerChange(paths[name], delta, branch.strength * strength, gate, rows, mask)
                         self._changes.append(change)
 
     def inject(self, patcher: ModelPatcher) -> None:
         """Put the hooks on the layers, in place of those that another patcher of the same model has left."""
         self.eject(patcher, of=None)
-        hooks, layers = Hooks(), dict[str, Any]()
+        hooks, layers = Hooks(), dict[tuple[str, MaskCells | None], Any]()
         for key, change in enumerate(self._changes):
             module = patcher.model.get_submodule(change.path)
-            if change.path not in layers:
-                layers[change.path] = adapted(module, change.rows)
-                hooks.after(module, partial(_with_branches, layers[change.path]))
-            layers[change.path].add(key, LayerBranch(change.delta, Strength(change.strength), change.gate))
+            at = change.path, change.mask
+            if at not in layers:
+                layers[at] = adapted(module, change.rows)
+                hooks.after(module, partial(_with_branches, layers[at]))
+            layers[at].add(key, LayerBranch(change.delta, Strength(change.strength), change.gate))
         self._open(patcher.model, hooks)
         _active[patcher.model] = id(patcher), hooks
 
@@ -117,6 +123,9 @@ class UNetAttachment(Attachment):
         self, executor: Callable[..., Tensor], x: Tensor, timesteps: Tensor, context: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """A wrapper of the UNet's call: the rows of every concept in `context` (B, T', D') are known before it."""
+        for entry in self.entries:
+            if entry.mask is not None:
+                entry.mask.start(*x.shape[-2:])
         if self._gated:
             try:
                 self._tracker.start_unet(context)
@@ -158,6 +167,11 @@ class TextAttachment(Attachment):
 
 def _with_branches(layer: Any, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return layer.with_branches(output, args[0])
+
+
+def _masked(rows: Callable[[], Any], mask: MaskCells) -> Any:
+    whole = rows()
+    return whole and mask.rows(whole)
 
 
 def attach(model: ModelPatcher, clip: Clip, entry: Entry) -> tuple[ModelPatcher, Clip]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fusion.comfyui.base import Clip, ModelPatcher
 from fusion.errors import FormatError
 
@@ -42,15 +44,17 @@ class BindLora:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         word = ("STRING", {"default": "<alice>"})
-        return {"required": {**_models(), "lora_name": (_files(),), "word": word, **_strengths()}}
+        required = {**_models(), "lora_name": (_files(),), "word": word, **_strengths()}
+        return {"required": required, "optional": {"mask": ("MASK",)}}
 
     def bind(
-        self, model: ModelPatcher, clip: Clip, lora_name: str, word: str, strength_model: float, strength_clip: float
-    ) -> tuple[ModelPatcher, Clip]:
-        """MODEL and CLIP with the LoRA at the word."""
+        self, model: ModelPatcher, clip: Clip, lora_name: str, word: str, strength_model: float, strength_clip: float,
+        mask: Tensor | None = None,
+    ) -> tuple[ModelPatcher, Clip]:  # fmt: skip
+        """MODEL and CLIP with the LoRA at the word; with a mask, it changes the picture there alone."""
         from fusion.comfyui.loader import load_adapter
 
-        return load_adapter(model, clip, _path(lora_name), strength_model, strength_clip, word)
+        return load_adapter(model, clip, _path(lora_name), strength_model, strength_clip, word, mask)
 
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {"LoadSpectralAdapter": LoadSpectralAdapter, "BindLoraToWord": BindLora}

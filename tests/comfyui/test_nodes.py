@@ -225,6 +225,50 @@ def test_a_bound_lora_acts_as_on_the_command_line(comfyui, spectral, folders, to
     check(toy, conds, references, toy.draw(model, *conds, batch=2)[1], (bound,))
 
 
+def test_a_mask_keeps_a_bound_lora_in_its_cells(comfyui, spectral, folders, toys):
+    """Of a picture's layers, as regions do; whole, half and empty masks, and a second sampler at another size."""
+    toy = toys("sd1")
+    targets = ["unet.attn1.to_q"]
+    lora = trained_adapter(toy.pipe, "<x>", kind="lora", gated=False, targets=targets, scale=0.5)
+    lora = replace(lora, tokens={}, info=replace(lora.info, concepts=()))
+    fusion.save(lora, folders / "lora.safetensors", dtype="float32")
+    load = spectral["BindLoraToWord"]().bind
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    masks = {"none": None, "whole": torch.ones(1, 64, 64), "left": left, "empty": torch.zeros(1, 64, 64)}
+    outputs, queries = {}, []
+
+    def first_queries(toy, model, conds):
+        """Of the first layer with the LoRA, (prompts, 8, 8, C)."""
+        unet = model.model.diffusion_model
+        layer = unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q
+        calls, hooks = [], []
+
+        def start(*_):  # behind the hooks of the adapters
+            hooks.append(layer.register_forward_hook(lambda _m, _a, out: calls.append(out.clone())))
+
+        hooks.append(unet.register_forward_pre_hook(start))
+        toy.draw(model, *conds, steps=1)
+        for hook in hooks:
+            hook.remove()
+        return calls[0].unflatten(1, (8, 8))
+
+    for name, mask in masks.items():
+        model, clip = load(toy.model, toy.clip, "lora.safetensors", "the knight", 1.0, 1.0, mask)
+        conds = [encode(comfyui, clip, text) for text in ("the knight", "a cat")]
+        outputs[name] = [toy.draw(model, *conds, steps=1, size=size)[0] for size in (8, 12)]
+        queries.append(first_queries(toy, model, conds))
+    none, whole, half, empty = queries
+    plain = toy.draw(toy.model, *conds, steps=1)[0]
+    assert torch.equal(whole, none) and all(map(torch.equal, outputs["none"], outputs["whole"]))
+    assert torch.equal(half[:, :, :4], none[:, :, :4]) and torch.equal(half[:, :, 4:], empty[:, :, 4:])
+    assert not torch.equal(half[:, :, :4], empty[:, :, :4])
+    assert torch.equal(outputs["empty"][0], plain)
+    area = comfyui.ConditioningSetArea().append(conds[0], 32, 64, 32, 0, 1.0)[0]
+    with pytest.raises(Exception, match="perhaps a crop"):
+        toy.draw(model, area, conds[1])
+
+
 def test_a_foreign_base_and_a_second_token_are_refused(comfyui, spectral, folders, toys):
     toy = toys("sd1")
     rex = trained_adapter(toy.pipe, "<rex>")
