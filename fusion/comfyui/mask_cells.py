@@ -19,7 +19,6 @@ class MaskCells:
             raise GatingError(f"A LoRA is bound with one MASK; this one has shape {tuple(mask.shape)}.")
         self._mask = mask.detach().float().reshape(1, 1, *mask.shape[-2:])
         self._size = 0, 0  # of the latent being drawn
-        self._prompts = 1
         self._levels: dict[tuple[int, torch.device], Tensor] = {}
 
     def start(self, height: int, width: int) -> None:
@@ -35,11 +34,10 @@ class MaskCells:
 
     def rows(self, whole: PictureRows) -> PictureRows:
         """The rows of whole pictures, less those outside of the mask."""
-        self._prompts = 1 + max((number for prompts in whole.prompts.values() for _, number in prompts), default=0)
-        return PictureRows(whole.prompts, whole.size, self)
+        return PictureRows(whole.prompts, whole.size, whole.chunks, self)
 
     def prompt_cells(self, cells: int, device: torch.device) -> Sequence[Tensor]:
-        """The cells (n,), ascending, of every chunk of the prompt. GatingError for no level of the picture."""
+        """The cells (n,), ascending, of the one prompt. GatingError for no level of the picture."""
         if (cells, device) not in self._levels:
             height, width = self._size
             while height * width > cells:
@@ -48,4 +46,4 @@ class MaskCells:
                 raise GatingError(f"A layer of the UNet has {cells} cells, no level of {self._size[::-1]}.")
             shares = F.interpolate(self._mask, (height, width), mode="area").flatten()
             self._levels[cells, device] = (shares >= 0.5).nonzero()[:, 0].to(device)
-        return [self._levels[cells, device]] * self._prompts
+        return [self._levels[cells, device]]
