@@ -8,9 +8,10 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ from fusion.models.tokens import embedding_of, text_encoders
 from fusion.spectral.delta import Delta
 
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
-START_PROMPTS = 1024  # from which the start is solved
+START_PROMPTS = 512  # from which the start is solved
 HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
 TARGET_STEPS = 50  # steps from one comparison with target_error to the next
 WHOLE_STEPS = 6  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
 LEAST_RATE = 0.02  # what is left of the learning rate at the end
+
+
+OnPhase = Callable[[str, int, int], None]  # what is done, how many units of it are done, and how many there are
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ def distill(
     config: DistillationConfig | None = None,
     *,
     strengths: Sequence[float] | None = None,
+    on_progress: OnPhase | None = None,
 ) -> Generator[DistillationStep]:
     """Learn one ungated adapter of type lora that does what the gated `adapters` do together at their `strengths`.
 
     It can be exported as it is, and leaves prompts without its concepts alone without any gate. Settings left open come
     from the base's `fusion.toml`. Everything is checked before the first step. Raises BaseMismatch, TokenConflict,
     GatingError for adapters without gates, ConfigError, FormatError for a damaged checkpoint; FusionError when the loss
-    is not finite. An error, Ctrl+C or a KeyboardInterrupt thrown into the generator end it after a checkpoint of its
+    is not finite. `on_progress(phase, done, total)` counts the prompts that the teacher answers before the first step.
+    An error, Ctrl+C or a KeyboardInterrupt thrown into the generator end it after a checkpoint of its
     last whole step.
     """
     values = checked_strengths(adapters, strengths)
@@ -82,7 +88,7 @@ def distill(
         raise ConfigError("This pipeline has adapters attached, which a teacher would include; detach them first.")
     settings = (config or DistillationConfig.model_validate({})).with_base_defaults(base_defaults(pipe, "distillation"))
     steps = settings.steps_for(sum(len(adapter.info.concepts) for adapter in adapters))
-    distillation = _Distillation(pipe, adapters, values, settings, steps)
+    distillation = _Distillation(pipe, adapters, values, settings, steps, on_progress or (lambda *_: None))
     yield from distillation.steps()
 
 
@@ -91,7 +97,7 @@ class _Distillation:
 
     def __init__(
         self, pipe: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float], config: DistillationConfig,
-        steps: int,
+        steps: int, on_progress: OnPhase,
     ) -> None:  # fmt: skip
         self.pipe, self.config, self.adapters, self.strengths = pipe, config, adapters, strengths
         # In the order of their tokens, so that the order in which they are given does not matter.
@@ -133,11 +139,11 @@ class _Distillation:
             config.use_templates,
             config.free_share,
         )
-        self._measure_teacher()
+        self._measure_teacher(on_progress)
         self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)
         if checkpoint is None and self.learns:
             start = LeastSquares(self.teacher, self.student, config.free_weight)
-            self.pools.answer_first(START_PROMPTS, start.answer)
+            self.pools.answer_first(START_PROMPTS, start.answer, partial(on_progress, "solving for a start"))
             start.solve()
         self._start(checkpoint)
 
@@ -160,12 +166,13 @@ class _Distillation:
         """What a checkpoint holds: parameters, and their averages."""
         return {**self.student.parameters(), **{f"average.{name}": mean for name, mean in self.averages.items()}}
 
-    def _measure_teacher(self) -> None:
+    def _measure_teacher(self, on_progress: OnPhase) -> None:
         """How much each concept changes keys and values, and the held-out prompts, with an untrained student."""
         rng = random.Random(f"{self.config.seed} held out")
         with self.teacher.attached(), torch.no_grad():
             scales = list[Tensor]()
-            for concept in self.teacher.concepts:
+            for number, concept in enumerate(self.teacher.concepts):
+                on_progress("measuring what the concepts change", number, len(self.teacher.concepts))
                 prompts = replace(self.distribution, concepts=[concept]).draw(rng, SCALE_PROMPTS, (1, 1))
                 errors, pooled = self._errors(self.teacher.answer(prompts))
                 scales.append(torch.stack([e.mean() for e in (*errors, *([] if pooled is None else [pooled]))]))

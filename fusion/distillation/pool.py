@@ -60,23 +60,31 @@ class PromptPools:
             rng = random.Random(f"{self.config.seed} pool {number}")
             self._prompts = self.distribution.draw(rng, self.size)
 
-    def answer_first(self, prompts: int, answer: Callable[[Sequence[str]], Answers]) -> None:
-        """Have the first prompts of the first pool answered, by `answer`, before the steps need them."""
-        self._open(0)
-        self._answered(range(min(len(self._groups), -(-prompts // self.config.train_batch_size))), answer)
+    def answer_first(
+        self, prompts: int, answer: Callable[[Sequence[str]], Answers], on_progress: Callable[[int, int], None]
+    ) -> None:
+        """Have the first prompts of the first pool answered, by `answer`, before the steps need them.
 
-    def _answered(
-        self, groups: Sequence[int], answer: Callable[[Sequence[str]], Answers] | None = None
-    ) -> list[Answers]:
+        `on_progress(done, total)` counts batches.
+        """
+        self._open(0)
+        count = min(len(self._groups), -(-prompts // self.config.train_batch_size))
+        with self.teacher.attached():
+            for group in range(count):
+                on_progress(group, count)
+                self._groups[group] = answer(self._prompts_of(group))
+
+    def _prompts_of(self, group: int) -> Sequence[str]:
+        batch = self.config.train_batch_size
+        return self._prompts[group * batch : (group + 1) * batch]
+
+    def _answered(self, groups: Sequence[int]) -> list[Answers]:
         """The answers of these groups of prompts; what is missing is asked of the teacher."""
         missing = [group for group in groups if self._groups[group] is None]
         if missing:
-            batch = self.config.train_batch_size
             with self.teacher.attached():
                 for group in missing:
-                    self._groups[group] = (answer or self.teacher.answer)(
-                        self._prompts[group * batch : (group + 1) * batch]
-                    )
+                    self._groups[group] = self.teacher.answer(self._prompts_of(group))
         return [answers for group in groups if (answers := self._groups[group]) is not None]
 
 
