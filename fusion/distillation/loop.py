@@ -26,7 +26,7 @@ from fusion.distillation.least_squares import LeastSquares
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution, words_of
 from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
-from fusion.distillation.student import Student
+from fusion.distillation.student import Student, concept_rows
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import ConfigError, FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, prepare_folder, read_checkpoint
@@ -35,7 +35,7 @@ from fusion.methods.distill import distillation_loss, layer_errors, prompt_scale
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
-from fusion.models.tokens import embedding_of, text_encoders
+from fusion.models.tokens import text_encoders
 from fusion.spectral.delta import Delta
 
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
@@ -125,7 +125,7 @@ class _Distillation:
 
         self.teacher = Teacher(pipe, ordered, decoys_for(pipe, ordered, config.decoys, config.seed), config.clip_skip)
         self.student = Student(
-            pipe, _rows(pipe, ordered), _rows(pipe, [self.teacher.decoys]), rank=config.rank,
+            pipe, concept_rows(pipe, ordered), concept_rows(pipe, [self.teacher.decoys]), rank=config.rank,
             kv_rank=config.kv_rank or config.rank, seed=config.seed, clip_skip=config.clip_skip,
         )  # fmt: skip
         self.precision = _precision(pipe)
@@ -329,17 +329,6 @@ class _Distillation:
 def _scaled(adapter: Adapter, strength: float) -> Adapter:
     branches = tuple(replace(branch, strength=branch.strength * strength) for branch in adapter.branches)
     return replace(adapter, branches=branches, digest_cache=None)
-
-
-def _rows(pipe: Pipeline, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """The embeddings of all concepts, one after another, by text encoder."""
-    device = pipe.unet.device
-    rows = [adapter.tokens[concept.token] for adapter in adapters for concept in adapter.info.concepts]
-    width = {name: embedding_of(encoder).embedding_dim for name, encoder in text_encoders(pipe).items()}
-    return {
-        name: torch.cat([row[name].detach().to(device, torch.float32) for row in rows] or [torch.zeros(0, size)])
-        for name, size in width.items()
-    }
 
 
 def _precision(pipe: Pipeline) -> torch.dtype | None:

@@ -7,13 +7,14 @@ Shapes: B prompts, T text positions, D embedding width, O out_features, I in_fea
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.adapters.adapter import Adapter
 from fusion.adapters.layer import LayerOptions
 from fusion.adapters.lora import LoraLayer
 from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
@@ -117,6 +118,17 @@ class Student:
         """Everything that learns, under a stable name."""
         named = {f"{name}.{key}": p for name, lora in self.loras.items() for key, p in lora.named_parameters()}
         return named | {f"{component}.rows": row for component, row in self.rows.items()}
+
+
+def concept_rows(pipe: Pipeline, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """The embeddings of all concepts, one after another, by text encoder."""
+    device = pipe.unet.device
+    rows = [adapter.tokens[concept.token] for adapter in adapters for concept in adapter.info.concepts]
+    width = {name: embedding_of(encoder).embedding_dim for name, encoder in text_encoders(pipe).items()}
+    return {
+        name: torch.cat([row[name].detach().to(device, torch.float32) for row in rows] or [torch.zeros(0, size)])
+        for name, size in width.items()
+    }
 
 
 def _in_text(layer: str) -> bool:
