@@ -20,6 +20,7 @@ _COMPEL = re.compile(
     | [^\s()"\\.,=+-]+ | \s+ | .""",
     re.DOTALL | re.VERBOSE,
 )
+_LORA = re.compile(r"\s*<lora:(?P<name>[^<>:]+)(?::(?P<strength>[+-]?(?:\d+\.?\d*|\.\d+)))?>", re.IGNORECASE)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 # What other programs understand and this one does not.
 _UNKNOWN_TO_BOTH = r"<\w+:[^<>]*>|\bembedding:[\w.\\/-]+|__[\w/*-]+__|\{[^{}]*\|[^{}]*\}"
@@ -56,6 +57,12 @@ def unknown_syntax(prompt: str, weighting: PromptWeighting) -> list[str]:
         return []
     plain = re.sub(r":\s*[+-]?[\d.]+\s*\)", ")", prompt)  # a weight inside [ ] is no schedule
     return list(dict.fromkeys(match[0] for match in _UNKNOWN[weighting].finditer(plain)))
+
+
+def split_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without its <lora:NAME:0.8>, and their names and strengths, as in A1111; without a number, 1."""
+    loras = [(match["name"].strip(), float(match["strength"] or 1)) for match in _LORA.finditer(prompt)]
+    return _LORA.sub("", prompt).strip() if loras else prompt, loras
 
 
 def _a1111_parts(prompt: str) -> list[PromptPart]:

@@ -98,7 +98,7 @@ class Session:
     def example_prompt(self, tokens: Sequence[str]) -> str:
         """A first prompt for a selection, in words that a small base too understands; the base's own for none."""
         if len(tokens) < 2:
-            return f"a {tokens[0]} on a blue background" if tokens else self.example().prompt
+            return f"a {tokens[0]} on a blue background" if tokens else self.example().prompts[0]
         rest = "".join(f" and a {token}" for token in tokens[2:])
         return f"a {tokens[0]} on the left and a {tokens[1]} on the right{rest} on a red background"
 
@@ -180,7 +180,7 @@ class Session:
     def store_picture(self, picture: fusion.Picture) -> str:
         """Save a drawn picture as a PNG with its recipe, in the folder that pages may show."""
         self._delete_old_files()
-        name = f"{safe_name(picture.recipe.config.prompt)}-{secrets.token_hex(4)}.png"
+        name = f"{safe_name(picture.recipe.picture_prompt)}-{secrets.token_hex(4)}.png"
         return str(picture.save(self.folder / name))
 
     def store_upload(self, source: str | Path) -> Path:

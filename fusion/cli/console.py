@@ -11,7 +11,8 @@ import sys
 import textwrap
 import warnings
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,10 +83,16 @@ def showing_logs(*, verbose: bool) -> Generator[None]:
             logger.setLevel(level)
 
 
-def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequence[str] = (), prefix: str = "") -> None:
+def add_settings(
+    parser: ArgumentParser,
+    model: type[StrictModel],
+    leave: Sequence[str] = (),
+    prefix: str = "",
+    defaults: Mapping[str, object] | None = None,
+) -> None:
     """A flag for every setting of a model but those of `leave`; `flags_of` reads what was given.
 
-    `prefix` begins the titles of the groups in help.
+    `prefix` begins the titles of the groups in help; `defaults` are the verb's own, for help alone.
     """
     groups: dict[str, Any] = {}
     for setting in settings_of(model):
@@ -93,7 +100,8 @@ def add_settings(parser: ArgumentParser, model: type[StrictModel], leave: Sequen
             continue
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(f"{prefix}{setting.group}")
-        add_setting(groups[setting.group], setting)
+        default = (defaults or {}).get(setting.name, setting.default)
+        add_setting(groups[setting.group], replace(setting, default=default))
 
 
 def add_setting(group: Any, setting: Setting) -> None:
@@ -104,6 +112,8 @@ def add_setting(group: Any, setting: Setting) -> None:
     reading: dict[str, Any] = {"type": setting.parse, "metavar": metavar(setting)}
     if setting.choices:
         reading = {"choices": setting.choices}
+    elif {tuple, str} <= setting.kinds:  # one text or several
+        reading = {"action": "append", "metavar": "TEXT"}
     elif list in setting.kinds:
         words = {"action": _words(setting)} if str not in setting.kinds else {}
         reading = {"nargs": "+", "metavar": "TEXT", **words}

@@ -31,12 +31,14 @@ from fusion.config import MAX_SEED, TOKEN
 from fusion.errors import ConfigError, FormatError, closest
 from fusion.generation.config import GenerationConfig, Region
 from fusion.output_files import check_output, create_folder, expanded, folder_lock, output_group
+from fusion.prompt_syntax import split_loras
 
 if TYPE_CHECKING:  # help must be immediate
     from fusion.adapters.adapter import Adapter
     from fusion.generation.recipe import Picture, Recipe, UsedAdapter
 
 logger = logging.getLogger(__name__)
+WEIGHTING = "a1111"  # what people paste is written for
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf)", re.IGNORECASE)
 
 
@@ -58,7 +60,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(*names, dest="regions", action="append", metavar="PROMPT: REGION", help=f"what a part of it shows: {where}")
     text = "write the regions of each picture there, also those that were found: masks for --region, and all in colour"
     add("--save_regions", type=Path, metavar="FOLDER", help=text)
-    add_settings(parser, GenerationConfig, leave=("regions",))
+    text = "where <lora:NAME:0.8> in a prompt is looked up before the library out, also in its folders"
+    add("--lora_dir", type=Path, metavar="DIR", help=text)
+    add_settings(parser, GenerationConfig, leave=("regions",), defaults={"prompt_weighting": WEIGHTING})
     add_overwrite(parser)
     add_base_arguments(parser)
     text = "compile the UNet with torch.compile: worth it for many pictures, as the first takes longer"
@@ -66,15 +70,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from fusion.formats.adapter_file import load
     from fusion.generation.drawing import generate
     from fusion.generation.recipe import recipe_of
     from fusion.models.binding import bind
     from fusion.models.compilation import compile_unet
 
     recipe = recipe_of(args.source) if args.source else None
-    config = configure(args, recipe)
-    again = bool(recipe) and not {"seed", "num_images"} & flags_of(args, GenerationConfig).keys()
-    check_outputs(args, config, [recipe.picture_seed] if recipe and again else config.seeds())
+    config, loras = with_loras(configure(args, recipe), args.lora_dir)
+    again = bool(recipe) and not another_batch(args, recipe)
+    outputs = list(zip(config.picture_prompts(), config.seeds(), strict=True))
+    check_outputs(args, config, [outputs[recipe.index]] if recipe and again else outputs)
     adapters, files, strengths = choose_adapters(args, recipe)
     words = [used.word for used in recipe.adapters] if recipe and not (args.adapters or args.bind) else []
     words = words or [*(None for _ in args.adapters), *(word for word, _ in bindings(args.bind))]
@@ -88,10 +94,13 @@ def run(args: Namespace) -> None:
     if recipe and not (args.adapters or args.bind):
         for used, adapter in zip(recipe.adapters, adapters, strict=True):
             check_digest(used, adapter)
+    strengths = [*(strengths or [1.0] * len(adapters)), *loras.values()]
+    adapters += [load(path) for path in loras]
+    files += map(str, loras)
     if args.compile:
         compile_unet(pipe)
     parts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
-    check_words(" ".join([config.prompt, *parts]), adapters)
+    check_words(" ".join([*config.prompts, *parts]), adapters)
     with progress() as advance:
         pictures = generate(pipe, config, adapters, strengths=strengths, image=image, mask=mask, on_step=advance)
     if recipe and again:
@@ -115,13 +124,57 @@ def configure(args: Namespace, recipe: "Recipe | None") -> GenerationConfig:
     flags = flags_of(args, GenerationConfig)
     if regions := flags.pop("regions", None):
         flags["regions"] = "auto" if regions == ["auto"] else tuple(region(text) for text in regions)
-    values = {**(recipe.config.settings() if recipe else {"prompt_weighting": "a1111"}), **flags}
+    values: dict[str, Any] = recipe.config.settings() if recipe else {"prompt_weighting": WEIGHTING}
+    if recipe and len(recipe.config.prompts) > 1 and another_batch(args, recipe):
+        values |= {"prompt": recipe.picture_prompt, "seed": recipe.picture_seed, "num_images": 1}
+    values |= flags
+    if len(flags.get("prompt", ())) == 1:
+        (values["prompt"],) = flags["prompt"]
     if "prompt" not in values:
         raise UsageError("Say what to draw with --prompt, or repeat a picture with --from.")
     try:
         return GenerationConfig.model_validate(values)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+
+
+def another_batch(args: Namespace, recipe: "Recipe | None") -> bool:
+    """Whether flags ask for other pictures than the one of the recipe, with the same settings."""
+    names = {"seed", "num_images"}
+    if recipe and len(recipe.config.prompts) > 1:
+        names |= {"prompt", "regions"}
+    return any(name in vars(args) and vars(args)[name] is not None for name in names)
+
+
+def with_loras(config: GenerationConfig, folder: Path | None) -> tuple[GenerationConfig, dict[Path, float]]:
+    """Settings without the <lora:NAME:0.8> of their prompts, and the files of these with their strengths.
+
+    Raises UsageError for a file that is not there, or two strengths of one.
+    """
+    if config.prompt_weighting != "a1111":
+        return config, {}
+    split = [split_loras(prompt) for prompt in config.prompts]
+    files: dict[Path, float] = {}
+    for name, strength in (lora for _, loras in split for lora in loras):
+        path = lora_file(name, [*([folder] if folder else []), Path("out")])
+        if files.setdefault(path, strength) != strength:
+            raise UsageError(
+                f"<lora:{name}> is given two strengths, {files[path]:g} and {strength:g}; draw them apart."
+            )
+    if files:
+        texts = [text for text, _ in split]
+        config = config.updated({"prompt": texts[0] if isinstance(config.prompt, str) else texts})
+    return config, files
+
+
+def lora_file(name: str, folders: list[Path]) -> Path:
+    """`name`.safetensors in the first folder that has it, or in a folder below; raises UsageError."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+            if name in (path.stem, path.relative_to(folder).with_suffix("").as_posix()):
+                return path
+    where = " and ".join(f"'{folder}'" for folder in folders)
+    raise UsageError(f"<lora:{name}>: there is no {name}.safetensors in {where}; name its folder with --lora_dir.")
 
 
 def choose_adapters(args: Namespace, recipe: "Recipe | None") -> tuple[list["Adapter"], list[str], list[float] | None]:
@@ -226,15 +279,15 @@ def picture_to_start_from(path: Path | None, source: Path | None, recipe: "Recip
     return picture
 
 
-def check_outputs(args: Namespace, config: GenerationConfig, seeds: list[int]) -> None:
+def check_outputs(args: Namespace, config: GenerationConfig, pictures: list[tuple[str, int]]) -> None:
     """Refuse now where pictures could not be written after they are drawn."""
     if args.output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise UsageError(f"Pictures are PNGs, which carry their recipe; '{args.output}' should end in .png.")
-    size = 3 * len(seeds) * (config.width or 0) * (config.height or 0)
-    for seed in seeds if args.save_regions else ():
+    size = 3 * len(pictures) * (config.width or 0) * (config.height or 0)
+    for _, seed in pictures if args.save_regions else ():
         check_output(args.save_regions / f"{seed}-regions.png", overwrite=args.overwrite)
-    for seed in seeds:
-        path = path_for(args.output, config.prompt, seed, several=len(seeds) > 1)
+    for prompt, seed in pictures:
+        path = path_for(args.output, prompt, seed, several=len(pictures) > 1)
         check_output(path, size=size, overwrite=args.overwrite)
 
 
@@ -244,7 +297,7 @@ def write(pictures: list["Picture"], files: list[str], args: Namespace) -> list[
     folder = args.output.parent if args.output.suffix.lower() == ".png" else args.output
     create_folder(expanded(folder))
     with folder_lock(expanded(folder)):  # or another program could choose the same names
-        paths = [path_for(args.output, r.config.prompt, r.picture_seed, several=several) for r in recipes]
+        paths = [path_for(args.output, r.picture_prompt, r.picture_seed, several=several) for r in recipes]
         paths = [check_output(path, overwrite=args.overwrite) for path in paths]
         with output_group(paths[-1]) as group:
             for path, picture in zip(paths, pictures, strict=True):

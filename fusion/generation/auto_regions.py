@@ -48,11 +48,12 @@ def find_regions(
     """A region for each concept of the prompt of one picture; none where there is a single concept."""
     if len(nouns) < 2:
         return ()
-    plain = {"prompt": by_nouns(config.prompt, nouns), "num_images": 1, "regions": ()}
+    (prompt,) = config.prompts
+    plain = {"prompt": by_nouns(prompt, nouns), "num_images": 1, "regions": ()}
     midway = draw_midway(pipe, config.updated(plain), image, mask)
     maps = changes(pipe, midway, config, nouns)
     regions = regions_of(cells_by_concept(maps), nouns)
-    return tuple(with_prompt(region, config.prompt, nouns) for region in regions)
+    return tuple(with_prompt(region, prompt, nouns) for region in regions)
 
 
 def draw_midway(
@@ -96,7 +97,7 @@ def with_prompt(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region
 
 def changes(pipe: Pipeline, midway: Midway, config: GenerationConfig, nouns: Mapping[str, str]) -> Tensor:
     """(C, H, W): mean squares of how much each concept's token, in place of its noun, changes the prediction."""
-    prompt, weighting = config.prompt, config.prompt_weighting
+    (prompt,), weighting = config.prompts, config.prompt_weighting
     texts = [by_nouns(prompt, nouns), *(by_nouns(prompt, nouns, [token]) for token in nouns)]
     noisy = midway.latents.expand(len(texts), -1, -1, -1)
     times = torch.as_tensor(midway.timestep, device=noisy.device).expand(len(texts))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INSIDE = 0.5  # share of a cell that a painted mask must cover
 MAX_REGIONS = 64
+MAX_PICTURES = 256  # of a drawing
 MAX_PIXELS = 2**28  # of all pictures of a drawing, which are decoded together: 256 of 1024x1024
 
 
@@ -119,8 +120,9 @@ class GenerationConfig(StrictModel):
     users_own = ("prompt", "prompt_weighting")
     groups: ClassVar = {"picture": "prompt", "drawing": "seed"}
 
-    prompt: str = Field(max_length=MAX_PROMPT)
-    """What to draw, with the adapters' tokens: "a <dog> on a beach"."""
+    # The kind named last is the one that messages speak of.
+    prompt: tuple[str, ...] | Annotated[str, Field(max_length=MAX_PROMPT)]
+    """What to draw, with the adapters' tokens: "a <dog> on a beach". Several are drawn in one batch."""
     negative_prompt: str = Field(default="", max_length=MAX_PROMPT)
     """What the picture should not show."""
     regions: Literal["auto"] | Annotated[tuple[RegionField, ...], Field(max_length=MAX_REGIONS)] = ()
@@ -128,8 +130,8 @@ class GenerationConfig(StrictModel):
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of the first picture; the next ones count up."""
-    num_images: int = Field(default=1, ge=1, le=256)
-    """How many pictures to draw, all at a time."""
+    num_images: int = Field(default=1, ge=1, le=MAX_PICTURES)
+    """How many pictures of each prompt to draw, all at a time."""
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=0, le=1000)
@@ -137,7 +139,7 @@ class GenerationConfig(StrictModel):
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """How much of the contrast that guidance adds is taken back, 0 to 1."""
     prompt_weighting: PromptWeighting = "none"
-    """How weights of words are written: a1111 (word:1.2), compel word+, or none: all is text."""
+    """How weights of words are written: as (word:1.2) in a1111, as word+ in compel, or not at all: all is text."""
     scheduler: str | None = None
     """ddim, euler, euler_a, dpmpp_2m, unipc, euler_trailing, lcm, tcd, ... Default: the base's own."""
     width: int | None = Field(default=None, ge=8, le=8192)
@@ -153,13 +155,30 @@ class GenerationConfig(StrictModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        if self.num_images * (self.width or 8) * (self.height or 8) > MAX_PIXELS:
+        count = len(self.prompts) * self.num_images
+        if not 1 <= count <= MAX_PICTURES or max(map(len, self.prompts)) > MAX_PROMPT:
             raise ConfigError(
-                f"{self.num_images} pictures of {self.width}x{self.height} are too many at a time; the limit is "
+                f"{len(self.prompts)} prompts and {count} pictures: the limit is {MAX_PICTURES}, of up to "
+                f"{MAX_PROMPT} letters each."
+            )
+        if len(self.prompts) > 1 and self.regions not in ("auto", ()):
+            raise ConfigError(f"Regions are those of one prompt, and there are {len(self.prompts)}; draw them apart.")
+        if count * (self.width or 8) * (self.height or 8) > MAX_PIXELS:
+            raise ConfigError(
+                f"{count} pictures of {self.width}x{self.height} are too many at a time; the limit is "
                 f"{MAX_PIXELS // 1_000_000} megapixels in all."
             )
         return self
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts, one or several."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    def picture_prompts(self) -> list[str]:
+        """The prompt of each picture: all pictures of the first prompt, then those of the next."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_images)]
+
     def seeds(self) -> list[int]:
         """A seed for each picture."""
-        return [(self.seed + i) % (MAX_SEED + 1) for i in range(self.num_images)]
+        return [(self.seed + i) % (MAX_SEED + 1) for i in range(len(self.prompts) * self.num_images)]

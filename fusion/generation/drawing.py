@@ -36,7 +36,7 @@ class Cancelled(FusionError):
 
 def generate(
     pipe: Pipeline,
-    config: GenerationConfig | str | None = None,
+    config: GenerationConfig | str | Sequence[str] | None = None,
     adapters: Sequence[Adapter] = (),
     *,
     strengths: Sequence[float] | None = None,
@@ -45,7 +45,10 @@ def generate(
     on_step: OnStep | None = None,
     **former: object,
 ) -> list[Picture]:
-    """Draw the pictures of one prompt; picture i starts from seed + i. `config` may be the prompt alone.
+    """Draw pictures of a prompt; picture i starts from seed + i. `config` may be the prompt, or several, alone.
+
+    Several prompts are drawn in one batch, each with its own concepts, exact as alone in a batch of this size; those of
+    different numbers of chunks in one batch each. A recipe has them all, and draws its picture again.
 
     Adapters are attached for the call and taken out again whatever happens. What `config` does not set comes from the
     base's `fusion.toml`, then from the defaults, a size from the pipeline. With `image` the drawing starts from that
@@ -70,15 +73,21 @@ def generate(
         image=hashlib.sha256(image.tobytes()).hexdigest() if image else None,
         mask=hashlib.sha256(mask.tobytes()).hexdigest() if mask else None,
     )
-    named = {token: noun for token, noun in nouns(adapters).items() if token in config.prompt}
-    if not config.regions and len(bound := bound_to_pictures(adapters, config.prompt)) > 1:
+    every_noun = nouns(adapters)
+
+    def nouns_in(prompt: str) -> dict[str, str]:
+        return {token: noun for token, noun in every_noun.items() if token in prompt}
+
+    named = nouns_in(" ".join(config.prompts))
+    bound = max((bound_to_pictures(adapters, prompt) for prompt in config.prompts), key=len)
+    if not config.regions and len(bound) > 1:
         config = config.updated({"regions": "auto"})
         logger.warning(
             "%s change layers that see no tokens: there, each acts in a region where the base would draw it. Give "
             "regions to set others.", " and ".join(bound),
         )  # fmt: skip
     parts = [] if config.regions == "auto" else [region.prompt for region in config.regions]
-    if unused := unused_words(adapters, " ".join([config.prompt, *parts])):
+    if unused := unused_words(adapters, " ".join([*config.prompts, *parts])):
         logger.warning("The prompt does not have %s, so what is bound to it does nothing.", " or ".join(unused))
     _warn_about_settings(config, image, len(named))
     with ExitStack() as attached:
@@ -88,10 +97,16 @@ def generate(
                 handle.strength(branch.name, branch.strength * strength)
         if config.regions == "auto":
             # Every picture has a layout of its own, so they are drawn one by one.
-            singles = [config.updated({"seed": seed, "num_images": 1}) for seed in config.seeds()]
-            configs = [one.updated({"regions": find_regions(pipe, one, image, named, mask)}) for one in singles]
+            pictures = zip(config.picture_prompts(), config.seeds(), strict=True)
+            singles = [
+                (prompt, config.updated({"prompt": prompt, "seed": seed, "num_images": 1})) for prompt, seed in pictures
+            ]
+            configs = [
+                one.updated({"regions": find_regions(pipe, one, image, nouns_in(prompt), mask)})
+                for prompt, one in singles
+            ]
         else:
-            regions = [with_prompt(region, config.prompt, named) for region in config.regions]
+            regions = [with_prompt(region, config.prompts[0], named) for region in config.regions]
             configs = [config.updated({"regions": regions})]
         options = reporting(on_step) if on_step else {}
         batches = [(one, call_pipeline(pipe, one, image, options, mask=mask)) for one in configs]
@@ -102,13 +117,15 @@ def generate(
     ]
 
 
-def _settings(config: GenerationConfig | str | None, former: dict[str, object]) -> GenerationConfig:
+def _settings(config: GenerationConfig | str | Sequence[str] | None, former: dict[str, object]) -> GenerationConfig:
     if isinstance(config, GenerationConfig) and not former:
         return config
     if former:
         new = "generate(pipe, GenerationConfig(prompt=..., seed=..., num_inference_steps=...), adapters)"
         warnings.warn(f"Settings as keywords of generate go with the next release; write {new}.", FutureWarning, 3)
-    values = {"prompt": config} if isinstance(config, str) else config.settings() if config else {}
+    values = {} if config is None else {"prompt": config}
+    if isinstance(config, GenerationConfig):
+        values = config.settings()
     given = {name: value for name, value in GenerationConfig.canonical(former).items() if value is not None}
     return GenerationConfig.model_validate({**values, **given})
 
@@ -134,8 +151,9 @@ def _with_known_words(pipe: Pipeline, config: GenerationConfig, adapters: Sequen
     concepts = [*(state.tokens.concepts if state else ()), *(c for adapter in adapters for c in adapter.info.concepts)]
     tokens = {concept.token for concept in concepts}
     values: dict[str, object] = {}
-    if (prompt := lower_tokens(with_bound_words(config.prompt, adapters), tokens)) != config.prompt:
-        values["prompt"] = prompt
+    prompts = tuple(lower_tokens(with_bound_words(prompt, adapters), tokens) for prompt in config.prompts)
+    if prompts != config.prompts:
+        values["prompt"] = prompts[0] if isinstance(config.prompt, str) else prompts
     if config.regions != "auto":
         texts = [_region_prompt(part.prompt, adapters, tokens) for part in config.regions]
         regions = tuple(replace(part, prompt=text) for part, text in zip(config.regions, texts, strict=True))
@@ -156,7 +174,7 @@ def _region_prompt(prompt: str, adapters: Sequence[Adapter], tokens: set[str]) -
 def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, named: int) -> None:
     """Name the settings that do nothing in this drawing, and what of its prompts is not understood."""
     regions = [] if config.regions == "auto" else [region.prompt for region in config.regions]
-    prompts = [config.prompt, config.negative_prompt, *regions]
+    prompts = [*config.prompts, config.negative_prompt, *regions]
     if unknown := [text for prompt in prompts for text in unknown_syntax(prompt, config.prompt_weighting)]:
         logger.warning("%s means nothing here; it is read as plain text.", ", ".join(unknown))
     if config.regions == "auto" and named < 2:

@@ -1,8 +1,8 @@
 """One call of a diffusers pipeline for a batch of pictures, with the user's scheduler and progress bar untouched."""
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import diffusers
@@ -13,7 +13,7 @@ from PIL import Image
 
 from fusion.errors import ConfigError
 from fusion.generation.config import GenerationConfig
-from fusion.generation.prompt_embeddings import embed_prompts
+from fusion.generation.prompt_embeddings import embed_prompts, pictures_by_chunks
 from fusion.generation.regions import Cover, drawing_regions
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.autoencoder import decode_latents
@@ -31,21 +31,21 @@ def call_pipeline(
     *,
     mask: Image.Image | None = None,
 ) -> list[Image.Image]:
-    """Draw a batch. `config` has a size and regions with prompts of their own; `options` go to the pipeline.
+    """Draw a batch, or one for each number of chunks of its prompts.
+
+    `config` has a size and regions with prompts of their own; `options` go to the pipeline.
 
     `mask` is white where `image` is drawn anew. Raises ConfigError where numbers overflow.
     """
     with own_scheduler(pipe, config.scheduler), _without_progress_bar(pipe):
         call = _pipeline_for(pipe, image, mask)
-        options = {"output_type": "np", **(options or {}), **_options(call, config, image, mask)}
-        prompts = embed_prompts(call, config)
-        if not config.regions:
-            return _pictures(call(**prompts, **options))
-        assert config.regions != "auto" and config.width and config.height
-        scale = pipe.vae_scale_factor
-        cover = Cover(config.regions, config.height // scale, config.width // scale)
-        with drawing_regions(pipe, cover):
-            return _pictures(call(**prompts, **options))
+        pictures: dict[int, Image.Image] = {}
+        for numbers in pictures_by_chunks(call, config):
+            arguments = {"output_type": "np", **(options or {}), **_options(call, config, image, mask, numbers)}
+            arguments |= embed_prompts(call, config, numbers)
+            with _regions(pipe, config):
+                pictures |= zip(numbers, _pictures(call(**arguments)), strict=True)
+        return [picture for _, picture in sorted(pictures.items())]
 
 
 def check_start(pipe: Pipeline, image: Image.Image | None, mask: Image.Image | None) -> None:
@@ -72,24 +72,37 @@ def _pipeline_for(pipe: Pipeline, image: Image.Image | None, mask: Image.Image |
     return call
 
 
+def _regions(pipe: Pipeline, config: GenerationConfig) -> AbstractContextManager[None]:
+    if not config.regions:
+        return nullcontext()
+    assert config.regions != "auto" and config.width and config.height
+    scale = pipe.vae_scale_factor
+    return drawing_regions(pipe, Cover(config.regions, config.height // scale, config.width // scale))
+
+
 def _options(
-    call: Any, config: GenerationConfig, image: Image.Image | None, mask: Image.Image | None
+    call: Any,
+    config: GenerationConfig,
+    image: Image.Image | None,
+    mask: Image.Image | None,
+    numbers: Sequence[int],
 ) -> dict[str, Any]:
+    seeds = config.seeds()
     options: dict[str, Any] = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         # Drawn on the CPU, so that a seed means the same on every device.
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in config.seeds()],
+        "generator": [torch.Generator("cpu").manual_seed(seeds[number]) for number in numbers],
     }
     assert config.width and config.height
     if image is None:
         options |= {"width": config.width, "height": config.height}
     else:
         resized = image.resize((config.width, config.height), Image.Resampling.LANCZOS)
-        options |= {"image": [resized] * config.num_images, "strength": config.image_strength}
+        options |= {"image": [resized] * len(numbers), "strength": config.image_strength}
     if mask is not None:
         inside = mask.resize((config.width, config.height), Image.Resampling.LANCZOS)
-        options |= {"mask_image": [inside] * config.num_images, "width": config.width, "height": config.height}
+        options |= {"mask_image": [inside] * len(numbers), "width": config.width, "height": config.height}
     if config.guidance_rescale and "guidance_rescale" in inspect.signature(call.__call__).parameters:
         options["guidance_rescale"] = config.guidance_rescale
     return options

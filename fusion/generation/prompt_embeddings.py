@@ -17,24 +17,41 @@ from fusion.models.prompt_chunks import count_chunks
 _NAMES = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
+def pictures_by_chunks(pipe: Pipeline, config: GenerationConfig) -> list[list[int]]:
+    """The numbers of the pictures whose prompts have as many chunks, n: those of one n are drawn in one batch.
+
+    Padded to the longest prompt of all, a picture would depend on the others.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(config.picture_prompts()):
+        groups.setdefault(_chunks(pipe, config, [prompt]), []).append(number)
+    return list(groups.values())
+
+
 @torch.no_grad()
-def embed_prompts(pipe: Pipeline, config: GenerationConfig) -> dict[str, Tensor]:
-    """The arguments for all pictures of a drawing: states (B, (1 + R)·n·T, D), pooled (B, P), and the negative's.
+def embed_prompts(pipe: Pipeline, config: GenerationConfig, numbers: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The arguments for pictures `numbers` of a drawing, or all: states (B, (1 + R)·n·T, D), pooled (B, P), negatives.
 
     n is the number of chunks of the longest prompt, the negative one and those of regions among them.
     """
     assert config.regions != "auto"
-    texts = [config.prompt] * config.num_images
+    prompts = config.picture_prompts()
+    texts = [prompts[number] for number in (range(len(prompts)) if numbers is None else numbers)]
+    batch = len(texts)
     if config.regions:
-        texts = [config.prompt, *(region.prompt for region in config.regions)]
-    chunks = count_chunks(pipe, [*texts, config.negative_prompt], config.prompt_weighting)
+        texts = [texts[0], *(region.prompt for region in config.regions)]
+    chunks = _chunks(pipe, config, texts)
     encoded = [_encode(pipe, texts, config, chunks)]
     if config.guidance_scale > 1:
         encoded.append(_negative(pipe, texts, config, chunks, encoded[0]))
     if config.regions:
-        encoded = [_of_one_picture(one, config.num_images) for one in encoded]
+        encoded = [_of_one_picture(one, batch) for one in encoded]
     tensors = [tensor for one in encoded for tensor in one]
     return {name: tensor for name, tensor in zip(_NAMES, tensors, strict=False) if tensor is not None}
+
+
+def _chunks(pipe: Pipeline, config: GenerationConfig, texts: Sequence[str]) -> int:
+    return count_chunks(pipe, [*texts, config.negative_prompt], config.prompt_weighting)
 
 
 def _encode(pipe: Pipeline, texts: Sequence[str], config: GenerationConfig, chunks: int) -> Conditioning:
@@ -51,7 +68,8 @@ def _negative(
     An empty one is zeros where the base's config asks for it, as SDXL's does.
     """
     if not config.negative_prompt and pipe.config.get("force_zeros_for_empty_prompt"):
-        return Conditioning(*(None if tensor is None else torch.zeros_like(tensor) for tensor in positive))
+        pooled = None if positive.pooled is None else torch.zeros_like(positive.pooled)
+        return Conditioning(torch.zeros_like(positive.states), pooled)
     return _encode(pipe, [config.negative_prompt] * len(texts), config, chunks)
 
 

@@ -43,14 +43,19 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.index >= self.config.num_images:
-            raise ConfigError(f"index {self.index} is beyond the {self.config.num_images} pictures of the batch.")
+        if self.index >= (count := len(self.config.seeds())):
+            raise ConfigError(f"index {self.index} is beyond the {count} pictures of the batch.")
         return self
 
     @property
     def picture_seed(self) -> int:
         """The seed of this picture alone."""
         return self.config.seeds()[self.index]
+
+    @property
+    def picture_prompt(self) -> str:
+        """The prompt of this picture alone."""
+        return self.config.picture_prompts()[self.index]
 
     def to_json(self) -> dict[str, Any]:
         """One flat table: the settings of the drawing, and beside them the recipe's own entries."""
@@ -70,7 +75,7 @@ class Recipe(StrictModel):
         config = self.config
         negative = f"\nNegative prompt: {config.negative_prompt}" if config.negative_prompt else ""
         return (
-            f"{config.prompt}{negative}\nSteps: {config.num_inference_steps}, "
+            f"{self.picture_prompt}{negative}\nSteps: {config.num_inference_steps}, "
             f"Sampler: {config.scheduler or 'default'}, CFG scale: {config.guidance_scale}, "
             f"Seed: {self.picture_seed}, Size: {config.width}x{config.height}, Model: {self.base}"
         )

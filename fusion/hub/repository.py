@@ -80,7 +80,7 @@ def push(
 
 def _prompt_of(picture: str | Path) -> str:
     try:
-        return recipe_of(Path(picture)).config.prompt
+        return recipe_of(Path(picture)).picture_prompt
     except FormatError:
         return ""
 

@@ -135,11 +135,11 @@ def first_picture(session: Session) -> Iterator[tuple[Any, ...]]:
     path, recipe = session.first_picture
     config = recipe.config
     controls = Controls(
-        {"picked": {}}, config.prompt, seed=config.seed, new_seed=False, num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        {"picked": {}}, recipe.picture_prompt, seed=config.seed, new_seed=False,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
     )  # fmt: skip
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
-    line = commands.generate(session, {}, fusion.GenerationConfig(prompt=config.prompt, seed=config.seed))
+    line = commands.generate(session, {}, fusion.GenerationConfig(prompt=recipe.picture_prompt, seed=config.seed))
     yield path, markup.hint(entry["words"]), [entry], 0, command_line(line)
 
 
@@ -249,7 +249,9 @@ def in_words(recipe: fusion.Recipe) -> str:
     used = [f"{' '.join(a.tokens) or a.name} at {a.strength:g}" for a in recipe.adapters if a.strength != 1]
     parts = [] if config.regions == "auto" else [region.prompt for region in config.regions]
     regions_value = [f"{len(parts)} regions: {', '.join(parts)}"] if parts else []
-    return " · ".join([config.prompt, *regions_value, *negative, f"seed {recipe.picture_seed}", steps, guidance, *used])
+    return " · ".join(
+        [recipe.picture_prompt, *regions_value, *negative, f"seed {recipe.picture_seed}", steps, guidance, *used]
+    )
 
 
 def button_states(busy: bool) -> tuple[Any, Any]:

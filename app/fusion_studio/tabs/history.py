@@ -118,7 +118,7 @@ def _plain(session: Session, recipe: fusion.Recipe, screen: ProgressStream) -> s
     """The same prompt in the base's own words: every token becomes its noun."""
     concepts = (concept for entry in session.entries().values() for concept in entry.info.concepts)
     nouns = {concept.token: concept.noun or concept.token.strip("<>") for concept in concepts}
-    prompt = re.sub(r"<[a-z0-9_-]+>", lambda token: nouns.get(token[0], token[0].strip("<>")), recipe.config.prompt)
+    prompt = re.sub(r"<[a-z0-9_-]+>", lambda token: nouns.get(token[0], token[0].strip("<>")), recipe.picture_prompt)
     config = recipe.config.updated({"prompt": prompt, "regions": ()})
     pictures = fusion.generate(session.pipe, config, on_step=screen.on_step)
     return session.store_picture(pictures[recipe.index])
