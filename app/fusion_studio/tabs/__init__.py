@@ -38,6 +38,7 @@ class Controls(NamedTuple):
     image: str = ""  # an upload's name
     image_strength: float = 0.6
     clip_skip: float | None = None
+    prompt_weighting: str = "a1111"
 
     def config(self, regions: tuple[fusion.Region, ...] | Literal["auto"]) -> fusion.GenerationConfig:
         """The settings of the drawing. What is left empty, the base decides."""

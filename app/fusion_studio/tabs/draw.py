@@ -77,6 +77,10 @@ def build(session: Session) -> SimpleNamespace:
                         None, label="Clip skip", precision=0, minimum=0, maximum=32, elem_id="clip-skip",
                         info="layers left out; 1 is A1111's 2",
                     )  # fmt: skip
+                    weighting = gr.Dropdown(
+                        [("(word:1.2)", "a1111"), ("word+", "compel"), ("none", "none")], value="a1111",
+                        label="Weights of words", elem_id="weighting",
+                    )  # fmt: skip
                 new_seed = gr.Checkbox(True, label="A new seed each time", container=False, elem_id="anew")
         with gr.Column(scale=6, min_width=300, elem_id="easel"):
             options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
@@ -88,7 +92,7 @@ def build(session: Session) -> SimpleNamespace:
         "picks": picks, "prompt": prompt, "negative_prompt": negative, "seed": seed, "new_seed": new_seed,
         "num_inference_steps": steps, "guidance_scale": guidance, "num_images": count, "scheduler": scheduler,
         "regions": regions, "auto_regions": auto_regions, "image": start, "image_strength": leave,
-        "clip_skip": skip,
+        "clip_skip": skip, "prompt_weighting": weighting,
     }  # fmt: skip
     controls = list(Controls(**components))
     outputs = [stage, caption, history, at, cli]
