@@ -94,7 +94,7 @@ def describe(pipe: Any, report: Report) -> None:
 
     info, schedule, vae = base_info(pipe), pipe.scheduler.config, pipe.vae.config
     count = sum(weight.numel() for module in components(pipe).values() for weight in module.parameters())
-    name = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else platform.machine()
     noise = "zero terminal SNR, " if schedule.get("rescale_betas_zero_snr") else ""
     report.line("base", f"{info.name}: {info.family}, {count / 1e6:.0f} million parameters, digest {info.digest}")
     kind = type(pipe.scheduler).__name__
