@@ -46,6 +46,10 @@ class TrainingJob(Job):
         self.references, self.pictures = [check.crop for check in checks.pictures if check.crop], len(pictures)
         self.checkpoint = place.folder / f"{config.name}.safetensors"  # the adapter at the latest checkpoint
         self.previews: list[tuple[Image.Image, str]] = []
+        self.phase = ""  # what is done before the first step
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        self.phase = f"{phase[:1].upper()}{phase[1:]}: {done} of {total}"
 
     def record(self, last: fusion.TrainStep) -> None:
         super().record(last)
@@ -58,7 +62,7 @@ class TrainingJob(Job):
         ungated = self.config.gating == "none"  # then the pipeline is held to the end
         pipeline = partial(session.queue.acquire, self.activity)
         with pipeline() if ungated else nullcontext():
-            last, steps = None, fusion.train(session.pipe, self.config)
+            last, steps = None, fusion.train(session.pipe, self.config, on_progress=self.report)
             try:
                 while not self.stop.is_set() and (last is None or last.step < last.total):
                     with nullcontext() if ungated else pipeline():

@@ -50,7 +50,7 @@ def state_html(job: TrainingJob, *, paused: bool = False) -> str:
     outcome = "what it knows so far is in the library." if job.saved else "it had learned nothing yet."
     text = {
         "waiting": "waits for its turn",
-        "preparing": "Reading the pictures …",
+        "preparing": job.phase or "Reading the pictures …",
         "learning": f"Step {job.step} of {job.total}, {'paused' if paused else markup.time_left(job.time_left)}",
         "learned": f"Learned in {job.step} steps and {markup.in_time(job.seconds)}; it is in the library now.",
         "stopped": f"Stopped after {job.step} steps; {outcome}",
