@@ -163,8 +163,8 @@ def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
 
     whole = loop.train
 
-    def interrupted(pipe, config):
-        for step in whole(pipe, config):
+    def interrupted(pipe, config, **options):
+        for step in whole(pipe, config, **options):
             yield step
             if step.step == 2:
                 raise KeyboardInterrupt
