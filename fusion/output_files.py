@@ -110,7 +110,7 @@ def create_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises OutputError."""
     if not folder.is_dir():
         with _one_line(folder):
-            if os.path.lexists(folder):
+            if os.path.lexists(folder) and not folder.is_dir():  # another process may just have created it
                 raise OSError(0, f"it is {_kind(folder)}, not a folder")
             create_folder(folder.parent)
             folder.mkdir(exist_ok=True)

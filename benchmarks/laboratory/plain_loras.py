@@ -23,8 +23,6 @@ from fusion.adapters.adapter import Adapter
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.tokens import embedding_of
 
-VERSION = 1  # a larger number trains, draws and scores again
-STYLE = "without colours"
 STYLE_PROMPTS = tuple(
     f"a {thing} on a {colour} background"
     for thing, colour in zip(

@@ -20,6 +20,8 @@ class Recipe:
     rate_of: str = ""  # the recipe whose searched learning rate it takes; its own if empty
 
 
+STYLE = "without colours"  # the plain LoRA of a style
+PLAIN_VERSION = 1  # of plain LoRAs; a larger number trains, draws and scores again
 PLAIN = "plain-lora"  # trained by PEFT as people share them, on more layers: plain_loras.py
 
 RECIPES: dict[str, Recipe] = {

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import fusion
-from benchmarks.laboratory import plain_loras
 from benchmarks.laboratory.concepts import Concept
-from benchmarks.laboratory.recipes import PLAIN, RECIPES, TARGETS
+from benchmarks.laboratory.recipes import PLAIN, PLAIN_VERSION, RECIPES, STYLE, TARGETS
 from benchmarks.laboratory.store import Store, digest
 
 RATE = 3e-3
@@ -54,7 +53,7 @@ class Trainer:
             "base": self.base_digest,
             "recipe": PLAIN,
             "rate": PLAIN_RATE,
-            "version": plain_loras.VERSION,
+            "version": PLAIN_VERSION,
             **vars(self.size),
         }
 
@@ -62,9 +61,11 @@ class Trainer:
         """The LoRA of a style, a plain one."""
 
         def make(folder: Path) -> None:
+            from benchmarks.laboratory import plain_loras
+
             plain_loras.train_style(self.open(), folder, **vars(self.size), rate=PLAIN_RATE)
 
-        inputs = {**self._plain_inputs(), "style": plain_loras.STYLE}
+        inputs = {**self._plain_inputs(), "style": STYLE}
         return self.store.cell("adapter", inputs, make) / "adapter.safetensors"
 
     def inputs(self, concept: Concept, recipe: str, k: int, rate: float) -> dict[str, Any]:
@@ -83,6 +84,8 @@ class Trainer:
 
         def make(folder: Path) -> None:
             if recipe == PLAIN:
+                from benchmarks.laboratory import plain_loras
+
                 plain_loras.train_concept(self.open(), concept, folder, **vars(self.size), rate=PLAIN_RATE)
                 return
             row = RECIPES[recipe]

@@ -4,11 +4,12 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion.cli.console import UsageError, add_settings, example, flags_of, relative, resume_hint
-from fusion.cli.progress_bar import progress, with_progress
+from fusion.cli.progress_bar import progress, show_phases, with_progress
 from fusion.distillation.config import DistillationConfig
 from fusion.errors import ConfigError, OutputError
 
@@ -37,9 +38,9 @@ def distill_adapters(
     config = distillation_config(args)
     concepts = [concept.token for adapter in adapters for concept in adapter.info.concepts]
     print(f"distilling {' '.join(concepts)}", flush=True)
-    step, distillation = None, distill(open_pipe(), adapters, config, strengths=strengths)
+    step, start = None, partial(distill, open_pipe(), adapters, config, strengths=strengths)
     try:
-        with closing(distillation), progress() as advance:
+        with progress() as advance, closing(start(on_progress=show_phases(advance))) as distillation:
             try:
                 for latest in with_progress(distillation, advance):
                     step = latest

@@ -141,7 +141,8 @@ def train(pipe: Any, steps: int, side: int, report: Report) -> Any:
             began = time.monotonic() if len(losses) == 1 else began  # the first one prepares
         seconds = (time.monotonic() - began) / (steps - 1)
     finite = all(abs(loss) < float("inf") for loss in losses)
-    text = f"{steps} steps of {side} px, {seconds:.2f} s each, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    first, second = (sum(part) / len(part) for part in (losses[: steps // 2], losses[steps // 2 :]))
+    text = f"{steps} steps of {side} px, {seconds:.2f} s each, mean loss {first:.3f}, then {second:.3f}"
     report.verdict("training is finite", finite, text)
     return adapter
 

@@ -49,7 +49,7 @@ def show_phases(advance: Callable[..., None]) -> Callable[[str, int, int], None]
     def show(now: str, done: int, total: int) -> None:
         nonlocal phase, first, began, announced
         seconds = time.monotonic() - began
-        if now != phase or done < first:
+        if now != phase or done <= first:  # the same phase may come again, as that of previews
             phase, first, began, announced = now, done, time.monotonic(), False
         elif not announced and seconds > MAX_SILENCE:
             print_estimate(now, seconds / (done - first), total - done)

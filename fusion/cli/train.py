@@ -158,6 +158,8 @@ def follow(pipe: Any, config: TrainingConfig, args: argparse.Namespace) -> tuple
                     if step.step == step.total:  # while the slice is still reserved
                         target = save_adapter(training, step, config, args)
             except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):
+                if step is not None:
+                    save_previews(step, config)  # which the interruption may have kept from being written
                 checkpoint = last_checkpoint(training, config, step)
                 raise
     except (KeyboardInterrupt, OSError, OutOfMemory, RuntimeError):

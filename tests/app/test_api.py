@@ -185,7 +185,7 @@ def test_only_meant_endpoints_are_published(client):
     named = client.view_api(return_format="dict")["named_endpoints"]
     teaching = {"/pictures", "/teach", "/watch", "/pause_teaching", "/stop_teaching"}
     teaching |= {"/one_lora", "/watch_one_lora", "/stop_one_lora"}
-    using = {"/start_picture", "/draw", "/compare", "/fuse", "/export", "/bake", "/base"}
+    using = {"/start_picture", "/draw", "/compare", "/fuse", "/export", "/bake", "/base", "/bind"}
     assert named.keys() == {*teaching, *using, "/library", "/rename", "/delete", "/import"}
 
 

@@ -143,7 +143,7 @@ def test_teach_combine_draw_two_regions_and_export(tab, session, monkeypatch):
 
     open_tab(tab, "Combine")
     tab.locator("#export-part button").first.click()
-    tab.get_by_label("kohya").check()
+    tab.get_by_role("radio", name="kohya").check()
     tab.locator("#export").click()
     expect(tab.locator("#files")).to_contain_text("kohya")
     expect(tab.locator("#combine-notes")).to_contain_text("A plain LoRA cannot be gated")

@@ -153,6 +153,18 @@ def test_a_picture_nobody_waits_for_is_given_up(session):
     assert Path(drawn(session, picks(), "a dog")[0]).is_file()
 
 
+def test_a_prompt_from_forge_takes_its_loras_from_the_library(session, taught):
+    taught("rex")
+    stage, *_ = drawn(session, picks(), "a <rex> <lora:rex:0.5>", "", 3, False)
+    recipe = fusion.recipe_of(stage)
+    assert recipe.config.prompt == "a <rex>" and [a.strength for a in recipe.adapters] == [0.5]
+    same, *_ = drawn(session, picks(rex=0.5), "a <rex>", "", 3, False)
+    assert (pixels(stage) == pixels(same)).all()
+    for name in ("nobody", "../library/rex"):
+        with pytest.raises(fusion.FusionError, match=f"<lora:{name}>: the library has no"):
+            drawn(session, picks(), f"a <rex> <lora:{name}:1>")
+
+
 def test_drawing_says_what_is_missing(session, taught, monkeypatch):
     taught("rex")
     notes = []

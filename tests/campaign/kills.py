@@ -15,6 +15,7 @@ from campaign import laws, materials, processes, studio
 from campaign.processes import Action, Child, Counter, Ending
 from fusion.base_models import opening
 
+SPACE = ["space", "--wheel", "wheel/spectral_fusion-0-py3-none-any.whl"]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -41,8 +42,9 @@ def workloads(base: Path) -> list[Workload]:
     train += ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--max_train_steps", "5"]
     train += ["--targets", "unet.attn2.to_k", "unet.attn2.to_v", "--text_encoder_lr", "0"]
     previews = ["--validation_prompt", "a {token}", "--num_validation_images", "1", "--validation_steps", "3"]
-    prior = ["--with_prior_preservation", "--class_prompt", "a dog", "--num_class_images", "2", "--sample_batch_size"]
-    trainings = {"train": [*train, *previews], "train with class pictures": [*train, *prior, "1"]}
+    prior = ["--gating", "none", "--with_prior_preservation", "--class_prompt", "a dog"]
+    prior += ["--num_class_images", "2", "--sample_batch_size", "1"]
+    trainings = {"train": [*train, *previews], "train with class pictures": [*train, *prior]}
     rex, tom, resume = "lib/rex.safetensors", "lib/tom.safetensors", ["--resume_from_checkpoint", "latest"]
     distill = [*distillation(base), "-o", "out/d.safetensors"]
     fused = ["fuse", rex, tom, "-o", "out/both.safetensors"]
@@ -54,6 +56,8 @@ def workloads(base: Path) -> list[Workload]:
         Workload("compare", ["compare", rex, "--prompt", "a <rex>", "--strengths", "1", "-o", "out/s.png", *on]),
         Workload("bake", ["bake", rex, "-o", "out/baked", "--gating", "none", *on]),
         Workload("inspect", ["inspect", rex, tom, "--plot", "out/p.png"]),
+        Workload("comfyui", ["comfyui", "-o", "out/nodes"]),
+        Workload("space", [*SPACE, "--output_dir", "out/space"]),
         Workload("library add", ["library", "lib", "--add", "lora/kohya.safetensors"], optional=("lib/kohya-2",)),
         Workload(
             "library rename",
@@ -138,7 +142,7 @@ class Campaign:
 
 
 def parts(folder: Path) -> list[Path]:
-    return [folder / name for name in ("data", "lib", "lora")]
+    return [folder / name for name in ("data", "lib", "lora", "wheel")]
 
 
 def in_folder(work: Path, prepare: Callable[[], object] | None = None) -> Callable[[], None]:

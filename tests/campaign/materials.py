@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ def write(folder: Path) -> None:
     base = write_base(folder)
     write_pictures(folder / "data")
     write_adapters(folder / "lib", base)
+    (folder / "wheel").mkdir()
+    with zipfile.ZipFile(folder / "wheel" / "spectral_fusion-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("spectral_fusion-0.dist-info/METADATA", "Name: spectral-fusion\nRequires-Dist: torch\n")
 
 
 def write_inputs(folder: Path) -> None:

@@ -26,7 +26,7 @@ LEFTOVERS = (".writing", ".moving", ".reserved")
 
 def endpoints(base: str, pictures: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Values for every endpoint that it takes."""
-    drawing = ["a <rex>", "", 0, False, 2, 2.5, 1, "", {"regions": []}, True, "", 0.6]
+    drawing = ["a <rex>", "", 0, False, 2, 2.5, 1, "", {"regions": []}, True, "", 0.6, None, "a1111"]
     filled = {"filled": {"max_train_steps": "2", "targets": "unet.attn2.to_k", "text_encoder_lr": "0"}}
     return {
         "/pictures": [[FILE], []], "/start_picture": [FILE], "/draw": [REX, *drawing],
@@ -35,6 +35,7 @@ def endpoints(base: str, pictures: list[dict[str, Any]]) -> dict[str, list[Any]]
         "/compare": [REX, "a <rex>", "1", ["direct_sum"], False, 0],
         "/fuse": [REX, "direct_sum", "both"], "/export": [REX, "direct_sum", "", "kohya", 0],
         "/bake": [REX, "direct_sum", "baked", True], "/base": [base],
+        "/bind": ["rex", "the knight", REX],
         "/one_lora": [REX, "", "quick", 4, ""], "/watch_one_lora": ["ComfyUI"], "/stop_one_lora": [],
         "/library": ["", ""], "/rename": ["rex", "<rex>"], "/delete": ["nothing"], "/import": [FILE],
     }  # fmt: skip
@@ -191,7 +192,7 @@ def wrong(ending: str, text: Any, seconds: float) -> str:
 
 def drawn(page: Page) -> bytes:
     """What one recipe gives, as a file that the page serves."""
-    values = [TOM, "a <tom>", "", 5, False, 2, 2.5, 1, "", {"regions": []}, True, "", 0.6]
+    values = [TOM, "a <tom>", "", 5, False, 2, 2.5, 1, "", {"regions": []}, True, "", 0.6, None, "a1111"]
     ending, answer = page.call("/draw", values)
     assert ending == "complete", answer
     return page.request("GET", f"file={answer[0]['path']}").read()

@@ -54,6 +54,8 @@ def writers(base: Path) -> list[Writer]:
         Writer("compare", output("compare", rex, "--prompt", "a <rex>", "--strengths", "1", *on), ".png"),
         Writer("bake", output("bake", rex, "--gating", "none", *on), "", large=True),
         Writer("inspect", lambda t: ["inspect", rex, tom, "--plot", str(t)], ".png"),
+        Writer("comfyui", output("comfyui"), "", large=True),
+        Writer("space", lambda t: [*kills.SPACE, "--output_dir", str(t)], ""),
         Writer("library add", lambda t: ["library", str(t), "--add", rex], ""),
     ]
 
@@ -203,7 +205,7 @@ def _others_file_beside(target: Path, writer: Writer) -> Path | None:
 
 
 def _others_folder(target: Path, writer: Writer) -> Path | None:
-    if writer.name != "bake":
+    if writer.name not in ("bake", "comfyui", "space"):
         return None
     target.mkdir(parents=True)
     (target / "model_index.json").write_bytes(OTHERS)

@@ -16,6 +16,7 @@ pytestmark = [
 SAMPLE = {"train": 2, "fuse": 1, "export": 1, "generate": 1, "bake": 1, "library rename": 2, "library delete": 1}
 ROUND = {"train": 4, "train with class pictures": 2, "fuse": 2, "export": 3, "generate": 3, "compare": 1, "bake": 2}
 ROUND |= {"inspect": 1, "library add": 2, "library rename": 2, "library delete": 2, "studio": 1, "distill": 3}
+ROUND |= {"comfyui": 1, "space": 1}
 SAMPLE_WRITERS = ["export", "generate"]
 
 

@@ -216,7 +216,7 @@ def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path,
     assert main(["generate", "--from", "dog.png", *words, "again.png"]) == 2
     assert "--image" in capsys.readouterr().err
     assert main(["generate", "--from", "dog.png", "--image", other, *words, "again.png"]) == 0
-    assert "is not the picture" in capsys.readouterr().err
+    assert "is not the image" in capsys.readouterr().err
 
 
 def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, capsys):

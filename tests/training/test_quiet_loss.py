@@ -37,12 +37,14 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
     pipe, settings = tiny.pipeline("sd1"), config()
     adapter = trained_adapter(pipe, TOKEN, gated=gated)
     silent = replace(adapter, branches=(replace(adapter.branches[0], strength=0.0),))
+    side, batch = pipe.unet.config.sample_size, min(4, settings.train_batch_size)
     with attach(pipe, silent):
-        quiet_loss = QuietLoss(pipe, settings, silent, sites(pipe), ["a {token}"])
+        quiet_loss = QuietLoss(pipe, settings, silent, sites(pipe), ["a {token}"], side * pipe.vae_scale_factor)
         words = decoy_words(settings, adapter)
         with attach(pipe, words):
             tokens = [concept.token for concept in words.info.concepts]
-            met = record_base(pipe, adapter.layer_names, quiet_prompts(settings, ["a {token}"], tokens), steps=4)
+            prompts = quiet_prompts(settings, ["a {token}"], tokens)
+            met = record_base(pipe, adapter.layer_names, prompts, steps=4, side=side, batch=batch)
     ratios = []
     for name, delta in adapter.deltas().items():
         change, weight = delta.dense().double(), matrix(sites(pipe)[name]).double()

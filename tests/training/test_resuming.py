@@ -206,19 +206,27 @@ def test_the_settings_name_the_base_that_is_open(pictures, tmp_path):
     assert next(fusion.train(pipe, config(pictures, pretrained_model_name_or_path=str(folder)))).step == 1
 
 
+def checkpoint_names(run):
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
 def test_only_this_runs_old_checkpoints_are_removed(pictures):
     first, _ = interrupted(pictures, after=5, max_train_steps=6)
     settings = config(pictures, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=1)
     for step in fusion.train(toy(), settings):
         assert step.checkpoint.is_dir()  # a higher one of the older run does not push it out
-    runs = {run.name: sorted(p.name for p in run.iterdir()) for run in step.checkpoint.parent.parent.iterdir()}
+    runs = {run.name: checkpoint_names(run) for run in step.checkpoint.parent.parent.iterdir()}
     assert runs.pop(step.checkpoint.parent.name) == ["checkpoint-4"]
     assert list(runs.values()) == [[f"checkpoint-{n}" for n in range(1, 6)]]
     # Resumed from an early one, the run's own later ones push out none either.
     limited = resume(first, "checkpoint-2", checkpoints_total_limit=2)
     steps = list(itertools.islice(fusion.train(toy(), limited), 1))
-    kept = sorted(path.name for path in steps[0].checkpoint.parent.iterdir())
-    assert kept == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert checkpoint_names(steps[0].checkpoint.parent) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-5",
+    ]
 
 
 def test_latest_is_the_run_with_these_settings(pictures):
@@ -241,7 +249,7 @@ def test_two_trainings_of_one_token_at_once_keep_apart(pictures):
     one, two = (fusion.train(tiny.pipeline("sd1"), settings.updated({"seed": seed})) for seed in (0, 1))
     steps = list(zip(one, two, strict=True))
     folders = {step.checkpoint.parent for pair in steps for step in pair}
-    assert len(folders) == 2 and all([p.name for p in folder.iterdir()] == ["checkpoint-3"] for folder in folders)
+    assert len(folders) == 2 and all(checkpoint_names(folder) == ["checkpoint-3"] for folder in folders)
     for seed, step in enumerate(steps[-1]):
         (last,) = fusion.train(toy(), resume(settings, seed=seed))
         assert same(parameters(last), parameters(step))

@@ -141,6 +141,7 @@ def first_picture(session: Session) -> Iterator[tuple[Any, ...]]:
     controls = Controls(
         {"picked": {}}, recipe.picture_prompt, seed=config.seed, new_seed=False,
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+        prompt_weighting=config.prompt_weighting,
     )  # fmt: skip
     entry = {"path": path, "words": in_words(recipe), "controls": controls}
     line = commands.generate(session, {}, fusion.GenerationConfig(prompt=recipe.picture_prompt, seed=config.seed))
@@ -200,6 +201,7 @@ def draw_pictures(
     """Draw a prompt with the picked concepts: position in the queue, previews, then the pictures."""
     if not controls.prompt.strip():
         raise fusion.FusionError("Write a prompt first: what should the picture show?")
+    controls = with_loras(session, controls)
     picked, parts = picked_of(controls.picks), regions_of(controls.regions)
     opening = "" if session.is_open else "The base is being opened …"
     yield gr.skip(), markup.bar(0, 1, opening), gr.skip(), gr.skip(), gr.skip()
@@ -232,6 +234,17 @@ def draw_pictures(
             yield frame.preview or gr.skip(), markup.bar(frame.step, frame.total), *(gr.skip(),) * 3
         else:
             yield gr.skip(), markup.hint(frame), *(gr.skip(),) * 3
+
+
+def with_loras(session: Session, controls: Controls) -> Controls:
+    """The adapters of the library that a prompt names as Forge does, <lora:NAME:0.8>, as picks instead."""
+    prompt, loras = fusion.split_loras(controls.prompt)
+    if controls.prompt_weighting != "a1111" or not loras:
+        return controls
+    for name, _ in loras:
+        if Path(name).name != name or not (session.library / f"{name}.safetensors").is_file():
+            raise fusion.FusionError(f"<lora:{name}>: the library has no '{name}'; add it there, or take it out.")
+    return controls._replace(prompt=prompt, picks={"picked": picked_of(controls.picks) | dict(loras)})
 
 
 def words_of(adapter: fusion.Adapter) -> dict[str, str]:
