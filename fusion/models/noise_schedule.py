@@ -16,7 +16,7 @@ def forward_process(pipe: Pipeline, **settings: object) -> Any:
     """
     check_noise(pipe.scheduler)
     # As keywords: in a table, those that the scheduler's own config leaves at their defaults would be lost.
-    return DDPMScheduler.from_config(pipe.scheduler.config, **settings)
+    return DDPMScheduler.from_config(pipe.scheduler.config, False, **settings)
 
 
 def check_noise(scheduler: ConfigMixin) -> None:
