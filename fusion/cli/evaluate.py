@@ -7,6 +7,7 @@ concept itself does. Drift is how much the prediction changes on prompts without
 import json
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fusion.cli.console import (
     print_list,
     print_table,
 )  # fmt: skip
+from fusion.cli.progress_bar import progress, show_phases
 from fusion.config import MAX_SEED, MAX_SEEDS
 
 
@@ -45,6 +47,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--distilled_from", nargs="+", type=Path, metavar="GATED", help=text)
     text = "layers left out at the end of the text encoder, as in generate (default: the base's own)"
     add("--clip_skip", type=number(int, 0, 32), metavar="N", help=text)
+    text = "denoising steps of the pictures (default: the base's own)"
+    add("--num_inference_steps", "--steps", type=number(int, 1, 1000), metavar="N", help=text)
     add("--json", action="store_true", help="print everything as JSON, for programs")
     add_base_arguments(parser)
 
@@ -58,18 +62,12 @@ def run(args: Namespace) -> None:
         compare_with_gated(adapters, [load(path) for path in args.distilled_from], args)
         return
     pipe = open_base(args.base, args, args.dtype)
-    report = evaluate(
-        pipe,
-        adapters,
-        prompts=args.prompts,
-        concept_free=args.concept_free,
-        references=load_references(args.references),
-        judge=choose_judge(args),
-        seeds=args.seeds,
-        seed=args.seed,
-        activations=args.activations,
-        clip_skip=args.clip_skip,
-    )
+    names = ("prompts", "concept_free", "seeds", "seed", "activations", "clip_skip", "num_inference_steps")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    references, judge = load_references(args.references), choose_judge(args)
+    with progress() as advance:
+        show = partial(show_phases(advance), "drawing pictures to judge")
+        report = evaluate(pipe, adapters, references=references, judge=judge, on_progress=show, **options)
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
         return

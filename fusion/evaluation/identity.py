@@ -136,6 +136,11 @@ def measure_identity(
     )
 
 
+def picture_count(concepts: int, seeds: int) -> int:
+    """How many pictures `measure_identity` draws: of every concept and every ordered pair, three ways each."""
+    return 3 * seeds * concepts**2
+
+
 def crop(picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
     """The part of a picture in a box of shares of its width and height: left, top, right, bottom."""
     width, height = picture.size

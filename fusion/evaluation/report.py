@@ -1,5 +1,6 @@
 """evaluate(): all measures of adapters used together, as one report for people and machines."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from fusion.config import MAX_SEED, MAX_SEEDS
 from fusion.errors import ConfigError
 from fusion.evaluation.clip_judge import Judge
 from fusion.evaluation.first_step_forecast import forecast
-from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity
+from fusion.evaluation.identity import PAIR, SINGLE, Identity, Scene, measure_identity, picture_count
 from fusion.evaluation.output_error import (
     CONCEPT_FREE,
     PROMPTS,
@@ -24,7 +25,7 @@ from fusion.evaluation.output_error import (
 )  # fmt: skip
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
-from fusion.models.input_moments import record_moments
+from fusion.models.input_moments import OnProgress, record_moments
 from fusion.models.pipeline import Pipeline
 
 ERROR_LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
@@ -113,6 +114,8 @@ def evaluate(
     seed: int = 0,
     activations: bool = False,
     clip_skip: int | None = None,
+    num_inference_steps: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Measure adapters together on a base: in their weights and in the UNet's predictions.
 
@@ -120,8 +123,9 @@ def evaluate(
     `references`, pictures of some or all concepts by their tokens, and a `judge`, also in pictures of `scenes` from
     `seeds` seeds (a prompt with {first}, and one with {second} on its right), and with a forecast of which concepts
     disturb each other. With `activations`, also at the inputs of every changed layer, whose second moments take I²
-    numbers of memory per layer and adapter. `clip_skip` as in drawing, by default the base's own. Raises ConfigError
-    without adapters, or for references of other tokens, and whatever attach raises.
+    numbers of memory per layer and adapter. `clip_skip` and `num_inference_steps` as in drawing, by default the base's
+    own. `on_progress(done, total)` counts the pictures that are drawn. Raises ConfigError without adapters, or for
+    references of other tokens, and whatever attach raises.
     """
     if not adapters:
         raise ConfigError("There is nothing to evaluate; give at least one adapter.")
@@ -141,7 +145,9 @@ def evaluate(
         prediction = forecast(
             pipe, adapters, references, judge, prompt=scenes[0], seeds=picture_seeds, clip_skip=clip_skip
         )
-        identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes, clip_skip)
+        drawing = {"clip_skip": clip_skip, "num_inference_steps": num_inference_steps}
+        drawing = {name: value for name, value in drawing.items() if value is not None}
+        identity = _identity(pipe, adapters, references, judge, picture_seeds, scenes, drawing, on_progress)
     moments = record_moments(pipe, adapters, **texts, seed=seed) if activations else None
     return Evaluation(compatibility(adapters, pipe, moments, prediction), gated, ungated, identity)
 
@@ -165,10 +171,16 @@ def _identity(
     judge: Judge,
     seeds: Sequence[int],
     scenes: tuple[str, str],
-    clip_skip: int,
+    drawing: Mapping[str, Any],
+    on_progress: OnProgress | None,
 ) -> Identity:
+    numbers, total = itertools.count(), picture_count(len(references), len(seeds))
+
     def draw(active: Sequence[Adapter], prompt: str, seed: int) -> Image.Image:
-        return generate(pipe, GenerationConfig(prompt=prompt, seed=seed, clip_skip=clip_skip), active)[0].image
+        if on_progress:
+            on_progress(next(numbers), total)
+        config = GenerationConfig.model_validate({"prompt": prompt, "seed": seed, **drawing})
+        return generate(pipe, config, active)[0].image
 
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
     scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))

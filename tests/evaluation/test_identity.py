@@ -119,7 +119,17 @@ def test_evaluate_draws_and_judges(judge):
     own = {"<rex>": [patch((200, 0, 0), 0)], "<tom>": [patch((0, 0, 200), 0)]}
     more = {"prompts": ["a {token}"], "concept_free": ["a dog"], "seeds": 2}
     more["scenes"] = ("a {first}", "{first} beside {second}")
-    report = fusion.evaluate(pipe, adapters, references=own, judge=judge, **more)
+    calls = []
+    report = fusion.evaluate(
+        pipe,
+        adapters,
+        references=own,
+        judge=judge,
+        num_inference_steps=2,
+        on_progress=lambda *c: calls.append(c),
+        **more,
+    )
+    assert calls == [(number, 24) for number in range(24)]  # every picture, counted before it is drawn
     identity = report.identity
     assert identity and identity.tokens == ["<rex>", "<tom>"]
     # Gates are exact, so a concept on its own is drawn together as alone: nothing can be lost.
