@@ -172,14 +172,15 @@ class _Distillation:
         with self.teacher.attached(), torch.no_grad():
             scales = list[Tensor]()
             for number, concept in enumerate(self.teacher.concepts):
-                on_progress("measuring what the concepts change", number, len(self.teacher.concepts))
+                on_progress("measuring the concepts", number, len(self.teacher.concepts))
                 prompts = replace(self.distribution, concepts=[concept]).draw(rng, SCALE_PROMPTS, (1, 1))
                 errors, pooled = self._errors(self.teacher.answer(prompts))
                 scales.append(torch.stack([e.mean() for e in (*errors, *([] if pooled is None else [pooled]))]))
             self.scales = torch.stack(scales)  # (concepts, layers), SDXL's pooled embedding the last of them
             kinds = [(1, 1), (2, 3), (0, 0)] if len(self.teacher.concepts) > 1 else [(1, 1), (0, 0)]
             self.tests = list[tuple[Answers, list[Tensor], Tensor | None]]()
-            for limits in kinds:
+            for number, limits in enumerate(kinds):
+                on_progress("answering held-out prompts", number, len(kinds))
                 answers = self.teacher.answer(self.distribution.draw(rng, HELD_OUT, limits))
                 errors, pooled = self._errors(answers)
                 whole = self._base_squares(answers) if limits == (0, 0) else [error.sum() for error in errors]
