@@ -52,46 +52,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl+C and 143 after SIGTERM, which Docker, Slurm and a shutdown send: both end a command alike.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        verb = choose(words[:1])
-        args = arguments(verb, words[1:])
-    except SystemExit as leaving:  # argparse has printed help or an error
-        return int(leaving.code or 0)
-    with showing_logs(verbose=args.verbose), sigterm_as_interrupt() as signals:
+    with interrupts() as signals:
         try:
-            return import_module(f"fusion.cli.{verb}").run(args) or 0
-        except FusionError as error:
-            print("error:", re.sub(r"\s*\n\s*", " ", _LONG.sub(r"\1…", str(error))), file=sys.stderr)
-            return 2 if isinstance(error, UsageError) else 1
-        except BrokenPipeError:  # whoever read the output, such as head, has enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for the flush when Python ends)
-            return 1
-        except OSError as error:
-            place = f"'{error.filename}': " if error.filename else ""
-            print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
-            return 1
+            verb = choose(words[:1])
+            args = arguments(verb, words[1:])
+            with showing_logs(verbose=args.verbose):
+                return import_module(f"fusion.cli.{verb}").run(args) or 0
+        except SystemExit as leaving:  # argparse has printed help or an error
+            return int(leaving.code or 0)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 143 if signals else 130
+            pass
+        except Exception as error:
+            # Compiled code, such as safetensors', makes an error of its own of an interrupt within it.
+            if not signals:
+                code = exit_code(error)
+                if code is None:
+                    raise
+                return code
+        print("interrupted", file=sys.stderr)
+        return 143 if signal.SIGTERM in signals else 130
+
+
+def exit_code(error: Exception) -> int | None:
+    """Print what the user or the system did wrong in one line; None for any other error."""
+    if isinstance(error, FusionError):
+        print("error:", re.sub(r"\s*\n\s*", " ", _LONG.sub(r"\1…", str(error))), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, BrokenPipeError):  # whoever read the output, such as head, has enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for the flush when Python ends)
+        return 1
+    if isinstance(error, OSError):
+        place = f"'{error.filename}': " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
+        return 1
+    return None
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Generator[list[int]]:
-    """Raise KeyboardInterrupt on SIGTERM too, and list the signals that came."""
+def interrupts() -> Generator[list[int]]:
+    """Raise KeyboardInterrupt on SIGTERM as on SIGINT, and list the signals that came."""
     signals: list[int] = []
 
     def interrupt(number: int, _frame: object) -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose(first: list[str]) -> str:

@@ -6,7 +6,7 @@ encoder are much alike, and what tells a concept's token from other words is a s
 Shapes: P prompts, T text positions, I in_features, N rows, Q rank of the branches together.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,8 +80,14 @@ class LeastSquares:
         return lora.up.shape[0], lora.down.shape[1]
 
     @torch.no_grad()
-    def solve(self) -> None:
-        """Set the student's factors, as many of its ranks as the answer has; the others start as without it."""
+    def solve(self, loss: Callable[[], float]) -> bool:
+        """Set the student's factors, as many of its ranks as the answer has; the others start as without it.
+
+        Layers that are solved apart may not fit together: where `loss` is not lower than without, all start as
+        without. Returns whether the answer is used.
+        """
+        parameters = self.student.parameters()
+        before, fresh = loss(), {name: parameter.clone() for name, parameter in parameters.items()}
         for layer, cross in self._cross.items():
             lora, (branches, _) = self.student.loras[layer], self.teacher.branches(layer, self.shape(layer))
             best = least_squares_delta(branches.up, cross, self._moments[self._first[layer]], lora.up.shape[1])
@@ -89,3 +95,8 @@ class LeastSquares:
             sizes = (best.down.norm(dim=1) / lora.down.norm(dim=1).mean()).clamp(min=1e-12)  # (rank,)
             lora.down[: best.rank] = best.down / sizes[:, None]
             lora.up[:, : best.rank] = best.up * sizes
+        if better := loss() < before:
+            return better
+        for name, parameter in parameters.items():
+            parameter.copy_(fresh[name])
+        return False

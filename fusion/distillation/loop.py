@@ -144,7 +144,7 @@ class _Distillation:
         if checkpoint is None and self.learns:
             start = LeastSquares(self.teacher, self.student, config.free_weight)
             self.pools.answer_first(START_PROMPTS, start.answer, partial(on_progress, "solving for a start"))
-            start.solve()
+            start.solve(self._test_loss)
         self._start(checkpoint)
 
     def _start(self, checkpoint: Checkpoint | None) -> None:
@@ -185,6 +185,11 @@ class _Distillation:
                 errors, pooled = self._errors(answers)
                 whole = self._base_squares(answers) if limits == (0, 0) else [error.sum() for error in errors]
                 self.tests.append((answers, whole, None if pooled is None else pooled.sum()))
+
+    def _test_loss(self) -> float:
+        """The loss of the held-out prompts, as they weigh in learning."""
+        with torch.no_grad():
+            return sum(self._loss(answers).item() for answers, *_ in self.tests)
 
     def _base_squares(self, answers: Answers) -> list[Tensor]:
         """The sums over prompts of the mean squares of the base's keys and values."""
@@ -241,16 +246,20 @@ class _Distillation:
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.total)
         return warm * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
 
-    def _optimize(self, step: int) -> float:
-        """One optimizer step; returns the loss."""
-        answers = self.pools.batch(step)
-        if step % WHOLE_STEPS:
-            answers = answers.cut(self.teacher.length(answers.ids))
+    def _loss(self, answers: Answers) -> Tensor:
         errors, pooled = self._errors(answers)
         scales = prompt_scales(self.scales, self.teacher.presence(answers.owners), self.config.free_weight)
         loss = distillation_loss(errors, scales[:, : len(errors)])
         if pooled is not None:
             loss = loss + self.config.pooled_weight * distillation_loss([pooled], scales[:, -1:])
+        return loss
+
+    def _optimize(self, step: int) -> float:
+        """One optimizer step; returns the loss."""
+        answers = self.pools.batch(step)
+        if step % WHOLE_STEPS:
+            answers = answers.cut(self.teacher.length(answers.ids))
+        loss = self._loss(answers)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not math.isfinite(value := float(loss.detach())):

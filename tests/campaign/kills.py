@@ -47,6 +47,7 @@ def workloads(base: Path) -> list[Workload]:
     trainings = {"train": [*train, *previews], "train with class pictures": [*train, *prior]}
     rex, tom, resume = "lib/rex.safetensors", "lib/tom.safetensors", ["--resume_from_checkpoint", "latest"]
     distill = [*distillation(base), "-o", "out/d.safetensors"]
+    bake = ["bake", rex, "-o", "out/baked", "--gating", "none", *on]
     fused = ["fuse", rex, tom, "-o", "out/both.safetensors"]
     return [
         *(Workload(name, words, [[*words, *resume], words]) for name, words in trainings.items()),
@@ -54,7 +55,7 @@ def workloads(base: Path) -> list[Workload]:
         Workload("export", ["export", rex, "--to", "kohya", "-o", "out/k.safetensors"]),
         Workload("generate", ["generate", rex, "--prompt", "a <rex>", "--num_images", "2", "-o", "out/a.png", *on]),
         Workload("compare", ["compare", rex, "--prompt", "a <rex>", "--strengths", "1", "-o", "out/s.png", *on]),
-        Workload("bake", ["bake", rex, "-o", "out/baked", "--gating", "none", *on]),
+        Workload("bake", bake, [bake, [*bake, "--overwrite"]]),
         Workload("inspect", ["inspect", rex, tom, "--plot", "out/p.png"]),
         Workload("comfyui", ["comfyui", "-o", "out/nodes"]),
         Workload("space", [*SPACE, "--output_dir", "out/space"]),

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,12 @@ def _run(action: Action, folder: Path, log: int, prepare: Callable[[], object] |
         atexit._clear()
         if prepare:
             prepare()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+        code = 128 + signal.SIGINT  # of a signal that came before the command has begun
+        with suppress(KeyboardInterrupt):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+            code = CRASH
+        if code != CRASH:
+            return
         if callable(action):
             code = int(action() or 0)
         else:

@@ -174,8 +174,8 @@ def test_a_signal_ends_a_training_with_a_checkpoint_and_says_how_to_go_on(
     assert main(words_of_training(base)) == 0
     whole = dict(named_parameters(fusion.load("out/dog.safetensors")))
     (place / "out/dog.safetensors").unlink()
-    restore = interrupted_at(3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(words_of_training(base)) == 143
+    restore = interrupted_at(3, monkeypatch, lambda: os.kill(os.getpid(), number))
+    assert main(words_of_training(base)) == code
     restore()
     shown = capsys.readouterr().err
     assert "stopped after step 2. Continue after checkpoint-2 with:" in shown
@@ -236,3 +236,22 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(place, base, capsys, m
     shown = capsys.readouterr().err
     assert "No checkpoint after step 2: " in shown and "is a file, not a folder" in shown
     assert (place / "out/dog.safetensors").is_file()
+
+
+def test_an_interrupt_is_told_as_one_wherever_it_comes(monkeypatch, capsys):
+    def within_compiled_code(_args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    def while_flags_are_read(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("fusion.cli.library.run", within_compiled_code)
+    assert main(["library", "out"]) == 143
+    monkeypatch.setattr("fusion.cli.arguments", while_flags_are_read)
+    assert main(["library", "out"]) == 130
+    assert capsys.readouterr().err == "interrupted\n" * 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -9,6 +9,7 @@ import fusion
 import tiny
 from fusion.config import read_base_defaults
 from fusion.distillation import loop
+from fusion.distillation.least_squares import LeastSquares
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution
 from fusion.distillation.student import Student
@@ -103,6 +104,16 @@ def test_the_start_is_the_least_squares_answer_of_each_layer():
         left, values, right = torch.linalg.svd(other)
         near = (left[:, :2] * values[:2]) @ right[:2]
         assert error(near) >= error(ranked.dense().double()) * (1 - 1e-3)
+
+
+def test_a_start_is_used_where_it_lowers_the_loss(tmp_path, monkeypatch):
+    pipe, losses, solve = tiny.pipeline("sd1"), [], LeastSquares.solve
+    for after in (0.9, 1.0):  # what the loss of held-out prompts is said to be with the start; 1 without
+        values = iter([1.0, after])
+        monkeypatch.setattr(LeastSquares, "solve", lambda start, _, v=values: solve(start, lambda: next(v)))
+        with contextlib.closing(fusion.distill(pipe, two(pipe), config(tmp_path))) as steps:
+            losses.append(next(steps).loss)
+    assert losses[0] < 0.7 * losses[1]
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
