@@ -108,12 +108,13 @@ def test_the_start_is_the_least_squares_answer_of_each_layer():
 
 def test_a_start_is_used_where_it_lowers_the_loss(tmp_path, monkeypatch):
     pipe, losses, solve = tiny.pipeline("sd1"), [], LeastSquares.solve
+    adapters = two(pipe)
     for after in (0.9, 1.0):  # what the loss of held-out prompts is said to be with the start; 1 without
         values = iter([1.0, after])
         monkeypatch.setattr(LeastSquares, "solve", lambda start, _, v=values: solve(start, lambda: next(v)))
-        with contextlib.closing(fusion.distill(pipe, two(pipe), config(tmp_path))) as steps:
+        with contextlib.closing(fusion.distill(pipe, adapters, config(tmp_path))) as steps:
             losses.append(next(steps).loss)
-    assert losses[0] < 0.7 * losses[1]
+    assert losses[0] < 0.9 * losses[1]
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
