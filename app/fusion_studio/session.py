@@ -161,7 +161,7 @@ class Session:
         _ = self.pipe  # what uses adapters imports diffusers, whose lazy imports cannot bear a second thread
         paths = [self.library / f"{key}.safetensors" for key in keys]
         for key, path in zip(keys, paths, strict=True):
-            if Path(key).name != key or not path.is_file():
+            if Path(key).name != key or not os.path.isfile(path):  # noqa: PTH113 (names may be too long)
                 raise fusion.FusionError(f"'{key}' is no longer in the library {self.library}; pick again.")
             changed = path.stat().st_mtime_ns
             if self._adapters.get(path, (0,))[0] != changed:

@@ -15,6 +15,7 @@ from campaign import laws, materials, processes, studio
 from campaign.processes import Action, Child, Counter, Ending
 from fusion.base_models import opening
 
+PREVIEW = "out/samples/dog-00003-0.png"
 SPACE = ["space", "--wheel", "wheel/spectral_fusion-0-py3-none-any.whl"]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -27,6 +28,8 @@ class Workload:
     words: Action
     again: list[Action] = field(default_factory=list)  # the first that succeeds finishes; by default the same command
     optional: tuple[str, ...] = ()  # files that may remain from a command killed after it had succeeded
+    interim: tuple[str, ...] = ()  # files that a signal may leave as they were at an earlier step
+    lossy: tuple[str, ...] = ()  # files that an interrupted command may leave out for good
 
     def finish(self, folder: Path, prepare: Callable[[], object]) -> Ending:
         for words in self.again or [self.words]:
@@ -50,7 +53,8 @@ def workloads(base: Path) -> list[Workload]:
     bake = ["bake", rex, "-o", "out/baked", "--gating", "none", *on]
     fused = ["fuse", rex, tom, "-o", "out/both.safetensors"]
     return [
-        *(Workload(name, words, [[*words, *resume], words]) for name, words in trainings.items()),
+        # A preview that was being drawn when its training was interrupted is not drawn again.
+        *(Workload(name, words, [[*words, *resume], words], lossy=(PREVIEW,)) for name, words in trainings.items()),
         Workload("fuse", fused),
         Workload("export", ["export", rex, "--to", "kohya", "-o", "out/k.safetensors"]),
         Workload("generate", ["generate", rex, "--prompt", "a <rex>", "--num_images", "2", "-o", "out/a.png", *on]),
@@ -66,7 +70,12 @@ def workloads(base: Path) -> list[Workload]:
             [["library", "lib", "--rename", "rex", "max"], ["library", "lib"]],
         ),
         Workload("distill", distill, [[*distill, *resume], distill]),
-        Workload("studio", partial(studio.teach, base), [partial(studio.resume, base)]),
+        Workload(
+            "studio",
+            partial(studio.teach, base),
+            [partial(studio.resume, base)],
+            interim=("out/dog.safetensors", "out/dog.png"),
+        ),
         Workload(
             "library delete",
             ["library", "lib", "--delete", "rex"],
@@ -100,13 +109,14 @@ class Campaign:
                 self.tally["ended before the kill"] += 1
                 continue
             self.tally[workload.name] += 1
-            problems = laws.half_results(work, before, reference)
+            problems = laws.half_results(work, before, reference, workload.interim)
             problems += ["traceback: " + ending.last_lines] if ending.traceback else []
             again = workload.finish(work, in_folder(work))
             if again.code != 0 or again.traceback:
                 problems.append(f"cannot be finished: {again.code} {again.last_lines}")
             left = laws.unfinished_results(work, reference, hidden)
-            problems += [line for line in left if not line.startswith(workload.optional or ("\0",))]
+            harmless = (*workload.optional, *(f"{name} is missing" for name in workload.lossy), "\0")
+            problems += [line for line in left if not line.startswith(harmless)]
             self.report(workload, f"{way}, number {number}", problems, work)
 
     def report(self, workload: Workload, way: str, problems: list[str], work: Path) -> None:

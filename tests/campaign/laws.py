@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fusion
 from fusion.errors import ConfigError
+from fusion.formats.safetensors_file import opened
 from fusion.training.checkpoint import read_checkpoint
 
 RUN = re.compile(r"(?<![0-9a-z])[0-9a-f]{8}(?![0-9a-z])")  # the id of a training, another one each time
@@ -61,15 +62,16 @@ def _without_ids(data: bytes) -> bytes:
     return json.dumps(header, sort_keys=True).encode() + data[end:]
 
 
-def half_results(folder: Path, before: Contents, after: Contents) -> list[str]:
+def half_results(folder: Path, before: Contents, after: Contents, interim: tuple[str, ...] = ()) -> list[str]:
     """Files that are neither as before the command nor as after it, and what cannot be read of unfinished trainings.
 
-    A file may have its later contents already under its earlier name, when it is renamed.
+    A file may have its later contents already under its earlier name, when it is renamed. `interim` ones may be of an
+    earlier step, but whole.
     """
     problems, whole = [], {*after.values()}
     for name, file in _files(folder):
         parts = Path(name).parts
-        if file.name == "state.safetensors" or (UNFINISHED in parts and parts[-1][0] != "."):
+        if name in interim or file.name == "state.safetensors" or (UNFINISHED in parts and parts[-1][0] != "."):
             problems += _unreadable(name, file)
         elif not _hidden(name) and parts[0] != TEMPORARY and digest(file) not in {before.get(name), *whole}:
             problems.append(f"{name} {'differs' if name in {*before, *after} else 'belongs to no result'}")
@@ -81,6 +83,9 @@ def _unreadable(name: str, file: Path) -> list[str]:
     try:
         if file.name == "state.safetensors":
             read_checkpoint(file.parent, {"max_train_steps": 10**6})
+        elif file.name == "latents.safetensors":
+            with opened(file):
+                pass
         elif file.suffix == ".safetensors":
             fusion.load(file)
         elif file.suffix == ".png":

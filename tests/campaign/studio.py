@@ -50,7 +50,7 @@ def resume(base: Path) -> None:
 def _teach(session: object) -> bool:
     from fusion_studio.tabs import teach as tab
 
-    uploads = Path("uploads")
+    uploads = Path(laws.TEMPORARY, "uploads")
     shutil.copytree("data", uploads, dirs_exist_ok=True)
     _, pictures, _ = tab.add_pictures(session, [str(path) for path in sorted(uploads.iterdir())])
     shutil.rmtree(uploads, ignore_errors=True)
@@ -62,7 +62,7 @@ def _resume(session: object) -> bool:
     from fusion_studio import training_jobs
     from fusion_studio.tabs import teach as tab
 
-    shutil.rmtree("uploads", ignore_errors=True)
+    shutil.rmtree(Path(laws.TEMPORARY, "uploads"), ignore_errors=True)
     unfinished = list(training_jobs.unfinished_jobs(session))
     if unfinished:
         tab.resume_teaching(session, unfinished[0])

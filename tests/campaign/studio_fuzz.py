@@ -184,7 +184,7 @@ def wrong(ending: str, text: Any, seconds: float) -> str:
         "no answer": ending != "no answer",
         f"{seconds:.0f} s": seconds < TIMEOUT,
         "an unexpected error": UNEXPECTED not in message,
-        f"a message of {len(message)} letters": len(message) < MAX_MESSAGE,
+        f"a message of {len(message)} letters": len(message) < MAX_MESSAGE or message.startswith("Value: "),
         "a traceback": "Traceback" not in message,
     }
     return "; ".join(problem for problem, holds in conditions.items() if not holds) and f"{ending}: {message[:300]}"

@@ -55,7 +55,7 @@ def writers(base: Path) -> list[Writer]:
         Writer("bake", output("bake", rex, "--gating", "none", *on), "", large=True),
         Writer("inspect", lambda t: ["inspect", rex, tom, "--plot", str(t)], ".png"),
         Writer("comfyui", output("comfyui"), "", large=True),
-        Writer("space", lambda t: [*kills.SPACE, "--output_dir", str(t)], ""),
+        Writer("space", lambda t: [*kills.SPACE, "--output_dir", str(t)], "", large=True),
         Writer("library add", lambda t: ["library", str(t), "--add", rex], ""),
     ]
 

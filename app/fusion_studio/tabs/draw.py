@@ -3,6 +3,7 @@
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
 import inspect
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -242,7 +243,8 @@ def with_loras(session: Session, controls: Controls) -> Controls:
     if controls.prompt_weighting != "a1111" or not loras:
         return controls
     for name, _ in loras:
-        if Path(name).name != name or not (session.library / f"{name}.safetensors").is_file():
+        path = session.library / f"{name}.safetensors"
+        if Path(name).name != name or not os.path.isfile(path):  # noqa: PTH113 (names may be too long)
             raise fusion.FusionError(f"<lora:{name}>: the library has no '{name}'; add it there, or take it out.")
     return controls._replace(prompt=prompt, picks={"picked": picked_of(controls.picks) | dict(loras)})
 
