@@ -132,7 +132,7 @@ def fuzz(folder: Path, seed: int, count: int) -> tuple[dict[str, int], list[str]
     for number in range(count):
         endpoint = list(table)[number % len(table)]
         values = changed(table[endpoint], Mutations(f"{seed} studio {number}"), hostile)
-        if endpoint == "/base" and str(values[0]).strip().lower() in ("", "pocket", "none"):
+        if endpoint == "/base" and str(*values[:1]).strip().lower() in ("", "pocket", "none"):
             values = ["/nowhere"]  # another base takes its time, and has no use for these concepts
         upload = page.upload(work / "data" / "00.png") if FILE in str(values) else None
         began = time.monotonic()
