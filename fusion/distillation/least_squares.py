@@ -80,11 +80,11 @@ class LeastSquares:
         return lora.up.shape[0], lora.down.shape[1]
 
     @torch.no_grad()
-    def solve(self, loss: Callable[[], float]) -> bool:
+    def solve(self, loss: Callable[[], float]) -> None:
         """Set the student's factors, as many of its ranks as the answer has; the others start as without it.
 
         Layers that are solved apart may not fit together: where `loss` is not lower than without, all start as
-        without. Returns whether the answer is used.
+        without.
         """
         parameters = self.student.parameters()
         before, fresh = loss(), {name: parameter.clone() for name, parameter in parameters.items()}
@@ -95,8 +95,6 @@ class LeastSquares:
             sizes = (best.down.norm(dim=1) / lora.down.norm(dim=1).mean()).clamp(min=1e-12)  # (rank,)
             lora.down[: best.rank] = best.down / sizes[:, None]
             lora.up[:, : best.rank] = best.up * sizes
-        if better := loss() < before:
-            return better
-        for name, parameter in parameters.items():
-            parameter.copy_(fresh[name])
-        return False
+        if loss() >= before:
+            for name, parameter in parameters.items():
+                parameter.copy_(fresh[name])

@@ -8,7 +8,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from fusion.errors import ConfigError, FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, prepare_folder, read_checkpoint
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
+from fusion.models.input_moments import OnPhase
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
@@ -44,9 +45,6 @@ HELD_OUT = 64  # prompts of each kind: with one concept, with several, with none
 TARGET_STEPS = 50  # steps from one comparison with target_error to the next
 WHOLE_STEPS = 6  # every so many steps see all positions; what pads prompts is much alike, so others see one of it
 LEAST_RATE = 0.02  # what is left of the learning rate at the end
-
-
-OnPhase = Callable[[str, int, int], None]  # what is done, how many units of it are done, and how many there are
 
 
 @dataclass(frozen=True)

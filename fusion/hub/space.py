@@ -67,6 +67,8 @@ def write_space(folder: Path, *, wheel: Path | None = None, title: str = LIBRARY
         return "" if ours else "it is another folder"
 
     target = check_output(folder, folder=True, foreign=foreign, overwrite=overwrite)
+    if wheel is not None:
+        _requirements(wheel)  # before anything is written
     with output_group(target) as group:
         space = group / target.name
         space.mkdir()
@@ -113,6 +115,8 @@ def _requirements(wheel: Path) -> list[str]:
             (name,) = (n for n in file.namelist() if n.startswith("spectral_fusion-") and n.endswith("/METADATA"))
             entries = Parser().parsestr(file.read(name).decode("utf-8")).get_all("Requires-Dist") or []
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise OutputError(f"'{wheel.name}' is no wheel of spectral-fusion: {error}.") from error
+        raise OutputError(
+            f"'{wheel.name}' is no wheel of spectral-fusion: {getattr(error, 'strerror', None) or error}."
+        ) from error
     pairs = [[part.strip() for part in entry.partition(";")[::2]] for entry in entries]
     return [package for package, condition in pairs if condition.replace('"', "'") in ("", "extra == 'app'")]

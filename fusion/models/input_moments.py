@@ -35,6 +35,7 @@ CONCEPT_FREE = (
 STEPS = 5  # denoising steps, so noise levels at which inputs are recorded
 BATCH = 4  # prompts at a time
 OnProgress = Callable[[int, int], None]
+OnPhase = Callable[[str, int, int], None]  # phase, units done, units in all
 
 
 def record_moments(

@@ -30,6 +30,7 @@ from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, check_clip_skip, check_denoises, encode_prompts, predict
 from fusion.models.devices import explained_memory
+from fusion.models.input_moments import OnPhase
 from fusion.models.layer_sites import Site
 from fusion.models.noise_schedule import check_noise, forward_process
 from fusion.models.pipeline import Pipeline
@@ -41,7 +42,7 @@ from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.quiet_loss import QuietLoss
-from fusion.training.training_data import OnPhase, TrainingData
+from fusion.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ Shapes: B examples, C latent channels, H W latent size.
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
+from fusion.models.input_moments import OnPhase
 from fusion.models.pipeline import Pipeline
 from fusion.output_files import check_output
 from fusion.training.buckets import Size, nearest_size, training_sizes
@@ -27,9 +28,6 @@ from fusion.training.dataset import Dataset, Example, class_dataset, instance_da
 from fusion.training.encoded_pictures import Encoded, encoding_digest, read_encoded, write_encoded
 
 logger = logging.getLogger(__name__)
-
-
-OnPhase = Callable[[str, int, int], None]  # phase, units done, units in all
 
 
 class Batch(NamedTuple):
