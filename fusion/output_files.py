@@ -165,8 +165,8 @@ def check_output(
         _check_names(target, parent)
         remove_leftovers(parent)  # a probe among them, where the folder of the output does not exist yet
         descriptor, probe = _temporary_file(parent / "probe")
-        os.close(descriptor)
-        probe.unlink()
+        os.close(descriptor)  # from here on another writer may take it for a leftover
+        probe.unlink(missing_ok=True)
         if (free := shutil.disk_usage(parent).free) < size:
             raise OSError(0, f"about {size / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free")
         if not overwrite and os.path.lexists(target) and (reason := foreign(target)):

@@ -140,6 +140,19 @@ def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, name, re
     assert names(tmp_path) == before
 
 
+def test_a_writer_beside_it_may_delete_a_probe_that_is_no_longer_locked(tmp_path, monkeypatch):
+    close = os.close
+
+    def close_and_let_another_begin(descriptor):
+        close(descriptor)
+        monkeypatch.setattr(os, "close", close)
+        remove_leftovers(tmp_path)
+
+    monkeypatch.setattr(os, "close", close_and_let_another_begin)
+    assert check_output(tmp_path / "a.png") == tmp_path / "a.png"
+    assert os.close is close and not any(tmp_path.iterdir())
+
+
 def test_homes_room_and_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_output("~/new/x") == tmp_path / "new" / "x"
