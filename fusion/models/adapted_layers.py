@@ -261,11 +261,13 @@ def _compiled(layer: _Adapted, y: Tensor, x: Tensor) -> Tensor:
     return _branches_operator(y, x, layer._number)
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+def outside_graphs(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function uncompiled, also from inside a compiled model."""
+    if not torch.compiler.is_compiling():
+        return function(*args)
+    from fusion.models.graph_breaks import call  # it loads torch._dynamo, which takes seconds
 
-
-outside_graphs: Any = torch.compiler.disable(_call)  # calls a function uncompiled from inside a compiled model
+    return call(function, *args)
 
 
 def _concatenated(parts: list[tuple[Delta, float]]) -> Delta:

@@ -29,6 +29,7 @@ spec = importlib.util.spec_from_file_location("nodes_under_test", folder + "/__i
                                               submodule_search_locations=[folder])
 package = sys.modules["nodes_under_test"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
+from nodes_under_test.fusion.comfyui import attachment
 from nodes_under_test.fusion.formats.adapter_file import load
 print(sorted(package.NODE_CLASS_MAPPINGS), len(load(adapter).deltas()))
 print(sorted({"torch._dynamo", "fusion", "transformers", "diffusers", "peft", "PIL"} & sys.modules.keys()))
@@ -36,7 +37,7 @@ print(sorted({"torch._dynamo", "fusion", "transformers", "diffusers", "peft", "P
 
 
 def test_nodes_import_nothing_that_comfyui_lacks(node_folder, tmp_path):
-    """Not even an installed spectral-fusion."""
+    """Not even an installed spectral-fusion, and not torch._dynamo, which takes seconds."""
     adapter = trained_adapter(tiny.pipeline("sd1"))
     fusion.save(adapter, tmp_path / "rex.safetensors")
     words = [sys.executable, "-c", BLOCKED, str(node_folder), str(tmp_path / "rex.safetensors")]
