@@ -28,7 +28,7 @@ SETTINGS = (
 )
 ANY_TOKEN = "<concept>"  # where nobody says which
 FIRST_BATCHES = 3  # that are shown where captions or sizes differ between them
-MULTIPLE = 8  # pixels of a latent position in Stable Diffusion
+USUAL = 512, 8  # where a base's configs are not on this machine: Stable Diffusion's
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,8 +65,9 @@ def run(args: Namespace) -> int:
             dataset, paths, problems = check_dataset(config)
     folder, examples = config.instance_data_dir, {example.image_path: example for example in dataset.examples}
     config = config.with_base_defaults(defaults)
-    resolution = config.resolution or native_resolution(config.base_config or base)
-    sizes = training_sizes(config, resolution, MULTIPLE)
+    native, multiple = native_resolution(config.base_config or base)
+    resolution = config.resolution or native
+    sizes = training_sizes(config, resolution, multiple)
     checks = check_pictures(paths, resolution, sizes)
     cuts: list[tuple[Any, str]] = []
     for check in checks.pictures:
@@ -107,13 +108,17 @@ def configure(args: Namespace) -> TrainingConfig:
         raise UsageError(str(error)) from None
 
 
-def native_resolution(base: str | Path) -> int:
-    """The side of the pictures that a base draws, as its configs say; 512 where they are not on this machine."""
+def native_resolution(base: str | Path) -> tuple[int, int]:
+    """The side of the pictures that a base draws, and that of a latent position in pixels, as its configs say."""
     from fusion.base_models.single_file import configs_of, read_single_file
 
     folder = configs_of(read_single_file(Path(base)).family) if os.path.isfile(base) else Path(base)  # noqa: PTH113
-    file = folder / "unet" / "config.json"
-    return json.loads(file.read_text(encoding="utf-8"))["sample_size"] * MULTIPLE if file.is_file() else 512
+    files = [folder / part / "config.json" for part in ("unet", "vae")]
+    if not all(file.is_file() for file in files):
+        return USUAL
+    unet, vae = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    multiple = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * multiple, multiple
 
 
 def print_batches(config: TrainingConfig, dataset: "Dataset", sizes: "Sequence[Size]") -> None:

@@ -43,7 +43,7 @@ def call_pipeline(
         for numbers in pictures_by_chunks(call, config):
             arguments = {"output_type": "np", **(options or {}), **_options(call, config, image, mask, numbers)}
             arguments |= embed_prompts(call, config, numbers)
-            with _regions(pipe, config):
+            with _regions(pipe, config), _usual_channels(pipe, mask):
                 pictures |= zip(numbers, _pictures(call(**arguments)), strict=True)
         return [picture for _, picture in sorted(pictures.items())]
 
@@ -78,6 +78,24 @@ def _regions(pipe: Pipeline, config: GenerationConfig) -> AbstractContextManager
     assert config.regions != "auto" and config.width and config.height
     scale = pipe.vae_scale_factor
     return drawing_regions(pipe, Cover(config.regions, config.height // scale, config.width // scale))
+
+
+@contextmanager
+def _usual_channels(pipe: Pipeline, mask: Image.Image | None) -> Generator[None]:
+    """While inpainting, a UNet for other latents than four channels shows a config that names four.
+
+    diffusers' pipelines read that number only to tell a base of its own latents (4) from one that also takes mask and
+    picture (9), and refuse others; they draw with the VAE's number.
+    """
+    channels = pipe.unet.config.in_channels
+    if mask is None or is_inpainting(pipe) or channels == 4:
+        yield
+        return
+    pipe.unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        pipe.unet.register_to_config(in_channels=channels)
 
 
 def _options(
