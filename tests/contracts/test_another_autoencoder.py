@@ -1,10 +1,11 @@
-"""Nothing assumes Stable Diffusion's autoencoder: a base with one of factor 16 and 8 channels does all that others do."""
+"""A base with an autoencoder of factor 16 and 8 channels does all that others do."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from toy_training import config
 
 import fusion
 import tiny
@@ -12,7 +13,6 @@ from fusion.cli import main
 from fusion.cli.check import native_resolution
 from fusion.errors import ConfigError
 from fusion.generation.config import Region
-from toy_training import config
 from trained import trained_adapter
 
 SIDE, MULTIPLE = 64, 32  # the UNet halves its latents once
