@@ -15,6 +15,7 @@ from fusion.config import TOKEN, read_base_defaults
 from fusion.errors import ConfigError
 from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
+from fusion.training.setting_warnings import warnings_about
 
 if TYPE_CHECKING:  # help must be immediate
     from fusion.training.buckets import Size
@@ -80,7 +81,7 @@ def run(args: Namespace) -> int:
             cuts.append((crop, f"{name}\n{example.caption}"))
     if dataset.examples and not problems:
         print_batches(config, dataset, sizes)
-    for warning in [*dataset.warnings, *checks.warnings, *config.idle_settings()]:
+    for warning in [*dataset.warnings, *checks.warnings, *warnings_about(config)]:
         print(f"warning: {warning}")
     for problem in problems:
         print(f"problem: {problem}")

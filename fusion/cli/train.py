@@ -27,7 +27,7 @@ from fusion.cli.console import (
 )
 from fusion.cli.progress_bar import progress, show_phases, with_progress
 from fusion.cli.push import add_hub_options, hub_options, push_adapter
-from fusion.config import read_base_defaults, settings_of
+from fusion.config import read_base_defaults
 from fusion.errors import ConfigError, OutOfMemory, OutputError
 from fusion.output_files import check_output
 from fusion.training.config import TrainingConfig
@@ -256,9 +256,7 @@ def save_previews(step: Any, config: TrainingConfig) -> None:
 
 def as_toml(config: TrainingConfig, base: Mapping[str, Any]) -> str:
     """What the user has set, and as comments what applies to the rest: the base's own defaults, then ours."""
-    given = config.settings()
-    ours = {setting.name: setting.default for setting in settings_of(TrainingConfig) if not setting.required}
-    rest = {name: value for name, value in {**ours, **config.canonical(base)}.items() if name not in given}
-    lines = config.updated(rest).to_toml().splitlines()
+    given, whole = config.settings(), config.with_base_defaults(base)
+    lines = config.updated({name: getattr(whole, name) for name in type(config).model_fields}).to_toml().splitlines()
     left = [f"# {line}" for line in lines if line.partition(" ")[0] not in given]
     return "\n".join([config.to_toml(), "# Not set, so this applies:", *left])

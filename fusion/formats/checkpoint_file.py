@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "state.safetensors"
 _FOLDER = re.compile(r"checkpoint-(\d{1,9})")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
+_ESTIMATE = ("k", "d", "d_max", "d_numerator")  # Prodigy's learning rate, in its groups
 
 
 class CheckpointState(StrictModel):
@@ -45,6 +45,7 @@ class CheckpointState(StrictModel):
     lasting: dict[str, Any]  # settings
     scale: float | None = Field(None, gt=0)  # of the gradient scaler, in fp16
     growth_tracker: int = Field(0, ge=0, lt=2**31)
+    estimates: tuple[dict[str, float], ...] = ()  # of the learning rate by Prodigy, for each group of parameters
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,14 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, scaler: GradScaler | None) -> None:
-        """Put parameters, AdamW's moments and the gradient scaler back. Raises FormatError for shapes that differ."""
+        """Put parameters, optimizer and gradient scaler back. Raises FormatError for shapes that differ."""
         shapes = {f"parameter.{name}": parameter.shape for name, parameter in parameters.items()}
-        moments: dict[int, dict[str, Tensor | None]] = {}
-        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            moment = {entry: self.tensors.get(f"optimizer.{index}.{entry}") for entry in _MOMENTS}
-            if any(tensor is not None for tensor in moment.values()):  # none: it had no gradient yet
-                moments[index] = moment
-                shapes |= {f"optimizer.{index}.{entry}": parameter.shape for entry in _MOMENTS}
-                shapes[f"optimizer.{index}.step"] = torch.Size()
+        moments = dict[Tensor, dict[str, Tensor]]()
+        for index, (parameter, entries) in enumerate(_initial_state(optimizer)):
+            names = {entry: f"optimizer.{index}.{entry}" for entry in entries}
+            if any(name in self.tensors for name in names.values()):  # none: it had no gradient yet
+                shapes |= {name: torch.as_tensor(entries[entry]).shape for entry, name in names.items()}
+                moments[parameter] = {entry: self.tensors[n] for entry, n in names.items() if n in self.tensors}
         stored = {name: tensor.shape for name, tensor in self.tensors.items()}
         if different := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
             there, here = (list(s[different[0]]) if different[0] in s else "missing" for s in (stored, shapes))
@@ -74,10 +74,35 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[f"parameter.{name}"])
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            for parameter, state in list(optimizer.state.items()):
+                if parameter not in moments:
+                    del optimizer.state[parameter]
+                    continue
+                for entry, value in state.items():
+                    number = moments[parameter][entry]
+                    state[entry] = value.copy_(number) if isinstance(value, Tensor) else type(value)(number)
+        for group, numbers in zip(optimizer.param_groups, self.state.estimates, strict=False):
+            group.update({entry: numbers[entry] for entry in _ESTIMATE if entry in group and entry in numbers})
         if scaler is not None and self.state.scale is not None:
             changes = {"scale": self.state.scale, "_growth_tracker": self.state.growth_tracker}
             scaler.load_state_dict(scaler.state_dict() | changes)
+
+
+def _initial_state(optimizer: Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """Every parameter with the entries of its state, as the optimizer makes them at its first step.
+
+    That step is taken, with gradients of zero; it may change the parameters.
+    """
+    parameters = _parameters(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return [(parameter, optimizer.state[parameter]) for parameter in parameters]
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def save_checkpoint(
@@ -86,9 +111,11 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write the checkpoint `path`, whole or not at all. `settings`: those that must not change on resuming."""
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{entry}": tensor for entry, tensor in moments.items()}
-    state: dict[str, Any] = {"run": run, "step": step, "loss": loss, "lasting": dict(settings)}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        moments = optimizer.state[parameter].items() if parameter in optimizer.state else ()
+        tensors |= {f"optimizer.{index}.{entry}": torch.as_tensor(value).float() for entry, value in moments}
+    estimates = [{entry: group[entry] for entry in _ESTIMATE if entry in group} for group in optimizer.param_groups]
+    state: dict[str, Any] = {"run": run, "step": step, "loss": loss, "lasting": dict(settings), "estimates": estimates}
     if scaler is not None:
         state |= {"scale": scaler.get_scale(), "growth_tracker": scaler.state_dict()["_growth_tracker"]}
     text = CheckpointState.model_validate(state).model_dump_json()

@@ -1,6 +1,5 @@
 """The settings of a training, under the names of the diffusers training scripts where these have one."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from fusion.training.caption_text import with_token
 
 MAX_RESOLUTION = 4096  # pixels
 MAX_REPEATS = 10_000
+RATES = ("learning_rate", "text_encoder_lr", "token_lr")
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 # What may be another when a training is resumed; every other setting shapes the adapter (`lasting_settings`).
@@ -67,7 +67,7 @@ class TrainingConfig(StrictModel):
         "concept": "token",
         "pictures": "instance_data_dir",
         "adapter": "adapter_type",
-        "optimisation": "learning_rate",
+        "optimisation": "optimizer",
         "prior preservation": "with_prior_preservation",
         "isolation": "quiet_loss_weight",
         "speed and memory": "mixed_precision",
@@ -160,8 +160,11 @@ class TrainingConfig(StrictModel):
     library: Path | None = None
     """Folder of adapters whose slices are taken; the next free one is reserved there. Default: output_dir."""
 
+    optimizer: Literal["adamw", "prodigy", "adafactor", "adamw8bit"] = "adamw"
+    """How gradients move the adapter. prodigy finds the learning rate itself (pip install prodigyopt), adafactor keeps
+    less in memory, and so does adamw8bit (pip install bitsandbytes)."""
     learning_rate: float = Field(1e-4, gt=0, le=MAX_WEIGHT)
-    """Learning rate of the UNet's layers."""
+    """Learning rate of the UNet's layers. With prodigy a factor of the rate it finds, 1 if not set, for all parts."""
     text_encoder_lr: float = Field(1e-5, ge=0, le=MAX_WEIGHT)
     """Learning rate of the text encoders' layers; 0 freezes them."""
     token_lr: float = Field(1e-3, ge=0, le=MAX_WEIGHT)
@@ -177,13 +180,13 @@ class TrainingConfig(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, le=10_000)
     """Forward passes per step: larger batches for time instead of memory."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's decay rate of the mean of gradients."""
+    """Decay rate of the mean of gradients, for AdamW and prodigy."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """AdamW's decay rate of the mean of squared gradients."""
+    """Decay rate of the mean of squared gradients, for AdamW and prodigy."""
     adam_weight_decay: float = Field(1e-2, ge=0, le=MAX_WEIGHT)
-    """AdamW's weight decay; not on the token."""
+    """Weight decay, of every optimizer; not on the token."""
     adam_epsilon: float = Field(1e-8, gt=0, le=1)
-    """AdamW's epsilon, against division by zero."""
+    """Epsilon of AdamW and prodigy, against division by zero."""
     max_grad_norm: float = Field(1.0, ge=0, le=MAX_WEIGHT)
     """Gradients are clipped to this norm; 0 does not clip."""
     snr_gamma: float | None = Field(None, gt=0, le=MAX_WEIGHT)
@@ -265,6 +268,11 @@ class TrainingConfig(StrictModel):
             yield f"slice {self.slice} does not exist among {slots} strided slots; the last is {slots - 1}."
         if self.resume_from_checkpoint == "latest" and not self.checkpointing_steps:
             yield "resume_from_checkpoint = 'latest' needs checkpointing_steps; set it, or name a checkpoint."
+        if self.optimizer == "prodigy" and len({rate for rate in self._set_rates().values() if rate}) > 1:
+            rates = " and ".join(f"{name} = {rate:g}" for name, rate in self._set_rates().items())
+            yield f"optimizer 'prodigy' finds one learning rate for all; {rates} must be equal, best 1, or 0."
+        if self.optimizer == "prodigy" and self.balance_slices:
+            yield "balance_slices needs a learning rate for each layer, and optimizer 'prodigy' has one for all."
         if self.targets == []:
             yield "targets is empty; name a layer, or leave it out."
 
@@ -280,38 +288,18 @@ class TrainingConfig(StrictModel):
         """TOML that reads back as these settings."""
         return to_toml(self)
 
-    def idle_settings(self) -> list[str]:
-        """A sentence for each setting that was changed and does nothing beside the others."""
-        base, unet_only = self.pretrained_model_name_or_path, bool(self.targets)
-        unet_only = unet_only and all(target.startswith("unet") for target in self.targets or ())
-        rules: dict[str, tuple[bool, tuple[str, ...]]] = {
-            "with gating = 'tokens', under which class prompts run the base itself": (
-                self.gating == "tokens", ("with_prior_preservation",)
-            ),
-            "without with_prior_preservation": (
-                not self.with_prior_preservation, ("num_class_images", "prior_loss_weight", "sample_batch_size")
-            ),
-            "without gating = 'tokens', since the slice is exclusive there": (
-                self.gating != "tokens", ("exclusive_slice",)
-            ),
-            "without enable_bucket": (
-                not self.enable_bucket, ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
-            ),
-            "without shuffle_caption": (not self.shuffle_caption, ("keep_tokens",)),
-            "with use_masks = false": (not self.use_masks, ("unmasked_weight",)),
-            "without layout = 'strided'": (self.layout != "strided", ("slots",)),
-            "without adapter_type = 'guarded'": (self.adapter_type != "guarded", ("guard",)),
-            "without validation_prompt": (not self.validation_prompt, ("validation_steps",)),
-            "with checkpointing_steps = 0": (not self.checkpointing_steps, ("checkpoints_total_limit",)),
-            "where no text encoder is among the targets": (unet_only, ("text_encoder_lr",)),
-            "without a base from the hub": (base is None or os.path.exists(base), ("revision",)),  # noqa: PTH110
-        }  # fmt: skip
-        default = {name: field.default for name, field in type(self).model_fields.items()}
-        return [
-            f"{name} does nothing {where}."
-            for where, (idle, names) in rules.items() if idle
-            for name in names if getattr(self, name) != default[name]
-        ]  # fmt: skip
+    def with_base_defaults(self, table: Mapping[str, Any]) -> Self:
+        """As of every model. Learning rates in a base's table are AdamW's: prodigy's are 1, or as the user has set."""
+        if self.optimizer == "prodigy":
+            table = {name: value for name, value in table.items() if name not in RATES}
+        config = super().with_base_defaults(table)
+        if config.optimizer != "prodigy":
+            return config
+        rates = config._set_rates()
+        return config.updated(dict.fromkeys(RATES, max(rates.values(), default=0.0) or 1.0) | rates)
+
+    def _set_rates(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in RATES if name in self.model_fields_set}
 
     @property
     def name(self) -> str:

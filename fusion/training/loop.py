@@ -41,7 +41,9 @@ from fusion.training.accelerator import accelerated, check_tracker, frozen, prec
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
+from fusion.training.optimizers import build_optimizer, check_optimizer
 from fusion.training.quiet_loss import QuietLoss
+from fusion.training.setting_warnings import warnings_about
 from fusion.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def train(pipe: Pipeline, config: TrainingConfig, *, on_progress: OnPhase | None
     """
     config, targets, data = _checked(pipe, config)
     check_tracker(config)
-    for sentence in config.idle_settings():
+    for sentence in warnings_about(config):
         logger.warning("%s", sentence)
     if config.checkpointing_steps:
         prepare_folder(checkpoint_folder(config), config.max_train_steps)
@@ -112,6 +114,7 @@ def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
 def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, dict[str, Site], TrainingData]:
     """The settings with the base's defaults, the layers to adapt, and the pictures."""
     config = config.with_base_defaults(base_defaults(pipe, "training"))
+    check_optimizer(config)
     clip_skip = config.clip_skip
     if clip_skip is None:
         clip_skip = GenerationConfig(prompt="").with_base_defaults(base_defaults(pipe, "generation")).clip_skip
@@ -165,7 +168,7 @@ class _Training:
             progress = on_progress and partial(on_progress, "recording inputs for the quiet loss")
             self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions, data.resolution, progress)
         groups = setup.parameter_groups(pipe, adapter, config, targets)
-        optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        optimizer = build_optimizer(config, groups)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the scheduler computes this step's rate from it
         self.scheduler = get_scheduler(
@@ -183,7 +186,7 @@ class _Training:
         self.text_cache: dict[str, Conditioning] = {}
         self._check_room()
         if checkpoint:
-            checkpoint.restore(self.parameters, self.optimizer, self.scaler)
+            checkpoint.restore(self.parameters, optimizer, self.scaler)
             logger.info("Resuming from '%s' after %d steps.", checkpoint.path, self.resumed)
 
     def steps(self) -> Generator[TrainStep]:
@@ -200,7 +203,8 @@ class _Training:
         config, trained = self.config, step > self.resumed
         if trained:
             self._optimize(step)
-        rate = float(self.scheduler.get_last_lr()[0])
+        # Prodigy multiplies the rate by what it finds.
+        rate = float(self.scheduler.get_last_lr()[0]) * self.optimizer.param_groups[0].get("d", 1.0)
         if config.report_to and trained:
             self.accelerator.log({"loss": self.last_loss, "learning_rate": rate}, step=step)
         provenance = replace(self.adapter.info.provenance, steps=step)
@@ -315,12 +319,13 @@ class _Training:
         return checkpoint
 
     def _check_room(self) -> None:
-        """Raise OutputError if the disk has no room for the checkpoints to come: the adapter and two moments each."""
+        """Raise OutputError if the disk has no room for the checkpoints to come: the adapter and its moments each."""
         config, every = self.config, self.config.checkpointing_steps
         if every:
             count = (config.max_train_steps - self.resumed) // every + 1  # and the one of an interruption
             count = min(count, (config.checkpoints_total_limit or count) + 1)
-            size = 3 * 4 * sum(parameter.numel() for parameter in self.parameters.values())
+            copies = 5 if config.optimizer == "prodigy" else 3
+            size = copies * 4 * sum(parameter.numel() for parameter in self.parameters.values())
             check_output(self.checkpoints.folder / "checkpoint", folder=True, size=count * size)
 
 

@@ -22,6 +22,7 @@ from fusion.training.accelerator import accelerated
 from fusion.training.checkpoint import read_checkpoint
 from fusion.training.config import MAY_CHANGE
 from fusion.training.loss import denoising_loss
+from fusion.training.optimizers import PACKAGES
 from fusion.training.setup import named_parameters, parameter_groups
 from fusion.training.training_data import TrainingData
 
@@ -33,6 +34,7 @@ OTHER = {
     "instance_prompt": "a photo of {token}", "repeats": 2, "resolution": 24, "center_crop": False, "random_flip": True,
     "use_masks": False, "unmasked_weight": 0.5, "adapter_type": "lora", "rank": 2, "slice": 1, "layout": "strided",
     "slots": 4, "targets": ["unet.attn1"], "gating": "none", "guard": 8, "balance_slices": True,
+    "optimizer": "adafactor",
     "learning_rate": 1e-3, "text_encoder_lr": 1e-3, "token_lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
     "max_train_steps": 4, "train_batch_size": 1, "gradient_accumulation_steps": 2, "adam_beta1": 0.8,
     "adam_beta2": 0.99, "adam_weight_decay": 0.0, "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "snr_gamma": 5.0,
@@ -85,8 +87,19 @@ def restore(path, step, settings):
     checkpoint.restore(named_parameters(step.adapter), optimizer, torch.amp.GradScaler("cpu"))
 
 
-@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "center_crop": False, "random_flip": True}])
+EXTRAS = [
+    {},
+    {"gradient_accumulation_steps": 2, "center_crop": False, "random_flip": True},
+    {"optimizer": "adafactor"},
+    {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 1.0, "token_lr": 1.0},
+    {"optimizer": "adamw8bit"},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=str)
 def test_resuming_is_exact(extra, pictures):
+    if package := PACKAGES.get(extra.get("optimizer")):
+        pytest.importorskip(package)
     settings = config(pictures, max_train_steps=6, checkpointing_steps=3, lr_scheduler="cosine", **extra)
     steps, whole = run(toy(), settings)
     assert steps[2].checkpoint.name == "checkpoint-3"
