@@ -42,7 +42,7 @@ def _encoder(kind, width, layers, act):
 
 
 class Toy:
-    """One base in both programs. `pipe`, `model` and `clip`."""
+    """One base in both programs: `pipe`, and `model` and `clip`; `size` of the latent drawn last."""
 
     def __init__(self, family):
         self.family = family
@@ -160,26 +160,35 @@ class Toy:
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]
 
-    def noise_prediction(self, x, t, context, y):
-        """diffusers' UNet; `y` is ComfyUI's joined pooled prompt and sizes."""
+    def noise_prediction(self, x, t, context, y, control):
+        """diffusers' UNet; `y` is ComfyUI's joined pooled prompt and sizes, `control` what its ControlNet adds."""
         added = {}
+        if control is not None:
+            added = {
+                "down_block_additional_residuals": control["output"],
+                "mid_block_additional_residual": control["middle"][0],
+            }
         if self.family == "sdxl":
-            sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(len(x), 1)
-            added = {"added_cond_kwargs": {"text_embeds": y[:, : SIZES["g"]], "time_ids": sizes}}
+            height, width = (8.0 * cells for cells in self.size)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]]).repeat(len(x), 1)
+            added |= {"added_cond_kwargs": {"text_embeds": y[:, : SIZES["g"]], "time_ids": sizes}}
         return self.pipe.unet(x, t, encoder_hidden_states=context, **added).sample
 
     def draw(self, model, positive, negative, *, steps=2, cfg=4.0, size=8, batch=1, seed=1):
-        """A latent, and the arguments and the result of every UNet call."""
+        """A latent, and the arguments and the result of every UNet call. `size`: of the latent, or (height, width)."""
         calls = []
 
         def spy(executor, x, t, context, y=None, control=None, options=None, **extra):
+            copies = tuple(None if value is None else value.clone() for value in (x, t, context, y))
+            added = None if control is None else {key: list(values) for key, values in control.items()}
             out = executor(x, t, context, y, control, options, **extra)
-            calls.append((x.clone(), t.clone(), context.clone(), None if y is None else y.clone(), out.clone()))
+            calls.append((*copies, added, out.clone()))
             return out
 
         model = model.clone()
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", spy)
-        noise = torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(seed))
+        self.size = height, width = size if isinstance(size, tuple) else (size, size)
+        noise = torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
         zero = torch.zeros_like(noise)
         with torch.inference_mode():
             latent = comfy.sample.sample(

@@ -18,10 +18,11 @@ from fusion.adapters.adapter import Adapter, float32
 from fusion.comfyui.base import Clip, ModelPatcher, text_encoders, text_paths, unet_paths, widths
 from fusion.comfyui.concept_tokenizer import gate_key, positions, rows_of
 from fusion.comfyui.mask_cells import MaskCells
+from fusion.comfyui.prompt_layers import PromptLayers
 from fusion.errors import GatingError
 from fusion.layer_names import component_of, sees_tokens
-from fusion.models.adapted_layers import LayerBranch, Strength, adapted
-from fusion.models.gates import PromptTracker
+from fusion.models.adapted_layers import LayerBranch, Strength, adapted, outside_graphs
+from fusion.models.gates import InputShapeError, PromptTracker
 from fusion.models.hooks import Hooks
 from fusion.spectral.delta import Delta
 
@@ -57,6 +58,7 @@ class _LayerChange:
     gate: tuple[str, ...]  # gate keys
     rows: Callable[[], Any]
     mask: MaskCells | None
+    prompt: bool  # whether the layer is one of the UNet's that are given the prompt
 
 
 class Attachment:
@@ -82,10 +84,11 @@ class Attachment:
                 gate = tuple(keys[token] for token in branch.gate)
                 for name, layer in branch.layers.items():
                     if name in paths and (delta := float32(layer).delta().detach()).rank:
-                        rows = partial(self._tracker.rows, component_of(name), sees_tokens(name))
+                        rows = self._rows(component_of(name), sees_tokens(name))
                         mask = None if text or sees_tokens(name) else entry.mask
                         rows = rows if mask is None else partial(_masked, rows, mask)
-                        change = _LayerChange(paths[name], delta, branch.strength * strength, gate, rows, mask)
+                        prompt = not text and sees_tokens(name)
+                        change = _LayerChange(paths[name], delta, branch.strength * strength, gate, rows, mask, prompt)
                         self._changes.append(change)
 
     def inject(self, patcher: ModelPatcher) -> None:
@@ -97,7 +100,7 @@ class Attachment:
             at = change.path, change.mask
             if at not in layers:
                 layers[at] = adapted(module, change.rows)
-                hooks.after(module, partial(_with_branches, layers[at]))
+                hooks.after(module, partial(outside_graphs, self._hook(change, layers[at])))
             layers[at].add(key, LayerBranch(change.delta, Strength(change.strength), change.gate))
         self._open(patcher.model, hooks)
         _active[patcher.model] = id(patcher), hooks
@@ -108,14 +111,26 @@ class Attachment:
         if hooks is not None and of in (None, owner):
             del _active[patcher.model]
             hooks.remove()
+        self._close()
+
+    def _rows(self, component: str, by_token: bool) -> Callable[[], Any]:
+        return partial(self._tracker.rows, component, by_token)
+
+    def _hook(self, change: _LayerChange, layer: Any) -> Callable[..., Tensor]:
+        """The forward hook of a layer."""
+        return partial(_with_branches, layer)
 
     def _open(self, model: nn.Module, hooks: Hooks) -> None:
         """More hooks of the component."""
+
+    def _close(self) -> None:
+        """Keep nothing of earlier calls."""
 
 
 class UNetAttachment(Attachment):
     def __init__(self, entries: Sequence[Entry], tracker: PromptTracker, model: ModelPatcher) -> None:
         super().__init__(entries, tracker)
+        self._prompts = PromptLayers(tracker)
         self._add(unet_paths(model), text=False)
         self._gated = any(change.gate for change in self._changes)
 
@@ -126,16 +141,28 @@ class UNetAttachment(Attachment):
         for entry in self.entries:
             if entry.mask is not None:
                 entry.mask.start(*x.shape[-2:])
-        if self._gated:
-            try:
-                self._tracker.start_unet(context)
-            except GatingError:
-                raise GatingError(_UNKNOWN) from None
-            rows = self._tracker.rows("unet", by_token=True)
-            if rows is not None and (unknown := sorted(set(rows.tokens) - self._keys.keys())):
-                token = unknown[0].partition(" ")[0]
-                raise GatingError(f"The prompt has {token} of an adapter that this MODEL lacks; connect the loader's.")
+        outside_graphs(self._start, context)
         return executor(x, timesteps, context, *args, **kwargs)
+
+    def _start(self, context: Tensor) -> None:
+        if not self._gated:
+            return
+        try:
+            rows = self._prompts.start(context)
+        except GatingError:
+            raise GatingError(_UNKNOWN) from None
+        if rows is not None and (unknown := sorted(set(rows.tokens) - self._keys.keys())):
+            token = unknown[0].partition(" ")[0]
+            raise GatingError(f"The prompt has {token} of an adapter that this MODEL lacks; connect the loader's.")
+
+    def _rows(self, component: str, by_token: bool) -> Callable[[], Any]:
+        return self._prompts.rows if by_token else super()._rows(component, by_token)
+
+    def _hook(self, change: _LayerChange, layer: Any) -> Callable[..., Tensor]:
+        return partial(self._prompts.changed, change.path, layer) if change.prompt else super()._hook(change, layer)
+
+    def _close(self) -> None:
+        self._prompts.clear()
 
 
 class TextAttachment(Attachment):
@@ -166,7 +193,13 @@ class TextAttachment(Attachment):
 
 
 def _with_branches(layer: Any, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return layer.with_branches(output, args[0])
+    try:
+        return layer.with_branches(output, args[0])
+    except InputShapeError:
+        raise GatingError(
+            f"A patch of this MODEL, such as HyperTile, gives a layer an input of shape {tuple(args[0].shape)}, in "
+            "which nobody knows the pictures of a concept; draw without the patch."
+        ) from None
 
 
 def _masked(rows: Callable[[], Any], mask: MaskCells) -> Any:

@@ -92,9 +92,13 @@ class Regions(Protocol):
         ...
 
 
+class InputShapeError(GatingError):
+    """A layer was given another input than the one that its gate was read from."""
+
+
 def _check_size(gate: tuple[str, ...], x: Tensor, size: int, expected: int | None) -> None:
     if expected is not None and size != expected:
-        raise GatingError(
+        raise InputShapeError(
             f"The gate of {', '.join(gate)} was read from {expected} rows, but this layer was given an input of shape "
             f"{tuple(x.shape)}. Call the whole pipeline, or attach with gating='none'."
         )
