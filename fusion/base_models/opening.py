@@ -19,6 +19,7 @@ from fusion.errors import BaseMismatch, ConfigError, closest
 from fusion.models.base_check import allow_other_bases
 from fusion.models.devices import as_device, as_dtype
 from fusion.models.embedded_models import pocket
+from fusion.models.float32_convolutions import convolve_in_float32
 from fusion.models.pipelines import family, silent_loading
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def open_pipeline(
         )
     if other_base:
         allow_other_bases(pipe)
+    if device.type == "cpu" and pipe.unet.dtype != torch.float32:
+        convolve_in_float32(pipe.unet, pipe.vae)
     return pipe.to(device)
 
 

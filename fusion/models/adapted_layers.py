@@ -197,6 +197,9 @@ class AdaptedConv(_Adapted, nn.Conv2d):
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self._start(base, rows, outputs)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.base._conv_forward(input, weight, bias)  # in the base layer's own precision
+
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return _compiled(self, y, x) if torch.compiler.is_compiling() else self.with_branches(y, x)
