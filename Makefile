@@ -47,24 +47,27 @@ bench: install
 bench-fusion: install
 	$(BIN)/python -m benchmarks.laboratory $(if $(QUICK),--quick)
 
-# Takes hours; run again, it resumes where it stopped. Needs npm for the artwork.
+# Takes hours; run again, it resumes where it stopped. Needs npm for the artwork. On a GPU or in another size: docs/pocket.md.
 # Trains from scratch; from the shipped weights: make pocket START=assets
+# Another size, in a work folder of its own: make pocket WORK=... SIZES="--side 256 --factor 16 --channels 8"
+# Autoencoder and denoiser by time instead of steps: make pocket TIME="--minutes 145"
 FROM := $(if $(START),--start $(START)/pocket)
+STAGE := $(BIN)/python -m tools.pocket $(if $(WORK),--work $(WORK)) $(SIZES)
 # glibc keeps freed memory: fresh pages for every large tensor cost a tenth of a step.
 pocket: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 pocket: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 pocket: export MALLOC_TOP_PAD_ = 268435456
 pocket: install
 	@$(PIP) --no-build-isolation --editable '.[pocket]'
-	$(BIN)/python -m tools.pocket artwork
-	$(BIN)/python -m tools.pocket tokenizer $(FROM)
-	$(BIN)/python -m tools.pocket autoencoder $(FROM)
-	$(BIN)/python -m tools.pocket latents
-	$(BIN)/python -m tools.pocket denoiser $(FROM)
-	$(BIN)/python -m tools.pocket judge $(FROM:/pocket=/pocket-clip)
-	$(BIN)/python -m tools.pocket classifier
-	$(BIN)/python -m tools.pocket evaluate
-	$(BIN)/python -m tools.pocket card
+	$(STAGE) artwork
+	$(STAGE) tokenizer $(FROM)
+	$(STAGE) autoencoder $(FROM) $(TIME)
+	$(STAGE) latents
+	$(STAGE) denoiser $(FROM) $(TIME)
+	$(STAGE) judge $(FROM:/pocket=/pocket-clip)
+	$(STAGE) classifier
+	$(STAGE) evaluate
+	$(STAGE) card
 
 # A site in build/site; mkdocs is in an environment of its own, outside of requirements.lock.
 docs: install
