@@ -53,8 +53,8 @@ def parse_prompt(prompt: str, weighting: PromptWeighting) -> list[list[PromptPar
 
 def unknown_syntax(prompt: str, weighting: PromptWeighting) -> list[str]:
     """What of a prompt other programs would not encode as text: alternation, scheduling, wildcards, embeddings."""
-    if weighting == "none":
-        return []
+    if weighting == "none":  # all of it is text, but nobody writes a LoRA's name as text
+        return [match[0].strip() for match in _LORA.finditer(prompt)]
     plain = re.sub(r":\s*[+-]?[\d.]+\s*\)", ")", prompt)  # a weight inside [ ] is no schedule
     return list(dict.fromkeys(match[0] for match in _UNKNOWN[weighting].finditer(plain)))
 

@@ -64,3 +64,4 @@ def test_syntax_of_other_programs_is_named():
     assert unknown_syntax(prompt, "a1111") == expected
     assert unknown_syntax('("a", "b").blend(1, 1) "a b"++ <robot>+ [b]', "compel") == [".blend(", '"a b"+']
     assert not unknown_syntax(prompt, "none")
+    assert unknown_syntax("a <robot> <lora:my style:0.8>, <lora:b>", "none") == ["<lora:my style:0.8>", "<lora:b>"]

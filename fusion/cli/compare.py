@@ -25,6 +25,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--own_strengths", nargs="+", type=STRENGTH, metavar="X", help="one for each adapter, times the row's")
     add("--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="of every picture (default: 0)")
     add("--num_inference_steps", "--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
+    text = "layers left out at the end of the text encoder, as in generate (default: the base's own)"
+    add("--clip_skip", type=number(int, 0, 32), metavar="N", help=text)
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
     add_overwrite(parser)
     add_base_arguments(parser)
@@ -39,7 +41,7 @@ def run(args: Namespace) -> None:
     check_output(args.output, endings=(".png",), overwrite=args.overwrite)
     adapters = [load(path) for path in args.adapters]
     pipe = open_base(args.base, args, args.dtype)
-    names = ("own_strengths", "strengths", "methods", "alone", "seed", "num_inference_steps")
+    names = ("own_strengths", "strengths", "methods", "alone", "seed", "num_inference_steps", "clip_skip")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     rows: dict[float, list[Cell]] = {}
     with progress() as advance:

@@ -37,7 +37,14 @@ class Parser(ArgumentParser):
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_help)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = [str(word).partition("=")[0] for word in args or ()]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        if of_number := re.match(r"argument (\S+): (must be .*)", message):
+            names = of_number[1].split("/")
+            message = f"{next((name for name in names if name in self._words), names[0])} {of_number[2]}"
         if unknown := re.match(r"unrecognized arguments: (.*)", message):
             flag = next((w for w in unknown[1].split() if w.startswith("--")), unknown[1])
             name = flag.partition("=")[0]
@@ -151,9 +158,9 @@ def number(kind: type[int | float], least: float, most: float) -> Callable[[str]
         try:
             value = kind(text)
         except ValueError:
-            raise ArgumentTypeError(f"needs a {'whole ' * (kind is int)}number, got '{text[:100]}'") from None
+            raise ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number, not '{text[:100]}'") from None
         if not least <= value <= most:
-            raise ArgumentTypeError(f"is from {least} to {most}, got {text[:100]}")
+            raise ArgumentTypeError(f"must be between {least} and {most}, not {text[:100]}")
         return value
 
     return read

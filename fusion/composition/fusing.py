@@ -215,6 +215,8 @@ def _fused_info(
     adapters: list[Adapter], strengths: list[float], method: str, options: MethodOptions, name: str | None
 ) -> AdapterInfo:
     changed = {key: value for key, value in asdict(options).items() if value != getattr(MethodOptions(), key)}
+    skips = {adapter.info.provenance.settings.get("clip_skip") for adapter in adapters}
+    trained = {"clip_skip": skips.pop()} if len(skips) == 1 and None not in skips else {}
     return AdapterInfo(
         name=name or "+".join(adapter.info.name for adapter in adapters),
         base=next((adapter.info.base for adapter in adapters if adapter.info.base), None),
@@ -222,6 +224,6 @@ def _fused_info(
         provenance=Provenance(
             tool="fuse",
             parents=tuple(f"{a.info.name} {a.digest()[:12]}" for a in adapters),
-            settings={"method": method, "strengths": strengths, **changed, **joined_words(adapters)},
+            settings={"method": method, "strengths": strengths, **changed, **trained, **joined_words(adapters)},
         ),
     )

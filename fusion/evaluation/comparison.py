@@ -67,19 +67,21 @@ def compare(
     alone: bool = False,
     seed: int = 0,
     num_inference_steps: int | None = None,
+    clip_skip: int | None = None,
     steps: int | None = None,
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] | None = None,
 ) -> Generator[Cell]:
     """Draw the grid row by row: every strength by every method, and with `alone` by every adapter alone.
 
-    `own_strengths` weigh the adapters against each other; `num_inference_steps` and `on_step` as in
+    `own_strengths` weigh the adapters against each other; `num_inference_steps`, `clip_skip` and `on_step` as in
     generate; `steps` is the former name of the first, and warns.
     Raises ConfigError for a grid that is empty or of more than 64 pictures, and whatever fuse and generate raise.
     """
     if steps is not None:
         warnings.warn("compare(steps=) is now num_inference_steps=; the old name goes away in 0.3", FutureWarning, 2)
         num_inference_steps = steps
-    config = GenerationConfig(prompt=prompt, seed=seed).updated({"num_inference_steps": num_inference_steps})
+    drawing = {"num_inference_steps": num_inference_steps, "clip_skip": clip_skip}
+    config = GenerationConfig(prompt=prompt, seed=seed).updated(drawing)
     weights = checked_strengths(adapters, own_strengths)
     columns = [(method, list(adapters), method, weights) for method in methods if adapters]
     if alone:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 
 from PIL import Image
 
@@ -90,6 +91,8 @@ def generate(
     if unused := unused_words(adapters, " ".join([*config.prompts, *parts])):
         logger.warning("The prompt does not have %s, so what is bound to it does nothing.", " or ".join(unused))
     _warn_about_settings(config, image, len(named))
+    for adapter in adapters:
+        _warn_about_clip_skip(adapter.info.name, adapter.info.provenance.settings.get("clip_skip"), config.clip_skip)
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
             handle = attached.enter_context(attach(pipe, adapter, config.gating))
@@ -186,6 +189,16 @@ def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, na
         )
     if image is None and config.image_strength != GenerationConfig.model_fields["image_strength"].default:
         logger.warning("image_strength does nothing without a picture to start from.")
+
+
+@cache
+def _warn_about_clip_skip(name: str, trained: object, drawn: int) -> None:
+    """Warn, once for each adapter, that it is drawn with another clip_skip than it was trained with."""
+    if isinstance(trained, int) and trained != drawn:
+        logger.warning(
+            "'%s' was trained with clip_skip %d and is drawn with %d, so its concepts may look different.",
+            name, trained, drawn,
+        )  # fmt: skip
 
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:

@@ -69,6 +69,16 @@ BOUNDED = {
 }
 
 
+def test_messages_of_numbers_name_the_flag_that_was_typed(capsys):
+    messages = {
+        "--steps 0": "--steps must be between 1 and 1000, not 0",
+        "--seed=x": "--seed must be a whole number, not 'x'",
+    }
+    for words, message in messages.items():
+        assert main(["compare", "a", "--prompt", "x", "-o", "x.png", *words.split()]) == 2
+        assert said(capsys) == f"error: {message}"
+
+
 @pytest.mark.parametrize("command", BOUNDED)
 def test_a_number_out_of_bounds_is_one_line_before_anything_is_read(command, capsys):
     for value in BOUNDED[command].split():

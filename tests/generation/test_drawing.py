@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import fusion
 import tiny
+from fusion.adapters.adapter import Provenance
 from fusion.errors import ConfigError, FormatError, UnknownName
 from fusion.generation.config import GenerationConfig
 from fusion.generation.recipe import Recipe
@@ -68,6 +70,28 @@ def test_clip_skip_keeps_gates_exact_and_stands_in_the_recipe(pipe):
     assert np.array_equal(alone.image, again[0].image)
     old = {name: value for name, value in base[0].recipe.to_json().items() if name != "clip_skip"}
     assert Recipe.from_json(old).config.clip_skip == 0
+
+
+def test_another_clip_skip_than_the_training_s_is_warned_of_once(caplog):
+    pipe, drawing_of_two = tiny.pipeline("sd1"), {"num_inference_steps": 1, "clip_skip": 1}
+    parts = [trained_adapter(pipe, token, k=k) for k, token in enumerate(("<mia>", "<leo>"))]
+    settings = Provenance(settings={"clip_skip": 1})
+    one, two = (replace(part, info=replace(part.info, provenance=settings)) for part in parts)
+    for adapters in ([one, two], [fusion.fuse([one, two])], parts):
+        draw(pipe, "a <mia>", adapters, **drawing_of_two)
+    assert not warnings_of(caplog)
+    draw(pipe, "a <mia>", [fusion.fuse([one, two])])
+    assert warnings_of(caplog) == [
+        "'mia+leo' was trained with clip_skip 1 and is drawn with 0, so its concepts may look different."
+    ]
+    list(fusion.compare(pipe, [one], "a <mia>", strengths=[1.0], num_inference_steps=1))
+    assert len(warnings_of(caplog)) == 2
+    (cell,) = fusion.compare(pipe, [one], "a <mia>", strengths=[1.0], **drawing_of_two)
+    assert len(warnings_of(caplog)) == 2 and cell.picture.recipe.config.clip_skip == 1
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "fusion.generation.drawing"]
 
 
 def test_mistakes_are_named():
