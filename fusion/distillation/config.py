@@ -61,7 +61,7 @@ class DistillationConfig(StrictModel):
     """Different prompts in all; each is used several times."""
     free_share: float = Field(0.45, ge=0, lt=1)
     """Share of prompts without a concept. A tenth of them are empty."""
-    free_weight: float = Field(12.0, gt=0, le=MAX_WEIGHT)
+    free_weight: float = Field(5.0, gt=0, le=MAX_WEIGHT)
     """Weight of a prompt without a concept in the loss; one with concepts has 1."""
     decoys: int = Field(32, ge=0, le=1000)
     """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""
@@ -75,7 +75,7 @@ class DistillationConfig(StrictModel):
     lr_warmup_steps: int = Field(20, ge=0, le=MAX_STEPS)
     """Steps over which learning rates rise from zero."""
     max_train_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    """Optimizer steps in all. Default: 600, and 40 more for every further concept."""
+    """Optimizer steps in all. Default: 675, and 35 more for every further concept."""
     train_batch_size: int = Field(32, ge=1, le=MAX_BATCH)
     """Prompts per step."""
     max_grad_norm: float = Field(1.0, ge=0, le=MAX_WEIGHT)
@@ -104,7 +104,7 @@ class DistillationConfig(StrictModel):
 
     def steps_for(self, concepts: int) -> int:
         """The steps of a distillation of so many concepts."""
-        return self.max_train_steps or 560 + 40 * concepts
+        return self.max_train_steps or 640 + 35 * concepts
 
     def lasting_settings(self) -> dict[str, Any]:
         """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""
