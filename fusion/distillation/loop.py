@@ -24,7 +24,7 @@ from fusion.distillation.decoys import decoys_for
 from fusion.distillation.held_out_errors import HeldOutErrors
 from fusion.distillation.least_squares import LeastSquares
 from fusion.distillation.pool import PromptPools
-from fusion.distillation.prompt_distribution import PromptDistribution, words_of
+from fusion.distillation.prompt_distribution import PromptDistribution, decoy_share, words_of
 from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
 from fusion.distillation.student import Student, concept_rows
 from fusion.distillation.teacher import Answers, Teacher
@@ -136,6 +136,7 @@ class _Distillation:
             config.styles,
             config.use_templates,
             config.free_share,
+            decoy_share(len(self.teacher.concepts)),
         )
         self._measure_teacher(on_progress)
         self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)

@@ -21,7 +21,6 @@ LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20)  # words beside the concepts
 COUNTS = (1, 1, 1, 1, 2, 2, 3)  # concepts in a prompt of words
 SENTENCE_SHARE = 0.9
 CAPTION_SHARE = 0.2  # of the prompts with one concept or none, where there are captions
-DECOY_SHARE = 0.15  # of the things in sentences and of the prompts of words, where there are decoys
 WORD_SHARE = 0.1  # of the things in sentences that are no decoys: any word of the tokenizer
 NOUN_SHARE = 0.15  # the concepts' own nouns; the rest are subjects
 COLOURS = ["blue", "yellow", "white", "red", "pink", "green", "grey", "black", "brown", "orange", "purple", "teal"]
@@ -45,6 +44,11 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
 
+def decoy_share(concepts: int) -> float:
+    """The share of decoys among things: a file of one concept is the more likely to be used beside others."""
+    return 0.15 if concepts > 1 else 0.3
+
+
 def words_of(tokenizer: Tokenizer) -> list[str]:
     """The whole words of a CLIP vocabulary, in its own order: that of merging, so the frequent ones first."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -64,6 +68,7 @@ class PromptDistribution:
     styles: Sequence[str] = ()
     use_templates: bool = True
     free_share: float = 0.45
+    decoy_share: float = 0.15  # of the things in sentences and of the prompts of words, where there are decoys
 
     def draw(self, rng: random.Random, count: int, tokens: tuple[int, int] | None = None) -> list[str]:
         """`count` prompts; with `tokens` only such as hold so many concepts, from the first number to the second."""
@@ -96,7 +101,7 @@ class PromptDistribution:
         return rng.choice(self.words) if self.words else "a"
 
     def _some_decoys(self, rng: random.Random) -> list[str]:
-        if not self.decoys or rng.random() >= DECOY_SHARE:
+        if not self.decoys or rng.random() >= self.decoy_share:
             return []
         return rng.sample(self.decoys, min(len(self.decoys), rng.choice((1, 1, 2))))
 
@@ -113,7 +118,7 @@ class PromptDistribution:
         return template + rng.choice(BACKGROUNDS).replace("{colour}", rng.choice(COLOURS))
 
     def _thing(self, rng: random.Random) -> str:
-        if self.decoys and rng.random() < DECOY_SHARE:
+        if self.decoys and rng.random() < self.decoy_share:
             return rng.choice(self.decoys)
         nouns = [concept.noun for concept in self.concepts if concept.noun]
         kind = rng.random()
