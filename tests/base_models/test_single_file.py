@@ -25,7 +25,7 @@ from fusion.errors import BaseMismatch, ConfigError, FormatError
 from fusion.models.layer_sites import sites
 from fusion.models.stored_weights import StoredWeights
 from fusion_studio.session import Session
-from trained import trained_adapter
+from trained import attached, draw, trained_adapter
 
 HALVES = (torch.float16, torch.bfloat16)
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -251,6 +251,9 @@ def test_bases_that_cannot_be_used_are_refused_in_one_line(sd1, tmp_path):
         "takes 9 channels": tensors | {first: wide},
         "a model of EDM noise": tensors | {"edm_mean": torch.zeros(4)},
         "a quantised model": tensors | {first: tensors[first].to(torch.uint8)},
+        "a quantised model,": tensors | {"scaled_fp8": torch.zeros(2)},
+        "a whole LCM model, .* in one file": tensors
+        | {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(1)},
         "has no VAE; name one with --pretrained_vae": {k: v for k, v in tensors.items() if "first_stage" not in k},
         "lacks 4 weights of the unet, such as time_embedding": timeless,
         r"other sizes than its family: .* is \[5\], not \[4\]": tensors | {out: torch.ones(5)},
@@ -320,6 +323,19 @@ def test_slices_of_a_file_are_those_of_its_folder_in_every_precision(both, tmp_p
             expected = expected.half().float() if name == "half" else expected
             assert torch.equal(stored.matrix(layer, site), expected), layer
         assert not stored.unknown
+
+
+def test_weights_of_eight_bits_are_read_as_the_numbers_they_stand_for(sd1, tmp_path):
+    """Files in float8 without scales, as Forge writes them: opened in a dtype that layers compute in."""
+    pipe, eight = tiny.pipeline("sd1"), torch.float8_e4m3fn
+    file = single_files.save(pipe, tmp_path / "eight.safetensors", dtype=eight)
+    opened = fusion.open_pipeline(file, base_config=sd1 / "base", device="cpu")
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(pipe, name).state_dict()
+        for key, weight in getattr(opened, name).state_dict().items():
+            assert torch.equal(weight, expected[key].to(eight).to(weight.dtype)), key
+    with attached(opened, trained_adapter(opened)):
+        assert draw(opened, "a <rex>").isfinite().all()
 
 
 PARTS = {

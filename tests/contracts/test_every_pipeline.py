@@ -20,6 +20,13 @@ CONTROL = {"image": torch.linspace(0, 1, 768).reshape(1, 3, 16, 16), "width": 16
 INPAINTING = {**START, "mask_image": MASK, "width": 16, "height": 16}
 FAMILIES = ["sd1", pytest.param("sdxl", marks=pytest.mark.long)]
 CASES = ("img2img", "inpainting", "9 channels", "controlnet", "t2i-adapter", "ip-adapter", "pag", "from_pipe")
+OPTIMIZED = {  # ways to draw that change the UNet's layers or their order
+    "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "group offload": lambda pipe: pipe.unet.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
 
 
 def of_class(name, family, pipe, **parts):
@@ -54,6 +61,9 @@ def pipeline(case, family):
     """The pipeline, and what its call takes beside a prompt."""
     torch.manual_seed(0)
     pipe = for_inpainting(family) if case == "9 channels" else tiny.pipeline(family)
+    if case in OPTIMIZED:
+        OPTIMIZED[case](pipe)
+        return pipe, {}
     auto = diffusers.AutoPipelineForImage2Image.from_pipe
     if case == "controlnet":
         net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
@@ -78,7 +88,7 @@ def pipeline(case, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *OPTIMIZED])
 def test_exact_in_every_pipeline(case, family):
     pipe, options = pipeline(case, family)
     one, other = trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)

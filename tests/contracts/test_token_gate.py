@@ -249,6 +249,28 @@ def test_clip_skip_is_recognised(family, skip):
         assert torch.equal(draw(pipe, "a <a>", **options), alone) and not torch.equal(alone, base)
 
 
+def test_embeddings_that_compel_weighs_are_exact_or_refused():
+    """compel scales rows away from the empty prompt's. The last row identifies a prompt: the others may change."""
+    pipe = tiny.pipeline("sd1")
+    one, two = trained_adapter(pipe, "<a>"), trained_adapter(pipe, "<b>", k=1)
+
+    def drawn(*rows):
+        options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        prompt, empty = (pipe.encode_prompt(text, **options)[0] for text in ("a <a>", ""))
+        weights = torch.ones(1, prompt.shape[1], 1)
+        weights[:, list(rows)] = 1.3
+        embeds = torch.lerp(empty, prompt, weights) if rows else prompt
+        return draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=empty, num_inference_steps=1)
+
+    with attached(pipe, one):
+        alone, plain = drawn(1, 2), drawn()
+    with attached(pipe, two, one):
+        assert torch.equal(drawn(1, 2), alone) and not torch.equal(alone, plain)
+        with pytest.raises(GatingError, match="was not made by this text_encoder") as caught:
+            drawn(-1)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_hold_in_half_precision_and_under_autocast(dtype, crowds):
     adapters = crowds["sd1"].adapters
