@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line are siblings: they may not import each other.
 LAYERS = [
     ["errors"],
-    ["config", "layer_names", "output_files", "prompt_syntax", "spectral"],
+    ["config", "layer_names", "output_files", "progress", "prompt_syntax", "spectral"],
     ["adapters", "methods"],
     ["formats", "models"],
     ["base_models", "distillation"],
@@ -32,6 +32,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"pydantic"},
     "layer_names": set(),
+    "progress": set(),
     "prompt_syntax": set(),
     "output_files": set(),
     "spectral": {"torch"},

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 
 from fusion.cli.console import Parser, UsageError, showing_logs
+from fusion.cli.progress_bar import showing_units
 from fusion.errors import FusionError, closest
 
 VERBS = {
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             verb = choose(words[:1])
             args = arguments(verb, words[1:])
-            with showing_logs(verbose=args.verbose):
+            with showing_logs(verbose=args.verbose), showing_units():
                 return import_module(f"fusion.cli.{verb}").run(args) or 0
         except SystemExit as leaving:  # argparse has printed help or an error
             return int(leaving.code or 0)

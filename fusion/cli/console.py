@@ -22,6 +22,7 @@ from fusion.errors import FusionError, closest
 from fusion.training.config import TrainingConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
+LARGE_BASE = 5e8  # parameters whose opening is announced
 BASE_NAMES = ("--base", "--pretrained_model_name_or_path")
 # How a base is opened, as open_pipeline takes it.
 BASE_OPTIONS = [s for s in settings_of(TrainingConfig) if s.group == "base" and f"--{s.name}" not in BASE_NAMES]
@@ -226,7 +227,18 @@ def open_base(name: str | None, args: Namespace, dtype: str | None, settings: Tr
 
     options = {setting.name: getattr(settings or args, setting.name, None) for setting in BASE_OPTIONS}
     other_base = getattr(args, "other_base", False)  # training uses no adapters
+    announce(name)
     return open_pipeline(name, device=args.device, dtype=dtype, other_base=other_base, **options)
+
+
+def announce(name: str | None) -> None:
+    """Print what is opened, where that takes a while."""
+    from fusion.models.stored_weights import stored_parameters
+
+    path = str(name or "")
+    parameters = stored_parameters(Path(path)) if os.path.exists(path) else 0  # noqa: PTH110 (Path.exists raises)
+    if parameters > LARGE_BASE:
+        print(f"opening {Path(path).name}: {parameters / 1e9:.1f} billion parameters", file=sys.stderr, flush=True)
 
 
 def on_base(adapters: list[Any], args: Namespace) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from fusion.cli.console import UsageError, add_base_arguments, number, open_base
 from fusion.generation.config import GenerationConfig
+from fusion.progress import reporter
 from fusion.training.config import MAX_RESOLUTION, TrainingConfig
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
@@ -111,7 +112,9 @@ def draw(pipe: Any, prompt: str, side: int, *adapters: Any) -> Any:
     from fusion.generation.drawing import generate
 
     config = GenerationConfig(prompt=prompt, num_inference_steps=DRAWING_STEPS, width=side, height=side)
-    return np.asarray(generate(pipe, config, adapters)[0].image, dtype=np.int16)
+    report = reporter("drawing")
+    (picture,) = generate(pipe, config, adapters, on_step=lambda step, total, _: report(step, total))
+    return np.asarray(picture.image, dtype=np.int16)
 
 
 def train(pipe: Any, steps: int, side: int, report: Report) -> Any:
@@ -135,7 +138,9 @@ def train(pipe: Any, steps: int, side: int, report: Report) -> Any:
         }  # fmt: skip
         config = TrainingConfig.model_validate(settings)
         losses, began, adapter = list[float](), time.monotonic(), None
-        for step in train_adapter(pipe, config):
+        report_step = reporter("training")
+        for step in train_adapter(pipe, config, on_progress=lambda phase, *units: reporter(phase)(*units)):
+            report_step(step.step, step.total)
             losses.append(step.loss)
             adapter = step.adapter
             began = time.monotonic() if len(losses) == 1 else began  # the first one prepares

@@ -5,6 +5,7 @@ concept itself does. Drift is how much the prediction changes on prompts without
 """
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from functools import partial
@@ -66,7 +67,7 @@ def run(args: Namespace) -> None:
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     references, judge = load_references(args.references), choose_judge(args)
     with progress() as advance:
-        show = partial(show_phases(advance), "drawing pictures to judge")
+        show = partial(show_phases(advance, sys.stderr), "drawing pictures to judge")  # stdout may be JSON
         report = evaluate(pipe, adapters, references=references, judge=judge, on_progress=show, **options)
     if args.json:
         print(json.dumps(report.to_json(), indent=2))

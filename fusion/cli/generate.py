@@ -10,7 +10,9 @@ import os
 import re
 import shlex
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +104,10 @@ def run(args: Namespace) -> None:
     parts = [] if config.regions == "auto" else [part.prompt for part in config.regions]
     check_words(" ".join([*config.prompts, *parts]), adapters)
     with progress() as advance:
-        pictures = generate(pipe, config, adapters, strengths=strengths, image=image, mask=mask, on_step=advance)
+        advance(0, config.num_inference_steps, note="preparing the first step")
+        pictures = generate(
+            pipe, config, adapters, strengths=strengths, image=image, mask=mask, on_step=partial(show_step, advance)
+        )
     if recipe and again:
         pictures = pictures[recipe.index : recipe.index + 1]  # its neighbours were drawn too: batches change last bits
     paths = write(pictures, files, args)
@@ -110,6 +115,11 @@ def run(args: Namespace) -> None:
         write_regions(pictures, args.save_regions)
     on, another = base_flags(args.base, args), (config.seeds()[-1] + 1) % (MAX_SEED + 1)
     print(f"next: {example('generate', '--from', paths[0], *on, '--seed', another)}  # another seed")
+
+
+def show_step(advance: Callable[..., None], step: int, total: int, _preview: object) -> None:
+    """A step on the bar; after the last, pictures are decoded, which takes a while where they are large."""
+    advance(step, total, note="decoding" if step == total else "")
 
 
 def add_bind(parser: ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from fusion.models.base_check import with_base_weights
 from fusion.models.binding import joined_words
 from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
+from fusion.progress import units
 from fusion.spectral.delta import Delta, check_compression
 from fusion.spectral.interference import gram
 from fusion.spectral.moments import Moments
@@ -173,7 +174,7 @@ def _merged(
     if isinstance(METHODS[method], WeightedSum):  # its weights belong to whole adapters
         strengths, method = list(_weights(method, strengths, [adapter.deltas for adapter in adapters])), "direct_sum"
     layers: dict[str, LoraLayer] = {}
-    for layer in dict.fromkeys(n for change in changes for n in change):
+    for layer in units("merging layers", list(dict.fromkeys(n for change in changes for n in change))):
         shape = next(change[layer].shape for change in changes if layer in change)
         # An adapter that does not change a layer takes part too: its inputs there are to be left as they are.
         parts = [change.get(layer) or Delta.zero(*shape) for change in changes]
@@ -187,7 +188,8 @@ def _merged(
 
 def _compressed(branches: tuple[Branch, ...], rank: int | None, energy: float | None) -> tuple[Branch, ...]:
     (branch,) = branches
-    deltas = {name: layer.delta().detach().compress(rank, energy) for name, layer in branch.layers.items()}
+    layers = units("compressing layers", list(branch.layers.items()))
+    deltas = {name: layer.delta().detach().compress(rank, energy) for name, layer in layers}
     return (replace(branch, layers={name: LoraLayer(delta.up, delta.down) for name, delta in deltas.items()}),)
 
 

@@ -32,11 +32,11 @@ from fusion.errors import ConfigError, FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, prepare_folder, read_checkpoint
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
-from fusion.models.input_moments import OnPhase
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.models.tokens import text_encoders
+from fusion.progress import OnPhase
 from fusion.spectral.delta import Delta
 
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values

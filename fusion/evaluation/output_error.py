@@ -27,6 +27,7 @@ from fusion.models.denoising import encode_prompts, predict
 from fusion.models.noise_schedule import forward_process
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults
+from fusion.progress import units
 
 PROMPTS = ("a {token}", "a {token} on a blue background", "a {token} on the left of a house")
 PAIR = "a {} on the left and a {} on the right"
@@ -186,7 +187,8 @@ def _noisy(
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents (prompts · NOISE_LEVELS, C, H, W) of drawn pictures, and their timesteps; equal in every call."""
     configs = [GenerationConfig(prompt=prompt, seed=seed, clip_skip=clip_skip) for prompt in prompts]
-    pictures = [generate(pipe, config, adapters)[0].image for config in configs]
+    drawings = units("drawing pictures to measure on", configs)
+    pictures = [generate(pipe, config, adapters)[0].image for config in drawings]
     schedule: Any = forward_process(pipe)
     clean = encode_pixels(pipe, pipe.image_processor.preprocess(pictures)).to(pipe.unet.dtype)
     clean = clean.repeat_interleave(NOISE_LEVELS, dim=0)

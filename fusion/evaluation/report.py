@@ -25,8 +25,9 @@ from fusion.evaluation.output_error import (
 )  # fmt: skip
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
-from fusion.models.input_moments import OnProgress, record_moments
+from fusion.models.input_moments import record_moments
 from fusion.models.pipeline import Pipeline
+from fusion.progress import OnProgress
 
 ERROR_LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
 RETENTION_LEGEND = (

@@ -14,6 +14,7 @@ from fusion.adapters.layer import AdapterLayer, SpectralLayer
 from fusion.errors import BaseMismatch
 from fusion.models.layer_sites import Site, all_sites, matrix
 from fusion.models.pipeline import Pipeline
+from fusion.progress import units
 from fusion.spectral.spectrum import Spectrum, residual
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[floa
     """The largest residual and its layer. Raises BaseMismatch for other shapes."""
     worst = 0.0, ""
     for branch in adapter.branches:
-        for name, layer in branch.layers.items():
+        for name, layer in units("comparing the adapter's layers with the base", list(branch.layers.items())):
             weight = matrix(table[name])
             if weight.is_meta:
                 raise BaseMismatch(

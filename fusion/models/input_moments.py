@@ -9,7 +9,7 @@ Shapes: B prompts, I in_features, N rows of an input.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import sites
 from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline
+from fusion.progress import OnProgress, reporter
 from fusion.spectral.moments import Moment, Moments
 
 PROMPTS = ("a {token}", "a photo of a {token}", "a {token} on a white background", "a {token} beside a tree")
@@ -34,8 +35,6 @@ CONCEPT_FREE = (
 )  # fmt: skip
 STEPS = 5  # denoising steps, so noise levels at which inputs are recorded
 BATCH = 4  # prompts at a time
-OnProgress = Callable[[int, int], None]
-OnPhase = Callable[[str, int, int], None]  # phase, units done, units in all
 
 
 def record_moments(
@@ -105,7 +104,8 @@ def _denoise(
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     size, shape = side or int(pipe.unet.config.sample_size), pipe.unet.config.in_channels
     generator = torch.Generator("cpu").manual_seed(seed)
-    passes = 0
+    passes, total = 0, -(-len(prompts) // batch) * max(steps, 1)
+    report = on_progress or reporter("recording inputs of layers")
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         conditioning = encode_prompts(pipe, part, clip_skip)
@@ -113,8 +113,7 @@ def _denoise(
         if steps:
             schedule.set_timesteps(steps)
         for time in schedule.timesteps if steps else (None,):
-            if on_progress:
-                on_progress(passes, -(-len(prompts) // batch) * max(steps, 1))
+            report(passes, total)
             if time is not None:
                 times = torch.full((len(part),), int(time), device=latents.device)
                 latents = schedule.step(predict(pipe, latents, times, conditioning), time, latents).prev_sample

@@ -30,12 +30,12 @@ from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import Conditioning, check_clip_skip, check_denoises, encode_prompts, predict
 from fusion.models.devices import explained_memory
-from fusion.models.input_moments import OnPhase
 from fusion.models.layer_sites import Site
 from fusion.models.noise_schedule import check_noise, forward_process
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output
+from fusion.progress import OnPhase
 from fusion.training import setup
 from fusion.training.accelerator import accelerated, check_tracker, frozen, precision
 from fusion.training.checkpoint import find_checkpoint, slice_of

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, AdapterInfo, Concept
 from fusion.models.attachment import attach
-from fusion.models.input_moments import BATCH, CONCEPT_FREE, OnProgress, record_base
+from fusion.models.input_moments import BATCH, CONCEPT_FREE, record_base
 from fusion.models.layer_sites import Site, matrix
 from fusion.models.pipeline import Pipeline
+from fusion.progress import OnProgress
 from fusion.training.config import TrainingConfig
 
 NOUNS = (

@@ -16,13 +16,13 @@ from fusion.errors import ConfigError, UnknownName, closest
 from fusion.layer_names import component_of, sees_tokens
 from fusion.library.library_folder import Library
 from fusion.library.spectrum_cache import cached_spectrum
-from fusion.models.input_moments import OnProgress
 from fusion.models.layer_sites import Site, components, matrix, sites
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_info, base_name
 from fusion.models.stored_weights import StoredWeights
 from fusion.models.targets import default_targets, resolve
 from fusion.models.tokens import initial_rows
+from fusion.progress import OnProgress, reporter
 from fusion.spectral.slices import SpectralSlice
 from fusion.spectral.spectrum import Spectrum
 from fusion.training.config import TrainingConfig
@@ -110,9 +110,9 @@ def fresh_adapter(
     options, depth = LayerOptions(seed=config.seed, guard=config.guard), max(directions.stop, config.guard)
     layers: dict[str, AdapterLayer] = {}
     stored = StoredWeights(pipe)
+    report = on_progress or reporter("computing the layers' singular directions")
     for number, (name, site) in enumerate(targets.items()):
-        if on_progress:
-            on_progress(number, len(targets))
+        report(number, len(targets))
         spectrum = layer_spectrum(stored, name, site, depth) if kind.slice_of == "spectrum" else None
         layers[name] = kind.fresh(matrix(site).float(), directions, spectrum=spectrum, options=options)
     if stored.unknown:

@@ -19,9 +19,9 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.models.autoencoder import encode_pixels
 from fusion.models.denoising import TimeIds
-from fusion.models.input_moments import OnPhase
 from fusion.models.pipeline import Pipeline
 from fusion.output_files import check_output
+from fusion.progress import OnPhase
 from fusion.training.buckets import Size, nearest_size, training_sizes
 from fusion.training.config import TrainingConfig
 from fusion.training.dataset import Dataset, Example, class_dataset, instance_dataset, prepare

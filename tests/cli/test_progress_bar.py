@@ -3,6 +3,7 @@
 import pytest
 
 from fusion.cli import progress_bar
+from fusion.progress import reporter, units
 
 
 @pytest.fixture
@@ -34,3 +35,16 @@ def test_short_phases_and_short_rests_are_not_announced(clock, capsys):
         clock[0] += 4
         show("reading", done, 3)
     assert capsys.readouterr().out == ""
+
+
+def test_units_of_long_calls_are_shown_to_who_listens(clock, capsys):
+    assert list(units("comparing layers", "ab")) == ["a", "b"]  # nobody listens
+    with progress_bar.showing_units():
+        for _ in units("comparing layers", range(20)):
+            clock[0] += 3
+            list(units("short", range(2)))
+        for done in range(3):
+            clock[0] += 8
+            reporter("recording")(done, 30)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "each" in line]
+    assert len(lines) == 1 and lines[0].endswith("recording: 8.0 s each, 29 more in about 03:52")
