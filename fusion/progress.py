@@ -1,4 +1,4 @@
-"""Units of work of calls that may take long: who shows progress listens, and no argument is passed through."""
+"""Units of work of calls that may take long: a program that shows progress listens, and no argument is passed through."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def listening(listener: OnPhase) -> Generator[None]:
 
 
 def reporter(phase: str) -> OnProgress:
-    """A function that reports units of a phase to who is listening."""
+    """A function that reports units of a phase to the listener, if there is one."""
     listener = _listener.get()
     return partial(listener, phase) if listener else lambda _done, _total: None
 
