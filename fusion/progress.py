@@ -1,4 +1,4 @@
-"""Units of work of calls that may take long: a program that shows progress listens, and no argument is passed through."""
+"""Units of work of calls that may take long: a program listens to them, and no argument is passed through."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
