@@ -13,6 +13,7 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from typing import Any
 
 from fusion.cli.console import Parser, UsageError, showing_logs
 from fusion.cli.progress_bar import showing_units
@@ -52,26 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     130 after Ctrl+C and 143 after SIGTERM, which Docker, Slurm and a shutdown send: both end a command alike.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    with interrupts() as signals:
-        try:
+    words, signals = list(sys.argv[1:] if argv is None else argv), list[int]()
+    try:
+        with interrupts(signals):
             verb = choose(words[:1])
             args = arguments(verb, words[1:])
             with showing_logs(verbose=args.verbose), showing_units():
                 return import_module(f"fusion.cli.{verb}").run(args) or 0
-        except SystemExit as leaving:  # argparse has printed help or an error
-            return int(leaving.code or 0)
-        except KeyboardInterrupt:
-            pass
-        except Exception as error:
-            # Compiled code, such as safetensors', makes an error of its own of an interrupt within it.
-            if not signals:
-                code = exit_code(error)
-                if code is None:
-                    raise
-                return code
-        print("interrupted", file=sys.stderr)
-        return 143 if signal.SIGTERM in signals else 130
+    except SystemExit as leaving:  # argparse has printed help or an error
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        # Compiled code, such as safetensors', makes an error of its own of an interrupt within it.
+        if not signals:
+            code = exit_code(error)
+            if code is None:
+                raise
+            return code
+    print("interrupted", file=sys.stderr)
+    return 143 if signal.SIGTERM in signals else 130
 
 
 def exit_code(error: Exception) -> int | None:
@@ -90,24 +91,32 @@ def exit_code(error: Exception) -> int | None:
 
 
 @contextmanager
-def interrupts() -> Generator[list[int]]:
-    """Raise KeyboardInterrupt on SIGTERM as on SIGINT, and list the signals that came."""
-    signals: list[int] = []
+def interrupts(signals: list[int]) -> Generator[None]:
+    """Raise KeyboardInterrupt on SIGTERM as on SIGINT, and add what came to `signals`.
+
+    Objects that an interrupt left half made may fail when they are deleted; of that nothing is shown.
+    """
 
     def interrupt(number: int, _frame: object) -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    numbers = [signal.SIGTERM]
+    def unraisable(error: Any) -> None:
+        if not signals:
+            show(error)
+
+    numbers, show = [signal.SIGTERM], sys.unraisablehook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
-        yield signals
+        yield
         return
     before = {number: signal.signal(number, interrupt) for number in numbers}
+    sys.unraisablehook = unraisable
     try:
-        yield signals
+        yield
     finally:
+        sys.unraisablehook = show
         for number, handler in before.items():
             signal.signal(number, handler)
 

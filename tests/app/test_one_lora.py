@@ -57,7 +57,7 @@ def test_one_lora_is_learned_while_others_draw_and_used_as_the_page_says(pets, s
     assert cli.value.startswith(
         "fusion fuse library/rex.safetensors library/tom.safetensors --strength 1 0.5 -o pets-_-co"
     )
-    assert "--to kohya --distill -o pets-_-co_lora.safetensors --rank 4 --max_train_steps 6" in cli.value
+    assert "--to kohya --distill -o pets-_-co_lora.safetensors --rank 4 --max_train_steps 7" in cli.value
     with pytest.raises(fusion.FusionError, match="is being learned already"):
         one_lora.make_lora(pets, picks(rex=1), "pets-_-co", "quick", 4)
     (job,) = pets.jobs.unfinished
@@ -70,7 +70,7 @@ def test_one_lora_is_learned_while_others_draw_and_used_as_the_page_says(pets, s
     alone = fusion.generate(pets.pipe, fusion.GenerationConfig(prompt="a <rex>", seed=3), pets.adapters(["rex"]))
     assert np.array_equal(alone[0].image, pixels(stage))
     assert panel.visible and result.visible and not control.visible and not unfinished.visible
-    assert "Learned in 6 steps" in state and "Prompts with several" in state and state.count("<img") == 2
+    assert "Learned in 7 steps" in state and "Prompts with several" in state and state.count("<img") == 2
     assert not list((pets.library / distillation_jobs.FOLDER).iterdir())  # nothing is left to go on with
     entry = pets.entries()["pets-_-co"]
     assert entry.path.with_suffix(".png").is_file() and not any(branch.gate for branch in entry.branches)
@@ -105,14 +105,14 @@ def test_what_was_stopped_goes_on_in_another_studio(pets, small, base):
     until(lambda: job.step >= 2)
     assert one_lora.stop_distilling(pets).value == "Stopping …"
     *_, last = one_lora.watch_distilling(pets)
-    assert f"Stopped after {job.step} of 6 steps" in last[1] and last[4].visible and not last[5].visible
+    assert f"Stopped after {job.step} of 7 steps" in last[1] and last[4].visible and not last[5].visible
     other = Session(base, pets.library)
     *_, last = one_lora.watch_distilling(other)
     assert "Not finished yet: pets" in last[1] and last[4].visible
     one_lora.go_on(other)
     *_, last = one_lora.watch_distilling(other)
     resumed = other.jobs.jobs[-1]
-    assert resumed.start == job.step and "Learned in 6 steps" in last[1]
+    assert resumed.start == job.step and "Learned in 7 steps" in last[1]
     one_lora.make_lora(pets, picks(rex=1, tom=1), "pets", "quick", 4, "a {token} in the snow\nthe {token}")
     list(one_lora.watch_distilling(pets))  # in one go
     assert pets.jobs.jobs[-1].start == 0

@@ -214,7 +214,7 @@ class _File:
             case _:
                 try:
                     table = json.loads(self.metadata.get(key, "{}"))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):  # of an earlier change
                     table = {}
                 self.metadata[key] = self.mutations.text(self.mutations.changed(table, share))
 

@@ -167,6 +167,15 @@ def interrupted_at(step, monkeypatch, action):
     return lambda: monkeypatch.setattr(loop._Training, "_gradients", gradients)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl+C as in a terminal; a shell that started the tests in the background lets its programs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_training_with_a_checkpoint_and_says_how_to_go_on(
     number, code, place, base, capsys, monkeypatch
@@ -238,6 +247,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(place, base, capsys, m
     assert (place / "out/dog.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_is_told_as_one_wherever_it_comes(monkeypatch, capsys):
     def within_compiled_code(_args):
         try:
@@ -248,10 +258,27 @@ def test_an_interrupt_is_told_as_one_wherever_it_comes(monkeypatch, capsys):
     def while_flags_are_read(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
+    class HalfMade:
+        def __del__(self):
+            raise AttributeError("what its constructor would have set")
+
+    def with_something_half_made(_args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            HalfMade()
+
+    def before_anything(*_):
+        raise KeyboardInterrupt
+
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr("fusion.cli.library.run", within_compiled_code)
     assert main(["library", "out"]) == 143
+    monkeypatch.setattr("fusion.cli.library.run", with_something_half_made)
+    assert main(["library", "out"]) == 143
     monkeypatch.setattr("fusion.cli.arguments", while_flags_are_read)
     assert main(["library", "out"]) == 130
-    assert capsys.readouterr().err == "interrupted\n" * 2
+    monkeypatch.setattr("fusion.cli.interrupts", before_anything)
+    assert main(["library", "out"]) == 130
+    assert capsys.readouterr().err == "interrupted\n" * 4
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
