@@ -198,7 +198,8 @@ class AdaptedConv(_Adapted, nn.Conv2d):
         self._start(base, rows, outputs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.base._conv_forward(input, weight, bias)  # in the base layer's own precision
+        base: Any = self.base
+        return base._conv_forward(input, weight, bias)  # in the base layer's own precision
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -41,7 +42,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
-            gradient = nn.grad.conv2d_input(ctx.shape, weight.float(), gradients[0].float(), *ctx.size)  # (B, I, h, w)
+            gradient = conv2d_input(ctx.shape, weight.float(), gradients[0].float(), *ctx.size)  # (B, I, h, w)
         return gradient.to(ctx.dtype), None, None, None
 
 
