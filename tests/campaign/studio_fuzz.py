@@ -150,7 +150,8 @@ def fuzz(folder: Path, seed: int, count: int) -> tuple[dict[str, int], list[str]
     (work / "done").touch()
     ending = child.wait(60)
     problems += [f"the studio: {ending.code} {ending.last_lines}"] if ending.code else []
-    problems += ["the terminal shows an unexpected error"] if "Unexpected error" in ending.output else []
+    _, error, rest = ending.output.partition("Unexpected error")
+    problems += [f"the terminal shows an unexpected error: {rest[:9000]}"] if error else []
     problems += [f"{name} is left over" for name in laws.hidden_files(work) if name.endswith(LEFTOVERS)]
     outside = {path.name for path in work.iterdir()} - {"data", "out", "done"}
     return dict(endings), problems + [f"{name} is written outside the library" for name in sorted(outside)]
