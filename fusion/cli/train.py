@@ -74,11 +74,14 @@ def pocket_folder() -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fusion.training.optimizers import check_optimizer
+
     config = configure(args)
     if args.print_config:
         base = config.pretrained_model_name_or_path or pocket_folder()
         print(as_toml(config, read_base_defaults(base, "training")))
         return
+    check_optimizer(config)
     check_outputs(config, overwrite=args.overwrite)
     repository = check_hub(args, config)
     base = config.pretrained_model_name_or_path

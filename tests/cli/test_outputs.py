@@ -15,6 +15,7 @@ import tiny
 from fusion.cli import main
 from fusion.errors import OutputError
 from fusion.training import loop
+from fusion.training.optimizers import PACKAGES
 from fusion.training.setup import named_parameters
 from trained import trained_adapter
 
@@ -151,6 +152,13 @@ def test_names_of_one_verb_are_names_of_all(place, base, capsys):
     assert main(["library", "out", "--delete", "rex & co"]) == 0
     assert list((place / "out").glob("*.safetensors")) == []
     assert main(["library", "out", "--delete", "n" * 250]) == 1
+
+
+def test_an_optimizer_without_its_package_is_refused_before_the_base_is_opened(place, base, capsys, monkeypatch):
+    monkeypatch.setitem(PACKAGES, "adafactor", "no_such_package")
+    monkeypatch.setattr("fusion.cli.train.open_base", lambda *_: pytest.fail("the base is opened"))
+    assert main(words_of_training(base, "--optimizer", "adafactor")) == 1
+    assert capsys.readouterr().err.count("pip install no_such_package") == 1 and not (place / "out").exists()
 
 
 def interrupted_at(step, monkeypatch, action):
