@@ -60,6 +60,7 @@ from fusion.models.embedded_models import pocket as pocket
 from fusion.models.input_moments import record_moments as record_moments
 from fusion.models.pipelines import base_defaults as base_defaults
 from fusion.models.pipelines import base_info as base_info
+from fusion.output_files import write_output as write_output
 from fusion.prompt_syntax import split_loras as split_loras
 from fusion.spectral.slices import SpectralSlice as SpectralSlice
 from fusion.training.config import TrainingConfig as TrainingConfig

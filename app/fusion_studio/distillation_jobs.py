@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -88,19 +89,17 @@ class DistillationJob(Job):
             steps.close()
         if last.adapter is not None:
             self.adapter, self.errors = last.adapter, last.errors
-            self.saved = fusion.Library(session.library).save(last.adapter, self.name)
+            self.saved = self._save(session, last.adapter)
             shutil.rmtree(self.folder, ignore_errors=True)
             fusion.join_adapter_pictures([session.library / f"{key}.safetensors" for key in self.picked], self.saved)
             self._draw(session, pipeline)
 
     def _begin(self, session: Session) -> tuple[Generator[fusion.DistillationStep], fusion.DistillationStep]:
         """The steps and the first of them: from the latest checkpoint of the same distillation, else from the start."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / REQUEST).write_text(json.dumps(self.request), encoding="utf-8")
+        fusion.write_output(self.folder / REQUEST, json.dumps(self.request).encode())
         config = self.config
         if self.prompts:
-            file = self.folder / "prompts.txt"
-            file.write_text(f"{self.prompts}\n", encoding="utf-8")
+            file = fusion.write_output(self.folder / "prompts.txt", f"{self.prompts}\n".encode())
             config = config.updated({"prompts": file})
         distill = partial(fusion.distill, session.pipe, self.adapters, strengths=self.strengths)
         if config.checkpoint_folder.is_dir():
@@ -111,6 +110,12 @@ class DistillationJob(Job):
                 shutil.rmtree(config.checkpoint_folder, ignore_errors=True)
         steps = distill(config=config)
         return steps, next(steps)
+
+    def _save(self, session: Session, adapter: fusion.Adapter) -> Path:
+        """Into the library; in place of what this run has left there, when the studio ended right afterwards."""
+        library, run = fusion.Library(session.library), adapter.info.provenance.run
+        earlier = next((e.path for e in session.entries().values() if e.info.provenance.run == run), None)
+        return library.replace(adapter, earlier.stem) if earlier else library.save(adapter, self.name)
 
     def _draw(self, session: Session, pipeline: Any) -> None:
         """One prompt, drawn by the gated concepts and by the LoRA; the latter is its picture in the library."""
@@ -137,16 +142,20 @@ def current_distillation(session: Session) -> DistillationJob | None:
 
 def unfinished_distillations(session: Session) -> dict[str, dict[str, Any]]:
     """What was asked for and is neither finished nor in the queue, by name, newest last; empty if unreadable."""
-    folders = [path for path in (session.library / FOLDER).glob("*") if path.is_dir()]
     busy = {job.name for job in session.jobs.unfinished if isinstance(job, DistillationJob)}
+    folders = [path for path in (session.library / FOLDER).glob("*") if path.is_dir()]
     requests = dict[str, dict[str, Any]]()
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
-        if folder.name not in busy:
-            try:
-                request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
-                request = {}
-            requests[folder.name] = request if isinstance(request, dict) else {}
+        if folder.name in busy:
+            continue
+        if not (folder / REQUEST).exists():  # a studio ended before it had written the request
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        try:
+            request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            request = {}
+        requests[folder.name] = request if isinstance(request, dict) else {}
     return requests
 
 

@@ -57,7 +57,13 @@ class TrainingJob(Job):
 
     def run(self, session: Session) -> None:
         if self.start == self.total:  # the studio ended after the last step, before the library had the adapter
-            self.saved = self._save(session, fusion.load(self.checkpoint))
+            adapter = fusion.load(self.checkpoint)
+            self.saved = self._save(session, adapter)
+            if self.config.num_validation_images and not self.saved.with_suffix(".png").exists():
+                prompt, seed = next(iter(self.config.validation_prompts()), None), self.config.seed
+                with session.pipeline(self.activity):
+                    picture = fusion.draw_adapter_picture(session.pipe, adapter, prompt, seed=seed)
+                fusion.save_adapter_picture(self.saved, picture)
             return
         ungated = self.config.gating == "none"  # then the pipeline is held to the end
         pipeline = partial(session.queue.acquire, self.activity)

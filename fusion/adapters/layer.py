@@ -36,6 +36,10 @@ class AdapterLayer(nn.Module, ABC):
     # What a slice index means for this type: two adapters can only collide if they mean the same.
     slice_of: ClassVar[str | None]  # "spectrum", "shared basis", or None: the type owns no directions
 
+    # Past accelerate.init_empty_weights: while a thread opens a model with it, nn.Module's own one drops the values of
+    # every parameter that any thread registers.
+    register_parameter = nn.Module.register_parameter
+
     @classmethod
     @abstractmethod
     def fresh(

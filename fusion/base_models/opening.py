@@ -50,7 +50,10 @@ def open_pipeline(
     bfloat16 where that would not fit. `prediction_type` and `rescale_betas_zero_snr` are
     for a base that does not say, or wrongly, how it was trained. `base_config` is a diffusers folder with configs for
     a single file, instead of those of its family; `pretrained_vae_model_name_or_path` is a folder, hub id or file with
-    another VAE. With `other_base` adapters of other bases of its shapes can be attached, too. Raises BaseMismatch when
+    another VAE. With `other_base` adapters of other bases of its shapes can be attached, too.
+
+    While it runs, other threads may load adapters, and must not attach, train or draw: diffusers and transformers open
+    models under a default dtype, and without memory for parameters, that hold for all threads. Raises BaseMismatch when
     it cannot be opened, ConfigError for a device that is not here or settings that do not suit.
     """
     device, vae = as_device(device), pretrained_vae_model_name_or_path

@@ -19,11 +19,17 @@ from typing import Any
 from fusion.adapters import LAYER_TYPES
 from fusion.adapters.adapter import Adapter, BaseInfo
 from fusion.config import NAME, NAME_RULE
-from fusion.errors import ConfigError, FusionError, SliceConflict, UnknownName, closest
+from fusion.errors import ConfigError, FusionError, OutputError, SliceConflict, UnknownName, closest
 from fusion.formats.adapter_file import AdapterFile, load, read_info, save
 from fusion.formats.hub_file import hub_id
 from fusion.library.locks import LOCK, library_lock
-from fusion.library.reservations import OwnedSlice, Reservation, add_reservation, reserved_slices
+from fusion.library.reservations import (
+    OwnedSlice,
+    Reservation,
+    add_reservation,
+    delete_abandoned_reservations,
+    reserved_slices,
+)
 from fusion.library.training_folders import TrainingFolder, all_training_folders
 from fusion.output_files import create_folder, expanded
 from fusion.spectral.slices import SpectralSlice, free_slice, least_shared_slice
@@ -118,7 +124,12 @@ class Library:
         return TrainingFolder.new(self.folder, name)
 
     def unfinished(self) -> list[TrainingFolder]:
-        """Trainings that nobody is working at: stopped, or left behind by a program that has ended."""
+        """Trainings that nobody is working at: stopped, or left behind by a program that has ended.
+
+        Slices that programs which have ended had reserved are free again.
+        """
+        with suppress(OutputError):  # where nothing can be written, nothing is left behind either
+            delete_abandoned_reservations(self.folder)
         return TrainingFolder.idle(self.folder)
 
     def slice_map(self, base: BaseInfo, slice_of: str = "spectrum") -> list[OwnedSlice]:

@@ -59,15 +59,30 @@ def add_reservation(
 def reserved_slices(folder: Path, base: BaseInfo, slice_of: str) -> list[OwnedSlice]:
     """Slices of running trainings; the caller holds the library's lock. Files of processes that died are deleted."""
     owned: list[OwnedSlice] = []
-    for path in sorted(folder.glob(f".*.{_kind(base, slice_of)}.*.reserved")):
+    for path in _held(folder, _kind(base, slice_of)):
+        numbers, process = path.name.split(".")[3:5]
+        directions = SpectralSlice.from_json([int(number) for number in numbers.split("-")])
+        gated = path.stem.endswith(".gated")
+        owned.append(OwnedSlice(f"a training under way (process {process})", directions, gated))
+    return owned
+
+
+def delete_abandoned_reservations(folder: Path) -> None:
+    """Delete the files of processes that died, of all kinds. Raises OutputError where nothing can be written."""
+    if any(folder.glob(".*.reserved")):
+        with library_lock(folder):
+            _held(folder)
+
+
+def _held(folder: Path, kind: str = "*") -> list[Path]:
+    """The files that a living process has locked; the others are deleted."""
+    held: list[Path] = []
+    for path in sorted(folder.glob(f".*.{kind}.*.reserved")):
         if lock := try_lock(path):
             _delete(lock)
         else:
-            numbers, process = path.name.split(".")[3:5]
-            directions = SpectralSlice.from_json([int(number) for number in numbers.split("-")])
-            gated = path.stem.endswith(".gated")
-            owned.append(OwnedSlice(f"a training under way (process {process})", directions, gated))
-    return owned
+            held.append(path)
+    return held
 
 
 def _kind(base: BaseInfo, slice_of: str) -> str:

@@ -1,8 +1,8 @@
 """Trainings that ended before their last step, and what it takes to resume them exactly.
 
 A training that may be interrupted works in a folder of its library (Library.new_training_folder). There are its
-settings, its pictures, its checkpoints, and the adapter as it was at the latest of them, which owns the slice until
-then.
+pictures, its settings, which are written once the pictures are there, its checkpoints, and the adapter as it was at the
+latest of them, which owns the slice until then.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,15 @@ def save_training_settings(folder: TrainingFolder, config: TrainingConfig) -> Pa
 
 
 def find_unfinished_trainings(library: Library) -> dict[str, UnfinishedTraining]:
-    """The unfinished trainings of a library by the names of their folders, also after the library was moved."""
-    return {folder.folder.name: _read(library, folder) for folder in library.unfinished()}
+    """The unfinished trainings of a library by the names of their folders, also after the library was moved.
+
+    A folder without settings was left by a program that ended before it had all pictures, and is deleted.
+    """
+    folders = library.unfinished()
+    for folder in folders:
+        if not (folder.folder / SETTINGS_FILE).exists() and folder.acquire():
+            folder.delete()
+    return {folder.folder.name: _read(library, folder) for folder in folders if folder.folder.exists()}
 
 
 def _read(library: Library, folder: TrainingFolder) -> UnfinishedTraining:

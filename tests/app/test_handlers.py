@@ -280,6 +280,13 @@ def test_the_combination_is_saved_exported_and_baked(session, taught):
     assert (session.library / "models" / "pets" / "model_index.json").is_file() and "--gating none" in cli.value
     with pytest.raises(fusion.FusionError, match="is there already"):
         combine.bake_picked(session, both, "direct_sum", "pets", accept=True)
+    with session.queue.acquire("A picture is being drawn"):  # a base is opened while nobody uses models
+        waiting = threading.Thread(target=combine.bake_picked, args=(session, both, "direct_sum", "later", True))
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert (session.library / "models" / "later" / "model_index.json").is_file()
     with pytest.raises(fusion.FusionError, match="at least one"):
         combine.save_as_one(session, picks())
 

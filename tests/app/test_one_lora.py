@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,25 @@ def test_what_was_stopped_goes_on_in_another_studio(pets, small, base):
     assert pets.jobs.jobs[-1].start == 0
     once, twice = (fusion.load(pets.library / f"{key}.safetensors") for key in ("pets", "pets-2"))
     assert all((a == b).all() for a, b in zip(once.parameters(), twice.parameters(), strict=True))
+
+
+def test_a_studio_that_ended_at_any_moment_leaves_what_can_be_gone_on_with(pets, small, base, monkeypatch):
+    folder = pets.library / distillation_jobs.FOLDER
+    (folder / "empty").mkdir(parents=True)
+    (folder / "half").mkdir()
+    (folder / "half" / f".{distillation_jobs.REQUEST}.01234567.writing").write_text('{"picked": ')
+    assert distillation_jobs.unfinished_distillations(pets) == {} and list(folder.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation_jobs, "shutil", SimpleNamespace(rmtree=lambda *_, **__: None))  # ends after saving
+        one_lora.make_lora(pets, picks(rex=1), "pets", "quick", 4)
+        list(one_lora.watch_distilling(pets))
+    saved = pets.entries()["pets"].path.stat().st_mtime_ns
+    other = Session(base, pets.library)
+    assert list(distillation_jobs.unfinished_distillations(other)) == ["pets"]
+    one_lora.go_on(other)
+    list(one_lora.watch_distilling(other))
+    assert other.entries().keys() == {"rex", "tom", "pets"} and list(folder.iterdir()) == []
+    assert other.entries()["pets"].path.stat().st_mtime_ns > saved
 
 
 def test_what_cannot_be_distilled_is_refused_in_one_sentence_before_the_work(pets, tmp_path):

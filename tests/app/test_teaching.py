@@ -400,6 +400,32 @@ def test_a_checkpoint_without_an_adapter_beside_it_is_resumed(session, files):
     assert session.entries().keys() == {"rex"} and session.entries()["rex"].info.provenance.steps == 12
 
 
+def test_what_a_studio_left_that_ended_while_it_stored_pictures_is_deleted(session):
+    places = [fusion.Library(session.library).new_training_folder(f"rex-{number}") for number in range(2)]
+    for place in places:
+        (place.folder / "pictures").mkdir()
+        (place.folder / "pictures" / "01.png").touch()
+    places[1].release()
+    assert training_jobs.unfinished_jobs(session) == {}
+    (left,) = session.library.glob(".unfinished/*")
+    assert left.name.startswith("rex-0")  # that one's studio is still at it
+
+
+def test_a_concept_that_was_learned_when_the_studio_ended_is_in_the_library_with_a_picture(session, files, monkeypatch):
+    monkeypatch.setattr(training_jobs.TrainingJob, "_save", lambda *_: None)
+    monkeypatch.setattr(training_jobs.TrainingJob, "release", lambda job, _: job.place.release())
+    begin(session, files, "rex", 4)
+    list(teach.watch(session))
+    assert session.entries() == {}
+    monkeypatch.undo()
+    (name,) = training_jobs.unfinished_jobs(session)
+    teach.resume_teaching(session, name)
+    *_, last = teach.watch(session)
+    assert "Learned in 4 steps" in last[0]
+    with Image.open(session.entries()["rex"].path.with_suffix(".png")) as picture:
+        assert picture.size == (16, 16)
+
+
 def test_what_cannot_be_resumed_says_why(session, files, base):
     begin(session, files, "rex", 5000)
     learning(session, "<rex>")

@@ -287,10 +287,24 @@ def test_the_slice_of_a_killed_process_is_free_again(tmp_path):
     with reserve(tmp_path) as beside:
         assert beside.slice.start == 4
     assert f"process {worker.pid})" in Library(tmp_path).slice_map(BASE)[0].owner
+    assert Library(tmp_path).unfinished() == []
+    assert len(list(tmp_path.glob(".*.reserved"))) == 1  # of a process that lives
     worker.kill()
     worker.join(60)
     with reserve(tmp_path) as again:
         assert again.slice.start == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".library.lock"]
+
+
+def test_what_a_killed_process_had_reserved_is_deleted_when_unfinished_trainings_are_listed(tmp_path):
+    library, kinds = Library(tmp_path), ("spectrum", "shared basis")
+    for kind in kinds:
+        with reserve(tmp_path, slice_of=kind):
+            (left,) = (path.name for path in tmp_path.glob(".*.reserved"))
+        (tmp_path / left).touch()  # as SIGKILL leaves it: unlocked
+        with reserve(tmp_path, rank=2, slice_of=kind):
+            (tmp_path / left).touch()
+            assert library.unfinished() == [] and len(list(tmp_path.glob(".*.reserved"))) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [".library.lock"]
 
 
