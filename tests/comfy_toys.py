@@ -80,7 +80,9 @@ class Toy:
         parts = {
             "vae": AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
             "unet": model,
-            "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+            "scheduler": DDIMScheduler(
+                1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="linspace", clip_sample=False
+            ),
             "tokenizer": tokenizer,
         }
         if family == "sdxl":

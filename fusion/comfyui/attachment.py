@@ -2,7 +2,7 @@
 
 The branches, their gates and the recognition of prompts are those of `fusion.attach`. Every prompt that the CLIP
 encodes is remembered with the positions of its concepts, and the UNet recognises it by content. So the nodes that
-encode, combine, weight and crop stay ComfyUI's own, and a prompt that nobody recognises is refused.
+encode, combine, weight and crop stay ComfyUI's own, and a prompt that it does not recognise is refused.
 """
 
 import weakref
@@ -198,7 +198,7 @@ def _with_branches(layer: Any, _module: nn.Module, args: tuple[Any, ...], output
     except InputShapeError:
         raise GatingError(
             f"A patch of this MODEL, such as HyperTile, gives a layer an input of shape {tuple(args[0].shape)}, in "
-            "which nobody knows the pictures of a concept; draw without the patch."
+            "which the pictures of a concept cannot be identified; draw without the patch."
         ) from None
 
 

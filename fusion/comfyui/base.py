@@ -17,6 +17,10 @@ from fusion.layer_names import TOKENIZERS, canonical
 _TEXT_ENCODERS = (("clip_l", "clip_g"), ("clip_h",), ("clip_l",))
 
 
+Tokens = dict[str, list[list[Any]]]  # of a prompt, in ComfyUI: text encoder -> chunks of (token, weight)
+Conditioning = list[list[Any]]  # in ComfyUI: encoded prompts with their options
+
+
 class ModelPatcher(Protocol):
     """The part of ComfyUI's ModelPatcher that the nodes use."""
 
@@ -40,6 +44,8 @@ class Clip(Protocol):
     tokenizer: Any
 
     def clone(self) -> "Clip": ...
+    def tokenize(self, text: str) -> Tokens: ...
+    def encode_from_tokens_scheduled(self, tokens: Tokens) -> Conditioning: ...
 
 
 class ComfyBase:

@@ -64,6 +64,12 @@ class ConceptTokenizer:
             raise AttributeError(name)
         return getattr(self._original, name)
 
+    def without_phrases(self) -> "ConceptTokenizer":
+        """A tokenizer that knows the tokens alone: phrases that adapters are bound to are words as any other."""
+        tokenizer = copy.copy(self)
+        tokenizer._adapters = ()
+        return tokenizer
+
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, Any]:
         """What ComfyUI's tokenizer returns: for each text encoder its chunks of (token or embedding, weight)."""
         return self._original.tokenize_with_weights(self.with_embeddings(text), return_word_ids, **options)

@@ -41,6 +41,10 @@ Put this folder into ComfyUI's `custom_nodes`; it needs no other packages. Adapt
 
 **Load Spectral Adapter** and **Bind LoRA to Word** take MODEL and CLIP and return both; connect both. Then write the
 token, such as `<dog>`, or the bound words into any prompt that is encoded with this CLIP.
+
+**Find Concept Masks** returns a MASK for each concept of a prompt, for Conditioning (Set Mask). **Adapter
+Compatibility** reports whether the loaded adapters disturb each other; connect Preview Any. `example_workflows` has a
+graph with all four.
 """
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusion.comfyui.base import Clip, ModelPatcher
+from fusion.comfyui.base import Clip, Conditioning, ModelPatcher
 from fusion.errors import FormatError
 
 FOLDER = "spectral_adapters"  # in ComfyUI's models folder; adapters may also lie among the LoRAs
@@ -57,10 +57,79 @@ class BindLora:
         return load_adapter(model, clip, _path(lora_name), strength_model, strength_clip, word, mask)
 
 
-NODE_CLASS_MAPPINGS: dict[str, Any] = {"LoadSpectralAdapter": LoadSpectralAdapter, "BindLoraToWord": BindLora}
+class ConceptMasks:
+    """Where each concept of a prompt will be in the picture that a KSampler with these settings draws."""
+
+    RETURN_TYPES = ("MASK",) * 4
+    RETURN_NAMES = ("concept_1", "concept_2", "concept_3", "concept_4")
+    FUNCTION = "find"
+    CATEGORY = "conditioning"
+    DESCRIPTION = "Finds where the UNet will draw each concept of the prompt, in the order of the prompt."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        from comfy.samplers import KSampler
+
+        required = {
+            **_models(),
+            "text": ("STRING", {"multiline": True}),
+            "negative": ("CONDITIONING",),
+            "latent_image": ("LATENT",),
+            "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
+            "steps": ("INT", {"default": 20, "min": 1, "max": 10000}),
+            "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1}),
+            "sampler_name": (KSampler.SAMPLERS,),
+            "scheduler": (KSampler.SCHEDULERS,),
+        }
+        return {"required": required}
+
+    def find(
+        self, model: ModelPatcher, clip: Clip, text: str, negative: Conditioning, latent_image: dict[str, Tensor],
+        seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """A mask for each concept, empty ones for those that the prompt lacks."""
+        from fusion.comfyui.concept_masks import MAX_CONCEPTS, find_masks
+
+        by_token = find_masks(
+            model, clip, text, negative, latent_image["samples"], seed=seed, steps=steps, cfg=cfg,
+            sampler=sampler_name, scheduler=scheduler,
+        )  # fmt: skip
+        masks = list(by_token.values())
+        return *masks, *[masks[0] * 0] * (MAX_CONCEPTS - len(masks))
+
+
+class AdapterCompatibility:
+    """What to expect of the adapters on a CLIP together, by their weights; nothing is drawn."""
+
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "report"
+    CATEGORY = "loaders"
+    OUTPUT_NODE = True
+    DESCRIPTION = "Reports whether the loaded adapters disturb each other, as fusion inspect does."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",)}}
+
+    def report(self, clip: Clip) -> dict[str, Any]:
+        """The verdict, its reasons, and the cosine of every two changes."""
+        from fusion.comfyui.adapter_report import report_adapters
+
+        text = report_adapters(clip)
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
+NODE_CLASS_MAPPINGS: dict[str, Any] = {
+    "LoadSpectralAdapter": LoadSpectralAdapter,
+    "BindLoraToWord": BindLora,
+    "ConceptMasks": ConceptMasks,
+    "AdapterCompatibility": AdapterCompatibility,
+}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LoadSpectralAdapter": "Load Spectral Adapter",
     "BindLoraToWord": "Bind LoRA to Word",
+    "ConceptMasks": "Find Concept Masks",
+    "AdapterCompatibility": "Adapter Compatibility",
 }
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 

@@ -29,9 +29,9 @@ class PromptLayers:
         """The rows of every concept in `context` (B, T', D'), which a call begins with. Raises GatingError."""
         self._tracker.start_unet(context)
         self._context = context
-        for known, changes in self._cache:
-            alike = (known.shape, known.dtype, known.device) == (context.shape, context.dtype, context.device)
-            if alike and torch.equal(known, context):
+        for cached, changes in self._cache:
+            same_form = (cached.shape, cached.dtype, cached.device) == (context.shape, context.dtype, context.device)
+            if same_form and torch.equal(cached, context):
                 self._changes = changes
                 break
         else:
@@ -60,9 +60,9 @@ class PromptLayers:
             change = layer.with_branches(torch.zeros_like(output), x).flatten(0, -2)
             rows = change.any(dim=1).nonzero()[:, 0]
             self._changes[path] = (rows, change[rows]) if len(rows) else None
-        if (kept := self._changes[path]) is None:
+        if (cached := self._changes[path]) is None:
             return output
-        return output.flatten(0, -2).index_add(0, *kept).view(output.shape)
+        return output.flatten(0, -2).index_add(0, *cached).view(output.shape)
 
     def _patched(self, layer: AdaptedLinear, x: Tensor, output: Tensor) -> Tensor:
         """The same where a patch of cross-attention has changed the prompt, or put more rows behind it."""
@@ -71,9 +71,10 @@ class PromptLayers:
             return layer.with_branches(output, x)
         prompts, length = self._context.shape[:2]
         if x.ndim != 3 or x.shape[0] != prompts or not torch.equal(x[:, :length], self._context):
+            token = sorted(rows.tokens)[0].partition(" ")[0]
             raise GatingError(
                 f"A patch of this MODEL gives cross-attention {tuple(x.shape)} in place of the prompts' "
-                f"{tuple(self._context.shape)}, not behind them, so nobody knows where {sorted(rows.tokens)[0]} is; "
+                f"{tuple(self._context.shape)}, not behind them, so the positions of {token} are not known; "
                 "draw without the patch."
             )
         moved = {token: r // length * x.shape[1] + r % length for token, r in rows.rows.items()}

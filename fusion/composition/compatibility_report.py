@@ -8,7 +8,7 @@ from typing import Any
 
 from fusion.adapters.adapter import Adapter
 from fusion.adapters.combination_checks import check_bases, check_tokens, quoted, slice_clashes
-from fusion.composition.fusing import split_branches
+from fusion.composition.fused_branches import split_branches
 from fusion.composition.input_interference import CrossTalk, cross_talk
 from fusion.composition.weight_interference import Interference, cosine_interference
 from fusion.errors import ConfigError, FusionError

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusion.adapters.adapter import Adapter, AdapterInfo, Branch, Provenance, checked_strengths
 from fusion.adapters.combination_checks import check_bases, check_tokens, quoted, slice_clashes
 from fusion.adapters.lora import LoraLayer
+from fusion.composition.fused_branches import split_branches
 from fusion.distillation.config import DistillationConfig
 from fusion.distillation.loop import distill
 from fusion.errors import ConfigError, SliceConflict, UnknownName, closest
@@ -113,13 +114,6 @@ def _distilled(
     *_, last = distill(pipe, adapters, config, strengths=strengths)
     assert last.adapter is not None
     return last.adapter
-
-
-def split_branches(adapter: Adapter) -> list[Adapter]:
-    """An adapter for each branch, with the branch's name; one that has a single branch as it is."""
-    if len(adapter.branches) == 1:
-        return [adapter]
-    return [replace(adapter, info=replace(adapter.info, name=b.name), branches=(b,)) for b in adapter.branches]
 
 
 def _weighted(adapters: list[Adapter], strengths: list[float], method: str) -> tuple[Branch, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
-from fusion.composition.fusing import split_branches
+from fusion.composition.fused_branches import split_branches
 from fusion.errors import ConfigError
 from fusion.models.layer_sites import matrix, sites
 from fusion.models.pipeline import Pipeline

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusion.adapters.adapter import Adapter
-from fusion.composition.fusing import split_branches
+from fusion.composition.fused_branches import split_branches
 from fusion.spectral.delta import Delta
 from fusion.spectral.interference import cosines, energy_ratio, gram, retention, subspace_overlap
 

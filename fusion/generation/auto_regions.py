@@ -9,26 +9,22 @@ Shapes: C concepts, H W latent size.
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fusion.config import TOKEN
+from fusion.generation.concept_cells import LAYOUT_SHARE, MIN_STEPS, by_nouns, cells_by_concept
 from fusion.generation.config import GenerationConfig, Region
 from fusion.generation.pipeline_call import call_pipeline
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
-
-LAYOUT_SHARE = 0.25  # of the steps, after which the layout is settled
-MIN_STEPS = 4  # so that a quarter of them is one
-MIN_CHANGE = 0.2  # of a concept's largest change; where it changes less, the prompt of the picture applies
 
 
 class Midway(NamedTuple):
@@ -76,14 +72,6 @@ def draw_midway(
     return midway[0]
 
 
-def by_nouns(prompt: str, nouns: Mapping[str, str], keep: Collection[str] = ()) -> str:
-    """A prompt in which all concepts but those of the tokens `keep` are called by their nouns."""
-    for token, noun in nouns.items():
-        if token not in keep:
-            prompt = prompt.replace(token, noun)
-    return prompt
-
-
 def with_prompt(region: Region, prompt: str, nouns: Mapping[str, str]) -> Region:
     """A region of bare tokens with the prompt of the picture, in which no other concept is named.
 
@@ -105,15 +93,6 @@ def changes(pipe: Pipeline, midway: Midway, config: GenerationConfig, nouns: Map
         encoded = encode_prompts(pipe, texts, config.clip_skip, weighting=weighting)
         predictions = predict(pipe, noisy, times, encoded)
     return (predictions[1:] - predictions[:1]).float().square().mean(dim=1)
-
-
-def cells_by_concept(maps: Tensor) -> Tensor:
-    """(C, H, W) changes to (C, H, W) bool, no cell twice: smoothed, each against its own largest, the larger wins."""
-    reach = min(maps.shape[-2:]) // 16
-    smooth = F.avg_pool2d(maps[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
-    shares = smooth / smooth.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-    owner = F.one_hot(shares.argmax(dim=0), len(maps)).permute(2, 0, 1).bool()
-    return owner & (shares > MIN_CHANGE)
 
 
 def regions_of(masks: Tensor, tokens: Mapping[str, str]) -> list[Region]:

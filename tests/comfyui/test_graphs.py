@@ -147,7 +147,7 @@ def test_patches_of_cross_attention(comfyui, graph):
 
     changed = model.clone()
     changed.set_model_attn2_patch(before)
-    with pytest.raises(Exception, match="not behind them, so nobody knows where <rex>"):
+    with pytest.raises(Exception, match="not behind them, so the positions of <rex> are not known"):
         toy.draw(changed, *conds)
     toy.draw(changed, conds[1], conds[1])
 

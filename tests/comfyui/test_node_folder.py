@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import fusion
 import tiny
@@ -11,6 +12,8 @@ from fusion.cli import main
 from fusion.comfyui.nodes import NODE_CLASS_MAPPINGS
 from trained import trained_adapter
 
+LINKED = ("MODEL", "CLIP", "CONDITIONING", "LATENT")
+WIDGETS = {"STRING": str, "INT": int, "FLOAT": float}
 # Everything is blocked but the standard library and what ComfyUI has, with what that imports in turn.
 BLOCKED = """
 import importlib.util, sys
@@ -29,7 +32,7 @@ spec = importlib.util.spec_from_file_location("nodes_under_test", folder + "/__i
                                               submodule_search_locations=[folder])
 package = sys.modules["nodes_under_test"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
-from nodes_under_test.fusion.comfyui import attachment
+from nodes_under_test.fusion.comfyui import adapter_report, attachment, concept_masks
 from nodes_under_test.fusion.formats.adapter_file import load
 print(sorted(package.NODE_CLASS_MAPPINGS), len(load(adapter).deltas()))
 print(sorted({"torch._dynamo", "fusion", "transformers", "diffusers", "peft", "PIL"} & sys.modules.keys()))
@@ -59,23 +62,38 @@ def test_nodes_import_nothing_that_comfyui_lacks(node_folder, tmp_path):
 
 
 def test_the_example_fits_the_nodes(node_folder, monkeypatch):
-    """Every link joins an output to an input of its type, and every widget of our nodes has its value."""
-    monkeypatch.setattr("fusion.comfyui.nodes._files", lambda: ["dog.safetensors"])
+    """Every link joins an output to an input of its type, and every widget of our nodes has a value of its kind."""
+    samplers = ModuleType("comfy.samplers")
+    samplers.KSampler = SimpleNamespace(SAMPLERS=["euler"], SCHEDULERS=["normal"])
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    monkeypatch.setattr("fusion.comfyui.nodes._files", lambda: ["dog.safetensors", "knight.safetensors"])
     (path,) = (node_folder / "example_workflows").iterdir()
     workflow = json.loads(path.read_text())
     by_number = {node["id"]: node for node in workflow["nodes"]}
     for number, source, output, target, slot, kind in workflow["links"]:
-        assert by_number[source]["outputs"][output]["type"] == kind == by_number[target]["inputs"][slot]["type"]
+        assert by_number[source]["outputs"][output]["type"] == kind
+        assert by_number[target]["inputs"][slot]["type"] in (kind, "*")
         assert number in by_number[source]["outputs"][output]["links"]
+        assert by_number[target]["inputs"][slot]["link"] == number
     types = {node["type"] for node in workflow["nodes"]}
     assert set(NODE_CLASS_MAPPINGS) <= types
     for node in workflow["nodes"]:
         if (kind := NODE_CLASS_MAPPINGS.get(node["type"])) is not None:
             inputs = kind.INPUT_TYPES()["required"]
-            links = {name: spec[0] for name, spec in inputs.items() if spec[0] in ("MODEL", "CLIP")}
+            links = {name: spec[0] for name, spec in inputs.items() if spec[0] in LINKED}
             assert {slot["name"]: slot["type"] for slot in node["inputs"]} == links
-            assert len(node["widgets_values"]) == len(inputs) - len(links)
+            values = iter(node["widgets_values"])
+            for form, *options in (spec for name, spec in inputs.items() if name not in links):
+                value = next(values)
+                assert value in form if isinstance(form, list) else isinstance(value, WIDGETS[form])
+                if options and options[0].get("control_after_generate"):
+                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
+            assert list(values) == []
             assert [output["type"] for output in node["outputs"]] == list(kind.RETURN_TYPES)
+            assert [output["name"] for output in node["outputs"]] == list(
+                getattr(kind, "RETURN_NAMES", kind.RETURN_TYPES)
+            )
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path, capsys):

@@ -94,12 +94,12 @@ def test_combined_joined_and_empty_prompts(comfyui, spectral, folders, toys):
             check_calls(toy, calls, prompts)
 
 
-def test_prompts_that_nobody_knows_are_refused(comfyui, spectral, folders, toys):
+def test_unrecognised_prompts_are_refused(comfyui, spectral, folders, toys):
     toy = toys("sd1")
     rex, tom = trained_adapter(toy.pipe, "<rex>"), trained_adapter(toy.pipe, "<tom>", k=1)
     model, clip = loaded(spectral, folders, toy, rex)
     other = loaded(spectral, folders, toy, tom)[1]
-    a, b = encode(comfyui, clip, "a <rex>"), encode(comfyui, clip, "a bird that nobody knows")
+    a, b = encode(comfyui, clip, "a <rex>"), encode(comfyui, clip, "a bird of another kind")
     average = comfyui.ConditioningAverage().addWeighted(a, b, 0.5)[0]
     with pytest.raises(Exception, match="Average"):
         toy.draw(model, average, b)

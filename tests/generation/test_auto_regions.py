@@ -9,7 +9,8 @@ from PIL import Image
 
 import fusion
 import tiny
-from fusion.generation.auto_regions import Midway, by_nouns, cells_by_concept, changes, draw_midway, regions_of
+from fusion.generation.auto_regions import Midway, changes, draw_midway, regions_of
+from fusion.generation.concept_cells import by_nouns, cells_by_concept
 from fusion.generation.config import GenerationConfig
 from fusion.generation.pipeline_call import call_pipeline
 from fusion.generation.schedulers import SCHEDULERS
