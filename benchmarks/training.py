@@ -35,13 +35,14 @@ class Steps:
 
     def step(self) -> None:
         """Forward, backward and update."""
-        with self.autocast():
-            if self.variant.prompt:
-                text = self.encode(self.variant.prompt)
-            else:
-                text = self.cached.detach().requires_grad_(self.optimizer is None)
-            prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
-        torch.nn.functional.mse_loss(prediction.float(), self.noise.float()).backward()
+        with self.variant.computed():
+            with self.autocast():
+                if self.variant.prompt:
+                    text = self.encode(self.variant.prompt)
+                else:
+                    text = self.cached.detach().requires_grad_(self.optimizer is None)
+                prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
+            torch.nn.functional.mse_loss(prediction.float(), self.noise.float()).backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()

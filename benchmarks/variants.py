@@ -14,6 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.bases import Base
+from fusion.adapters.layer_stacks import LayerStacks
 from fusion.models.attachment import attach
 from fusion.models.layer_sites import Site, sites
 from fusion.spectral.spectrum import Spectrum
@@ -27,6 +28,7 @@ class Variant:
     tensors: list[Tensor]  # all that it adds to the base's, parameters among them
     installed: Callable[[], AbstractContextManager[object]]
     prompt: str | None = None  # encoded in the step; None: text is cached
+    computed: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext  # around forward and backward
 
 
 def frozen(_base: Base) -> Variant:
@@ -44,9 +46,12 @@ def ours(base: Base, kind: str, *, gated: bool = False) -> Variant:
         }
         adapter = type(adapter)(adapter.info, adapter.branches, rows)
         parameters += [row for components in rows.values() for row in components.values()]
+    stacks = LayerStacks(adapter.layers.values())
     tensors = [t for layer in adapter.layers.values() for t in layer.state_dict(keep_vars=True).values()]
     prompt = f"a photo of a {adapter.info.concepts[0].token}" if gated else None
-    return Variant(parameters, tensors + parameters, lambda: attach(base.pipe, adapter, live=True), prompt)
+    return Variant(
+        parameters, tensors + parameters, lambda: attach(base.pipe, adapter, live=stacks), prompt, stacks.computed
+    )
 
 
 def peft_lora(base: Base) -> Variant:

@@ -35,7 +35,7 @@ class AdditiveLayer(SpectralLayer):
 def additive_delta(basis: Spectrum, dU: Tensor, dS: Tensor, dV: Tensor) -> Delta:
     """ΔW = (U + dU)(S + dS)(V + dV)ᵀ − U S Vᵀ, in the form of the class docstring."""
     U, S, V = basis
-    moved_V = (V + dV).T  # (R, I)
-    by_dU = (S + dS)[:, None] * moved_V  # (R, I)
-    by_U = S[:, None] * dV.T + dS[:, None] * moved_V  # (R, I)
-    return Delta(torch.cat([dU, U], dim=1), torch.cat([by_dU, by_U], dim=0))
+    moved_V = (V + dV).mT  # (R, I)
+    by_dU = (S + dS)[..., None] * moved_V  # (R, I)
+    by_U = S[..., None] * dV.mT + dS[..., None] * moved_V  # (R, I)
+    return Delta(torch.cat([dU, U], dim=-1), torch.cat([by_dU, by_U], dim=-2))

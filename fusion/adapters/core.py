@@ -17,7 +17,7 @@ class CoreLayer(SpectralLayer):
         self.M = zeros(rank, rank, like=basis.S)  # (R, R)
 
     def delta(self) -> Delta:
-        return Delta(self.basis.U, self.M @ self.basis.V.T)
+        return Delta(self.basis.U, self.M @ self.basis.V.mT)
 
 
 class SingularValuesLayer(SpectralLayer):
@@ -28,4 +28,4 @@ class SingularValuesLayer(SpectralLayer):
         self.dS = zeros(*basis.S.shape, like=basis.S)  # (R,)
 
     def delta(self) -> Delta:
-        return Delta(self.basis.U * self.dS, self.basis.V.T)
+        return Delta(self.basis.U * self.dS[..., None, :], self.basis.V.mT)

@@ -49,8 +49,8 @@ class GuardedAdditiveLayer(AdditiveLayer):
 
     def projected(self) -> tuple[Tensor, Tensor]:
         """dU (O, R) and dV (I, R) as they act."""
-        dU = self.dU - self.guard_U @ (self.guard_U.T @ self.dU)
-        dV = self.dV - self.guard_V @ (self.guard_V.T @ self.dV)
+        dU = self.dU - self.guard_U @ (self.guard_U.mT @ self.dU)
+        dV = self.dV - self.guard_V @ (self.guard_V.mT @ self.dV)
         return dU, dV
 
     def delta(self) -> Delta:

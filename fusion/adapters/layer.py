@@ -30,7 +30,8 @@ class AdapterLayer(nn.Module, ABC):
     Contract, tested for every entry of ADAPTERS:
       1. a fresh layer changes nothing: delta().dense() is exactly zero, in every dtype;
       2. every parameter is trainable, every buffer is saved;
-      3. state_dict() is all that a file needs: from_tensors(state_dict()) has the same delta().
+      3. state_dict() is all that a file needs: from_tensors(state_dict()) has the same delta();
+      4. delta() of a type that is trained works on stacked tensors, too: stacked equals single.
     """
 
     # What a slice index means for this type: two adapters can only collide if they mean the same.
@@ -59,7 +60,14 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def delta(self) -> Delta:
-        """ΔW in factors, differentiable in the parameters."""
+        """ΔW in factors, differentiable in the parameters.
+
+        The one formula of a type, for parameters and buffers that may have a leading dimension: the layers of a stack.
+        """
+
+    def forward(self) -> Delta:
+        """ΔW, for torch.func.functional_call."""
+        return self.delta()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class OrthogonalLayer(AdapterLayer):
         return layer
 
     def delta(self) -> Delta:
-        return Delta(self.up, self.rows.T)
+        return Delta(self.up, self.rows.mT)
 
 
 @lru_cache(maxsize=8)

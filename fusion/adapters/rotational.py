@@ -1,5 +1,6 @@
 """Spectral Adapter^R (Zhang & Pilanci 2024, arXiv 2405.13952): rotate the singular vectors of one slice."""
 
+import torch
 from torch import Tensor
 
 from fusion.adapters.layer import SpectralLayer, zeros
@@ -29,9 +30,10 @@ class RotationalLayer(SpectralLayer):
         basis = self.basis.spectrum()
         E_U, E_V = cayley_offset(self.X_U), cayley_offset(self.X_V)  # (R, R), float32 or better
         scaled = (basis.S * (1 + self.dc)).to(E_U.dtype)  # (R,)
-        turned = E_U * scaled  # E_U S', (R, R)
-        M = (basis.S * self.dc).diag().to(E_U.dtype) + turned + scaled[:, None] * E_V.T + turned @ E_V.T
-        return Delta(basis.U, M.to(basis.V.dtype) @ basis.V.T)
+        turned = E_U * scaled[..., None, :]  # E_U S', (R, R)
+        diagonal = torch.diag_embed(basis.S * self.dc).to(E_U.dtype)
+        M = diagonal + turned + scaled[..., None] * E_V.mT + turned @ E_V.mT
+        return Delta(basis.U, M.to(basis.V.dtype) @ basis.V.mT)
 
     def learning_rate_gains(self, reference: Tensor) -> dict[str, float]:
         # X and the relative dc all act through σ.

@@ -6,14 +6,16 @@ Knows nothing of files or of training; the training loop attaches live layers by
 import itertools
 import threading
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 import torch
 
 from fusion.adapters.adapter import Adapter, Branch, checked_strengths, float32
 from fusion.adapters.layer import AdapterLayer
+from fusion.adapters.layer_stacks import LayerStacks
 from fusion.errors import ConfigError, GatingError, UnknownName, closest
 from fusion.layer_names import TOKENIZERS, component_of
 from fusion.models.adapted_layers import LayerBranch, Strength
@@ -36,7 +38,10 @@ class Attachment:
 
     _is_in = False  # not while `detached` has it out
 
-    def __init__(self, pipe: Pipeline, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *, live: bool) -> None:
+    def __init__(
+        self, pipe: Pipeline, adapter: Adapter, gates: Mapping[str, tuple[str, ...]], *,
+        live: bool | LayerStacks,
+    ) -> None:  # fmt: skip
         self.adapter, self._gates, self._live = adapter, gates, live
         self._strengths = {branch.name: Strength(branch.strength) for branch in adapter.branches}
         self._branches: list[tuple[str, int]] = []
@@ -62,7 +67,7 @@ class Attachment:
         self._is_in = True
         state.tokens.add(self._key, self.adapter.info.concepts, self.adapter.tokens)
         for branch in with_base_weights(pipe, self.adapter).branches:
-            self._add(pipe, state, branch, self._gates[branch.name], live=self._live)
+            self._add(pipe, state, branch, self._gates[branch.name])
 
     def _take_out(self) -> None:
         state, names, self._branches = self._state, self._branches, []
@@ -74,14 +79,19 @@ class Attachment:
         state.tokens.remove(self._key)
         state.denoiser_gates -= self._denoiser_gates
 
-    def _add(self, pipe: Pipeline, state: AttachedState, branch: Branch, gate: tuple[str, ...], *, live: bool) -> None:
+    def _add(self, pipe: Pipeline, state: AttachedState, branch: Branch, gate: tuple[str, ...]) -> None:
         key, table = next(_keys), all_sites(pipe)
         for name, layer in branch.layers.items():
-            source = layer.delta if live else _fixed_delta(layer)
+            source = self._source(layer)
             if isinstance(source, Delta) and not source.rank:
                 continue
             state.add_branch(name, table[name], key, LayerBranch(source, self._strengths[branch.name], gate))
             self._branches.append((name, key))
+
+    def _source(self, layer: AdapterLayer) -> Callable[[], Delta] | Delta:
+        if isinstance(self._live, LayerStacks):
+            return partial(self._live.delta, layer)
+        return layer.delta if self._live else _fixed_delta(layer)
 
     def strength(self, name: str, value: float) -> None:
         """Set the strength of the branch or concept token `name`, or of the whole adapter by its name. Linear.
@@ -128,11 +138,14 @@ def _fixed_delta(layer: AdapterLayer) -> Delta:
     return cached[1]
 
 
-def attach(pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live: bool = False) -> Attachment:
+def attach(
+    pipe: Pipeline, adapter: Adapter, gating: str | None = None, *, live: bool | LayerStacks = False
+) -> Attachment:
     """Attach an adapter to a pipeline; several may be attached at once, and detached in any order.
 
     `gating`: None as the file says, "tokens" to gate every branch by the adapter's own tokens, "none" to let all act
-    everywhere. `live`: compute ΔW from the layers at every call (training) instead of once.
+    everywhere. `live`: compute ΔW from the layers at every call (training) instead of once; `LayerStacks` of the layers
+    compute it for all at once.
     Raises BaseMismatch for a foreign base, TokenConflict for a token in use, GatingError where a gate is impossible.
     """
     return Attachment(pipe, adapter, effective_gates(adapter, gating), live=live)

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
+from fusion.adapters.layer_stacks import LayerStacks
 from fusion.errors import FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, prepare_folder
 from fusion.generation.config import GenerationConfig
@@ -100,8 +101,10 @@ def train(pipe: Pipeline, config: TrainingConfig, *, on_progress: OnPhase | None
         layer_progress = on_progress and partial(on_progress, "computing the layers' singular directions")
         adapter = setup.fresh_adapter(pipe, config, targets, directions, layer_progress)
         setup.warn_about_gates(config, list(targets))
-        with attach(pipe, adapter, live=True):
-            yield from _Training(pipe, config, adapter, data, accelerator, targets, checkpoint, on_progress).steps()
+        stacks = LayerStacks(adapter.layers.values())
+        with attach(pipe, adapter, live=stacks):
+            training = _Training(pipe, config, adapter, stacks, data, accelerator, targets, checkpoint, on_progress)
+            yield from training.steps()
 
 
 def check_training(pipe: Pipeline, config: TrainingConfig) -> None:
@@ -147,10 +150,11 @@ class _Training:
     """One training with an adapter that is attached live: what its steps read and change."""
 
     def __init__(
-        self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, data: TrainingData, accelerator: Accelerator,
-        targets: Mapping[str, Site], checkpoint: Checkpoint | None, on_progress: OnPhase | None,
+        self, pipe: Pipeline, config: TrainingConfig, adapter: Adapter, stacks: LayerStacks, data: TrainingData,
+        accelerator: Accelerator, targets: Mapping[str, Site], checkpoint: Checkpoint | None,
+        on_progress: OnPhase | None,
     ) -> None:  # fmt: skip
-        self.on_progress = on_progress
+        self.on_progress, self.stacks = on_progress, stacks
         self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
         self.resumed = checkpoint.state.step if checkpoint else 0
@@ -166,7 +170,7 @@ class _Training:
         self.quiet_loss = None
         if config.quiet_loss_weight:
             progress = on_progress and partial(on_progress, "recording inputs for the quiet loss")
-            self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions, data.resolution, progress)
+            self.quiet_loss = QuietLoss(pipe, config, adapter, targets, captions, data.resolution, stacks, progress)
         groups = setup.parameter_groups(pipe, adapter, config, targets)
         optimizer = build_optimizer(config, groups)
         for group in optimizer.param_groups:
@@ -241,12 +245,12 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(config.gradient_accumulation_steps):
             number = (step - 1) * config.gradient_accumulation_steps + micro
-            with self.accelerator.autocast():
-                loss = self._loss(number) / config.gradient_accumulation_steps
-            self.accelerator.backward(loss)
+            with self.stacks.computed():
+                with self.accelerator.autocast():
+                    loss = self._loss(number) / config.gradient_accumulation_steps
+                last = micro == config.gradient_accumulation_steps - 1
+                self.accelerator.backward(loss + self.quiet_loss() if self.quiet_loss and last else loss)
             total += float(loss.detach())
-        if self.quiet_loss is not None:
-            self.accelerator.backward(self.quiet_loss(self.adapter))
         if not math.isfinite(total):
             raise FusionError(
                 f"The loss is {total} at step {step}; the learning rate ({config.learning_rate:g}) is probably too "

@@ -7,6 +7,7 @@ from accelerate import init_empty_weights
 from fusion.adapters import ADAPTERS
 from fusion.adapters.adapter import float32
 from fusion.adapters.layer import LayerOptions, SpectralLayer
+from fusion.adapters.layer_stacks import LayerStacks
 from fusion.errors import SliceConflict
 from fusion.spectral.rotation import cayley
 from fusion.spectral.slices import SpectralSlice
@@ -56,6 +57,38 @@ def test_the_state_dict_is_all_a_file_needs(kind):
     with init_empty_weights():  # as while another thread opens a model: it is in force for all threads
         beside = ADAPTERS[kind].from_tensors(state)
     assert torch.equal(beside.delta().dense(), layer.delta().dense())
+
+
+@every_type
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_stacked_layers_are_the_single_ones(kind, shape):
+    """ΔW of all layers of one shape in one call, and its gradients, are those of the layers one by one."""
+    weights = [torch.randn(shape) for _ in range(3)]
+    layers = [trained_layer(kind, weight, k=k) for k, weight in enumerate(weights)]
+    other = trained_layer(kind, torch.randn(16, 16))
+    single = [layer.delta() for layer in layers]
+    names = [(layer, name) for layer in layers for name, _ in layer.named_parameters()]
+    towards = [torch.randn(shape) for _ in layers]
+    states = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
+
+    def gradients(deltas):
+        loss = sum((delta.dense() * direction).sum() for delta, direction in zip(deltas, towards, strict=True))
+        return torch.autograd.grad(loss, [layer.get_parameter(name) for layer, name in names])
+
+    expected = gradients(single)
+    stacks = LayerStacks([layers[0], other, *layers[1:]])
+    assert [len(stack.layers) for stack in stacks.stacks] == [3, 1]
+    with stacks.computed():
+        stacked = [stacks.delta(layer) for layer in layers]
+        assert stacks.delta(other).shape == (16, 16)
+        for one, alone in zip(stacked, single, strict=True):
+            assert (one.dense() - alone.dense()).norm() <= 1e-6 * alone.dense().norm()
+        for one, alone in zip(gradients(stacked), expected, strict=True):
+            assert (one - alone).norm() <= 1e-5 * alone.norm()
+    # The layers have the same state as before, in views of the stacked tensors, and compute by themselves again.
+    for layer, state, alone in zip(layers, states, single, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+        assert torch.equal(stacks.delta(layer).dense(), alone.dense())
 
 
 @every_type

@@ -7,6 +7,7 @@ import torch
 
 import fusion
 import tiny
+from fusion.adapters.layer_stacks import LayerStacks
 from fusion.evaluation.output_error import measure_output_errors
 from fusion.models.attachment import attach
 from fusion.models.input_moments import CONCEPT_FREE, record_base
@@ -39,7 +40,8 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
     silent = replace(adapter, branches=(replace(adapter.branches[0], strength=0.0),))
     side, batch = pipe.unet.config.sample_size, min(4, settings.train_batch_size)
     with attach(pipe, silent):
-        quiet_loss = QuietLoss(pipe, settings, silent, sites(pipe), ["a {token}"], side * pipe.vae_scale_factor)
+        stacks = LayerStacks(silent.layers.values())
+        quiet_loss = QuietLoss(pipe, settings, silent, sites(pipe), ["a {token}"], side * pipe.vae_scale_factor, stacks)
         words = decoy_words(settings, adapter)
         with attach(pipe, words):
             tokens = [concept.token for concept in words.info.concepts]
@@ -50,7 +52,8 @@ def test_it_is_the_mean_drift_of_all_layers_on_these_inputs_gates_or_none(gated)
         change, weight = delta.dense().double(), matrix(sites(pipe)[name]).double()
         free = met[name].free
         ratios.append(float((change @ free * change).sum() / (weight @ free * weight).sum()))
-    assert float(quiet_loss(adapter).detach()) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
+    with stacks.computed():
+        assert float(quiet_loss().detach()) == pytest.approx(2 * sum(ratios) / len(ratios), rel=1e-3)
 
 
 def test_decoys_are_as_large_as_the_concept_and_leave_with_their_attachment():
