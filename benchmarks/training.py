@@ -4,13 +4,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired, timed
 from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table
 from benchmarks.variants import VARIANTS, Variant
+from fusion.models.denoising import encode_batch
+from fusion.models.prompt_layout import prepared, prompt_batch
 
 ROUNDS = 9
 
@@ -26,19 +27,19 @@ class Steps:
         self.time = torch.tensor([500], device=device)
         self.pipe, self.variant = base.pipe, variant
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-        self.cached = self.encode("a photo of a dog").detach()
+        # As in a training: where tokens stand is laid out before the step.
+        with variant.installed(), torch.no_grad():
+            self.prompts = prompt_batch(self.pipe, [variant.prompt or "a photo of a dog"])
+            with prepared(self.pipe, self.prompts):
+                self.cached = encode_batch(self.pipe, self.prompts).states  # (1, T, D)
         self.optimizer = torch.optim.AdamW(variant.parameters) if variant.parameters else None
-
-    def encode(self, prompt: str) -> Tensor:
-        tokens = self.pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return self.pipe.text_encoder(tokens.input_ids.to(self.time.device))[0]  # (1, T, D)
 
     def step(self) -> None:
         """Forward, backward and update."""
-        with self.variant.computed():
+        with self.variant.computed(), prepared(self.pipe, self.prompts):
             with self.autocast():
                 if self.variant.prompt:
-                    text = self.encode(self.variant.prompt)
+                    text = encode_batch(self.pipe, self.prompts).states
                 else:
                     text = self.cached.detach().requires_grad_(self.optimizer is None)
                 prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample

@@ -32,7 +32,7 @@ class LayerStack:
 
     def delta(self) -> Delta:
         """ΔW of all layers: up (L, O, Q) and down (L, Q, I)."""
-        parameters = {name: torch.stack(tensors) for name, tensors in self._parameters.items()}
+        parameters = {name: torch.stack([*tensors]) for name, tensors in self._parameters.items()}
         return functional_call(self._formula, parameters | self._buffers, ())
 
 

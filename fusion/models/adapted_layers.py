@@ -280,7 +280,12 @@ def _concatenated(parts: list[tuple[Delta, float]]) -> Delta:
 
 
 def _add_at(y: Tensor, rows: Tensor, x: Tensor, branch: LayerBranch) -> Tensor:
-    """y (…, O) with the branch's change of x (…, I) added at some of the flattened rows."""
+    """y (…, O) with the branch's change of x (…, I) added at some of the flattened rows, by index or by mask."""
+    if rows.dtype == torch.bool:
+        delta = branch.factors(x)
+        hidden = F.linear(x, delta.down).flatten(0, -2) * rows[:, None]  # (N, Q), zero at the other rows
+        up = delta.up.T.to(hidden.dtype)
+        return torch.addmm(y.flatten(0, -2), hidden, up, alpha=branch.strength.value).view(y.shape)
     delta, chosen = branch.factors(x), x.flatten(0, -2).index_select(0, rows)
     change = F.linear(F.linear(chosen, delta.down), delta.up) * branch.strength.value
     return y.flatten(0, -2).index_add(0, rows, change.to(y.dtype)).view(y.shape)

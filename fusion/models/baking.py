@@ -1,20 +1,24 @@
 """Adapters into a base's own weights and vocabulary: one-way."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from fusion.adapters.adapter import Adapter
+from fusion.adapters.adapter import Adapter, Concept
 from fusion.errors import FusionError, GatingError, OutputError
+from fusion.layer_names import TOKENIZERS
 from fusion.models.attachment import effective_gates
 from fusion.models.base_check import check_base, with_base_weights
 from fusion.models.layer_sites import all_sites, components
 from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import silent_loading
-from fusion.models.tokens import make_permanent
+from fusion.models.tokens import check_concepts, embedding_of, text_encoders
 from fusion.output_files import check_output, output_group
 
 
@@ -36,7 +40,7 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
         raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
     check_base(pipe, adapter, state.checks)
     table = all_sites(pipe)
-    make_permanent(pipe, adapter.info.concepts, adapter.tokens)
+    _make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     with torch.no_grad():
         for name, delta in with_base_weights(pipe, adapter).deltas().items():
             weight = table[name].module.weight
@@ -67,3 +71,27 @@ def check_model_output(path: str | os.PathLike[str], *, size: int = 0, overwrite
     if target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
         raise OutputError(f"'{target}' is a folder of other files, which are not replaced; name another.")
     return target
+
+
+def _make_permanent(pipe: Pipeline, concepts: Sequence[Concept], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Add concepts to the pipeline's own vocabulary, for baking: tokenizers and embeddings grow.
+
+    Raises what check_concepts does, before anything is changed.
+    """
+    encoders: dict[str, Any] = dict(text_encoders(pipe))
+    tokenizers = {component: getattr(pipe, TOKENIZERS[component]) for component in encoders}
+    check_concepts(concepts, rows, encoders, tokenizers)
+    pieces = [piece for concept in concepts for piece in concept.pieces]
+    for component, encoder in encoders.items() if concepts else ():
+        tokenizer = tokenizers[component]
+        tokenizer.add_tokens(pieces)
+        if embedding_of(encoder).num_embeddings < len(tokenizer):
+            with torch.random.fork_rng(devices=[]):  # the new rows are drawn first, and overwritten below
+                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        weight = embedding_of(encoder).weight
+        embeddings = torch.cat([rows[concept.token][component] for concept in concepts])
+        weight.data[tokenizer.convert_tokens_to_ids(pieces)] = embeddings.to(weight)
+        if encoder.config.eos_token_id == 2:
+            # Old CLIP configs find the end of a prompt as its largest id, which now would be the concept's.
+            encoder.config.eos_token_id = tokenizer.eos_token_id
+            getattr(encoder, "text_model", encoder).eos_token_id = tokenizer.eos_token_id

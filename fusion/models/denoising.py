@@ -4,7 +4,7 @@ Shapes: B prompts, T text positions, D embedding width, P pooled width, C H W la
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusion.errors import ConfigError
 from fusion.models.pipeline import Pipeline
 from fusion.models.prompt_chunks import EMPTY, Chunk, apply_weights, split_prompt
+from fusion.models.prompt_layout import PromptBatch, encode_ids, token_ids
 from fusion.models.tokens import text_encoders
 from fusion.prompt_syntax import PromptPart, PromptWeighting
 
@@ -78,12 +79,22 @@ def encode_prompts(
     return Conditioning(states.unflatten(0, (-1, number)).flatten(1, 2), None if pooled is None else pooled[::number])
 
 
+def encode_batch(pipe: Pipeline, prompts: PromptBatch, clip_skip: int | None = None) -> Conditioning:
+    """As `encode_prompts`, of prompts that lie on the device: nothing waits for it."""
+    states, pooled = encode_ids(pipe, prompts.ids, clip_skip)
+    count = prompts.count
+    return Conditioning(
+        states.unflatten(0, (count, -1)).flatten(1, 2), None if pooled is None else pooled[:: len(pooled) // count]
+    )
+
+
 def _encode_chunks(pipe: Pipeline, texts: Sequence[str], clip_skip: int | None, device: torch.device) -> Conditioning:
     """Texts of one chunk each, (chunks, T, D)."""
     if clip_skip:
         check_clip_skip(pipe, clip_skip)
         if not hasattr(pipe, "text_encoder_2"):
-            return Conditioning(_encode_without_last_layers(pipe, texts, clip_skip, device), None)
+            ids = {component: token_ids(pipe, component, texts).to(device) for component in text_encoders(pipe)}
+            return Conditioning(*encode_ids(pipe, ids, clip_skip))
     encoded = pipe.encode_prompt(
         list(texts),
         device=device,
@@ -106,25 +117,12 @@ def _layers(encoder: nn.Module) -> nn.ModuleList:
     return next(m for name, m in encoder.named_modules() if name.endswith("encoder.layers"))  # pyright: ignore
 
 
-def _encode_without_last_layers(pipe: Any, prompts: Sequence[str], clip_skip: int, device: torch.device) -> Tensor:
-    """What `encode_prompt` of StableDiffusionPipeline does with clip_skip, (B, T, D).
-
-    diffusers 0.42 looks for the last norm in `text_encoder.text_model`, which transformers has not since 5.6.
-    """
-    texts = pipe.maybe_convert_prompt(list(prompts), pipe.tokenizer)  # textual inversions of several vectors
-    limit = pipe.tokenizer.model_max_length
-    ids = pipe.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-    hidden = pipe.text_encoder(ids.to(device), output_hidden_states=True).hidden_states[-1 - clip_skip]
-    norm = next(m for name, m in pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
-    return norm(hidden)
-
-
 def predict(
     pipe: Pipeline,
     noisy: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
-    time_ids: Sequence[TimeIds] | None = None,
+    time_ids: Sequence[TimeIds] | Tensor | None = None,
     guidance: float = LCM_GUIDANCE,
 ) -> Tensor:
     """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,).
@@ -141,9 +139,8 @@ def predict(
     if conditioning.pooled is not None:
         height, width = (side * pipe.vae_scale_factor for side in noisy.shape[-2:])
         whole = (height, width, 0, 0, height, width)
-        sizes = torch.tensor(
-            list(time_ids or [whole] * len(noisy)), device=noisy.device, dtype=conditioning.pooled.dtype
-        )
+        ids = [whole] * len(noisy) if time_ids is None else time_ids
+        sizes = torch.as_tensor(ids, device=noisy.device, dtype=conditioning.pooled.dtype)
         added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
     return pipe.unet(
         noisy.to(pipe.unet.dtype),

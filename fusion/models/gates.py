@@ -81,7 +81,47 @@ class PictureRows:
         return rows
 
 
-Rows = TokenRows | PictureRows
+@dataclass(eq=False)
+class MaskedRows:
+    """The rows of each token as masks, whose shapes do not depend on what the prompts are: for steps of training.
+
+    Their kernels are the same for all batches of one shape, so a GPU can repeat them without the host.
+    """
+
+    masks: Mapping[str, Tensor]  # token -> (n,) of bool: rows of a layer that is fed tokens, or pictures
+
+    @property
+    def tokens(self) -> Collection[str]:
+        """All tokens that are attached, whether or not they are in these prompts."""
+        return self.masks.keys()
+
+    def matching(self, gate: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """Which rows of `x`, flattened, hold any token of `gate`, or belong to a picture whose prompt does: (N,)."""
+        masks = [self.masks[token] for token in gate if token in self.masks]
+        if not masks:
+            return None
+        mask = masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
+        rows = x.shape[:-1].numel()
+        _check_size(gate, x, rows % len(mask), 0)
+        cells = rows // len(mask)
+        return mask if cells == 1 else mask[:, None].expand(-1, cells).reshape(-1)
+
+
+Rows = TokenRows | PictureRows | MaskedRows
+
+
+class PreparedPrompts(Protocol):
+    """Prompts whose tokens are known before the models run; `fusion.models.prompt_layout` has the one there is."""
+
+    @property
+    def ids(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def concepts(self) -> Mapping[str, Tensor]: ...
+
+    def rows(self, component: str) -> Mapping[bool, Rows]:
+        """The rows of each token in the layers of a component that see tokens (True), and in its other layers."""
+        ...
 
 
 class Regions(Protocol):
@@ -112,6 +152,7 @@ class _Calls(threading.local):
         self.rows: dict[tuple[str, bool], Rows] = {}  # (component, by token or by picture)
         # The UNet's last embeddings with their version; weak, since they may hold the whole graph of the encoders.
         self.embeds: tuple[weakref.ref[Tensor], int] | None = None
+        self.batch: PreparedPrompts | None = None
         self.outputs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of layers fed by the prompt
 
 
@@ -133,6 +174,22 @@ class PromptTracker:
     def set_regions(self, regions: Regions | None) -> None:
         """The chunks of this thread's prompts to come belong to `regions`; None: to whole pictures."""
         self._calls.regions, self._calls.embeds = regions, None
+
+    @property
+    def batch(self) -> PreparedPrompts | None:
+        """The prompts of this thread's calls, where they are known before."""
+        return self._calls.batch
+
+    def set_batch(self, batch: PreparedPrompts | None) -> None:
+        """Until it is None again, this thread's calls are with these prompts, and none is recognised."""
+        self._calls.batch, self._calls.embeds = batch, None
+
+    def start_batch(self, component: str) -> bool:
+        """A component starts on the prompts that are known; False where there are none."""
+        batch = self._calls.batch
+        if batch is not None:
+            self._calls.rows.update({(component, by_token): rows for by_token, rows in batch.rows(component).items()})
+        return batch is not None
 
     def rows(self, component: str, by_token: bool) -> Rows | None:
         """The rows of the component's call under way; None before the first. Replaced at every call, so ask each time.
@@ -188,6 +245,8 @@ class PromptTracker:
 
         Raises GatingError for embeddings this pipeline's text encoders did not make.
         """
+        if self.start_batch("unet"):
+            return
         calls, version = self._calls, 0 if embeds.is_inference() else embeds._version
         if calls.embeds is not None and calls.embeds[0]() is embeds and calls.embeds[1] == version:
             return

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fusion.adapters.adapter import Concept
 from fusion.errors import BaseMismatch, TokenConflict
 from fusion.layer_names import TOKENIZERS
+from fusion.models.embedding_overlay import overlaid
 from fusion.models.gates import Positions, PromptTracker
 from fusion.models.hooks import Hooks
 from fusion.models.layer_sites import components
@@ -195,6 +196,19 @@ class ConceptTokens:
         pieces = {concept.token: " ".join(concept.pieces) for concept in self.concepts}
         return re.sub(r"<[\w-]+>(?!_\d)", lambda m: m[0] if m[0] in pieces else pieces.get(m[0].lower(), m[0]), text)
 
+    def layout(self, component: str, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Of ids (N, T) on the host: the ids with an ordinary word where concepts stand; which of the V rows of all
+        attached concepts stands at each position, (N·T, V) of 0 and 1; and the positions of each token, (N·T,).
+        """
+        words = self._words[component]
+        _check_known(ids, words, embedding_of(self._encoders[component]).num_embeddings)
+        concepts = ids.flatten()[:, None] == torch.tensor(list(words), dtype=ids.dtype)  # (N·T, V)
+        hidden = ids.masked_fill(concepts.any(1).view_as(ids), self._originals[component].bos_token_id)
+        of_token = {
+            c.token: [k for k, (token, _) in enumerate(words.values()) if token == c.token] for c in self.concepts
+        }
+        return hidden, concepts.float(), {token: concepts[:, rows].any(1) for token, rows in of_token.items()}
+
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """All that are attached."""
@@ -204,6 +218,8 @@ class ConceptTokens:
         """Record the concept ids of this call, and hide them from the text encoder."""
 
         def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._tracker.start_batch(component):
+                return None
             ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             ids = ids.view(-1, ids.shape[-1])
             self._calls.ids[component] = ids
@@ -226,6 +242,9 @@ class ConceptTokens:
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
             words, ids = self._words[component], self._calls.ids.get(component)
+            if (batch := self._tracker.batch) is not None:
+                rows = [self._rows[token][component][vector] for token, vector in words.values()]
+                return overlaid(output, batch.concepts[component], rows)
             if ids is None or ids.shape != output.shape[:-1]:  # a call by other code, not by the text encoder
                 return output
             concepts = {i: words[word] for i, word in enumerate(ids.flatten().tolist()) if word in words}
@@ -241,7 +260,8 @@ class ConceptTokens:
         """Remember what the prompts were encoded to, at every layer a pipeline may take (clip_skip, SDXL)."""
 
         def hook(encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            ids = self._calls.ids.pop(component)
+            batch = self._tracker.batch
+            ids = self._calls.ids.pop(component) if batch is None else batch.ids[component]
             values = list(output.values()) if hasattr(output, "values") else list(output)
             tensors = [t for value in values for t in (value if isinstance(value, tuple | list) else (value,))]
             encoded = [t for t in tensors if isinstance(t, Tensor) and t.shape[:-1] == ids.shape]
@@ -249,6 +269,8 @@ class ConceptTokens:
             for tensor in encoded:
                 if tensor.requires_grad:
                     tensor.register_hook(restore)
+            if batch is not None:
+                return
             layers = [tensor[:, -1].detach() for tensor in encoded]
             if len(layers) > 1:
                 norm = next(m for name, m in encoder.named_modules() if name.endswith("final_layer_norm"))
@@ -279,30 +301,6 @@ def check_concepts(
                     f"{concept.token} has {what} for the {component} of this base, which needs {needed}. It was "
                     "trained on another family."
                 )
-
-
-def make_permanent(pipe: Pipeline, concepts: Sequence[Concept], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Add concepts to the pipeline's own vocabulary, for baking: tokenizers and embeddings grow.
-
-    Raises what check_concepts does, before anything is changed.
-    """
-    encoders: dict[str, Any] = dict(text_encoders(pipe))
-    tokenizers = {component: getattr(pipe, TOKENIZERS[component]) for component in encoders}
-    check_concepts(concepts, rows, encoders, tokenizers)
-    pieces = [piece for concept in concepts for piece in concept.pieces]
-    for component, encoder in encoders.items() if concepts else ():
-        tokenizer = tokenizers[component]
-        tokenizer.add_tokens(pieces)
-        if embedding_of(encoder).num_embeddings < len(tokenizer):
-            with torch.random.fork_rng(devices=[]):  # the new rows are drawn first, and overwritten below
-                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        weight = embedding_of(encoder).weight
-        embeddings = torch.cat([rows[concept.token][component] for concept in concepts])
-        weight.data[tokenizer.convert_tokens_to_ids(pieces)] = embeddings.to(weight)
-        if encoder.config.eos_token_id == 2:
-            # Old CLIP configs find the end of a prompt as its largest id, which now would be the concept's.
-            encoder.config.eos_token_id = tokenizer.eos_token_id
-            getattr(encoder, "text_model", encoder).eos_token_id = tokenizer.eos_token_id
 
 
 def _knows(tokenizer: Any, word: str) -> bool:

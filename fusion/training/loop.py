@@ -4,7 +4,6 @@ The command line, the studio and the tests iterate over it. Close the generator 
 before.
 """
 
-import hashlib
 import logging
 import math
 import secrets
@@ -19,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch import Tensor
 
 from fusion.adapters.adapter import Adapter
 from fusion.adapters.layer_stacks import LayerStacks
@@ -29,10 +27,10 @@ from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
-from fusion.models.denoising import Conditioning, check_clip_skip, check_denoises, encode_prompts, predict
+from fusion.models.denoising import check_clip_skip, check_denoises
 from fusion.models.devices import explained_memory
 from fusion.models.layer_sites import Site
-from fusion.models.noise_schedule import check_noise, forward_process
+from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output
@@ -41,10 +39,10 @@ from fusion.training import setup
 from fusion.training.accelerator import accelerated, check_tracker, frozen, precision
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
-from fusion.training.loss import denoising_loss, denoising_target, sample_noise, sample_timesteps, snr_weights
 from fusion.training.optimizers import build_optimizer, check_optimizer
 from fusion.training.quiet_loss import QuietLoss
 from fusion.training.setting_warnings import warnings_about
+from fusion.training.step import BatchGradients
 from fusion.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -154,7 +152,7 @@ class _Training:
         accelerator: Accelerator, targets: Mapping[str, Site], checkpoint: Checkpoint | None,
         on_progress: OnPhase | None,
     ) -> None:  # fmt: skip
-        self.on_progress, self.stacks = on_progress, stacks
+        self.on_progress = on_progress
         self.pipe, self.config, self.data, self.accelerator = pipe, config, data, accelerator
         self.run = (checkpoint and checkpoint.state.run) or secrets.token_hex(4)
         self.resumed = checkpoint.state.step if checkpoint else 0
@@ -181,13 +179,12 @@ class _Training:
         )  # fmt: skip
         self.optimizer: Any = accelerator.prepare(optimizer)
         self.scaler: Any = accelerator.scaler  # of gradients, in fp16; else None
-        names = ("prediction_type", "rescale_betas_zero_snr")
-        others = {name: value for name in names if (value := getattr(config, name)) is not None}
-        self.noise: Any = forward_process(pipe, **others)  # the base's forward process
         trained = {id(p) for group in groups for p in group["params"]}
         self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
-        self.trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
-        self.text_cache: dict[str, Conditioning] = {}
+        trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
+        self.gradients = BatchGradients(
+            pipe, config, data, accelerator, stacks, self.quiet_loss, trains_text=trains_text
+        )
         self._check_room()
         if checkpoint:
             checkpoint.restore(self.parameters, optimizer, self.scaler)
@@ -241,16 +238,13 @@ class _Training:
 
     def _gradients(self, step: int) -> float:
         """The gradients of all micro-batches of a step, clipped; returns the mean loss."""
-        config, total = self.config, 0.0
+        config, count = self.config, self.config.gradient_accumulation_steps
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(config.gradient_accumulation_steps):
-            number = (step - 1) * config.gradient_accumulation_steps + micro
-            with self.stacks.computed():
-                with self.accelerator.autocast():
-                    loss = self._loss(number) / config.gradient_accumulation_steps
-                last = micro == config.gradient_accumulation_steps - 1
-                self.accelerator.backward(loss + self.quiet_loss() if self.quiet_loss and last else loss)
-            total += float(loss.detach())
+        losses = [
+            self.gradients.add(self.gradients.inputs((step - 1) * count + batch), last=batch == count - 1)
+            for batch in range(count)
+        ]
+        total = float(torch.stack(losses).sum())
         if not math.isfinite(total):
             raise FusionError(
                 f"The loss is {total} at step {step}; the learning rate ({config.learning_rate:g}) is probably too "
@@ -259,32 +253,6 @@ class _Training:
         if config.max_grad_norm:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
         return total
-
-    def _loss(self, number: int) -> Tensor:
-        """The loss of micro-batch `number`: a function of the seed and that number alone."""
-        config, device = self.config, self.accelerator.device
-        generator = _generator(config.seed, number)
-        latents, mask, time_ids, captions, weights = self.data.batch(number, generator)
-        noise = sample_noise(latents.shape, config.noise_offset, generator).to(device)
-        steps = sample_timesteps(len(latents), self.noise.config.num_train_timesteps, generator).to(device)
-        noisy = self.noise.add_noise(latents, noise, steps)
-        prediction = predict(self.pipe, noisy, steps, self._encode(captions), time_ids)
-        if config.snr_gamma:
-            weights = weights * snr_weights(self.noise, steps, config.snr_gamma)
-        target = denoising_target(self.noise, latents, noise, steps)
-        return denoising_loss(prediction, target, weights=weights, mask=mask)
-
-    def _encode(self, captions: list[str]) -> Conditioning:
-        """Encoded captions; once per caption where nothing in the text encoder is trained and their number is small."""
-        if self.trains_text or self.config.shuffle_caption:
-            return encode_prompts(self.pipe, captions, self.config.clip_skip)
-        with torch.no_grad():
-            for caption in captions:
-                if caption not in self.text_cache:
-                    self.text_cache[caption] = encode_prompts(self.pipe, [caption], self.config.clip_skip)
-            if len({self.text_cache[caption].states.shape[1] for caption in captions}) > 1:  # padded to the longest
-                return encode_prompts(self.pipe, captions, self.config.clip_skip)
-        return Conditioning.join([self.text_cache[caption] for caption in captions])
 
     def _previews(self, step: int) -> list[Image.Image]:
         """Pictures of the validation prompts, every `validation_steps` and of the finished adapter."""
@@ -331,8 +299,3 @@ class _Training:
             copies = 5 if config.optimizer == "prodigy" else 3
             size = copies * 4 * sum(parameter.numel() for parameter in self.parameters.values())
             check_output(self.checkpoints.folder / "checkpoint", folder=True, size=count * size)
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    name = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(name[:7], "big"))

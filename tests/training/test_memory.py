@@ -7,7 +7,7 @@ from toy_training import config
 import fusion
 import tiny
 from fusion.errors import OutOfMemory
-from fusion.training import loop
+from fusion.training import step as training_step
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_the_line_names_what_is_not_set_already(settings, pictures, monkeypatch):
     training = fusion.train(tiny.pipeline("sd1"), config(pictures, checkpointing_steps=2, **settings))
     next(training)
-    monkeypatch.setattr(loop, "denoising_loss", lambda *_, **__: torch.empty(10**13).sum())
+    monkeypatch.setattr(training_step, "denoising_loss", lambda *_, **__: torch.empty(10**13).sum())
     with pytest.raises(OutOfMemory, match=r"not suffice for another 4e\+04 GB; what helps: ") as caught:
         next(training)
     assert ("gradient_checkpointing" in str(caught.value)) == (not settings)
@@ -28,6 +28,6 @@ def test_the_line_names_what_is_not_set_already(settings, pictures, monkeypatch)
 def test_other_errors_stay_as_they_are(pictures, monkeypatch):
     training = fusion.train(tiny.pipeline("sd1"), config(pictures))
     next(training)
-    monkeypatch.setattr(loop, "denoising_loss", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(training_step, "denoising_loss", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         next(training)

@@ -420,7 +420,7 @@ def test_gradients_that_always_overflow_are_an_error(pictures, monkeypatch):
         return loss
 
     Half(monkeypatch, init_scale=2.0**-12)
-    monkeypatch.setattr("fusion.training.loop.denoising_loss", infinite)
+    monkeypatch.setattr("fusion.training.step.denoising_loss", infinite)
     with pytest.raises(FusionError, match="overflow"):
         next(fusion.train(toy(), config(pictures, mixed_precision="fp16")))
 
