@@ -63,7 +63,7 @@ def _any(positions: Tensor, count: int) -> Tensor:
 def token_ids(pipe: Pipeline, component: str, texts: Sequence[str]) -> Tensor:
     """The ids of texts of one chunk each, (N, T), as the pipelines of diffusers make them."""
     tokenizer = getattr(pipe, TOKENIZERS[component])
-    words = pipe.maybe_convert_prompt(list(texts), tokenizer)  # textual inversions of several vectors
+    words = pipe.maybe_convert_prompt(list(texts), tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
     limit = tokenizer.model_max_length
     return tokenizer(words, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
 
