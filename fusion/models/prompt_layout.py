@@ -1,7 +1,7 @@
 """The prompts of a training step, laid out on the device before the models run.
 
 Where tokens stand in a batch is known from its captions. So inside a step no id is looked up, no prompt is recognised
-and nothing waits for a GPU; and every tensor has a shape that the batch's size decides alone.
+and nothing waits for a GPU; and, but for rows on a CPU, every tensor has a shape that the batch's size decides alone.
 
 Shapes: B prompts of n chunks each, N = B·n chunks, T text positions, V rows of attached concepts, D embedding width.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion.layer_names import TOKENIZERS
-from fusion.models.gates import MaskedRows
+from fusion.models.gates import MaskedRows, PictureRows, Rows, TokenRows
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.prompt_chunks import EMPTY, split_prompt
@@ -25,12 +25,11 @@ class PromptBatch(NamedTuple):
     count: int  # B
     ids: dict[str, Tensor]  # component -> (N, T) int64, with an ordinary word where concepts stand
     concepts: dict[str, Tensor]  # component -> (N·T, V), 1 where a position has a row of a concept, else 0
-    positions: dict[str, dict[str, Tensor]]  # component -> token -> (N·T,) of bool, where it stands
-    chunks: dict[str, dict[str, Tensor]]  # component -> token -> (N,) of bool, or (B,) for the UNet: what holds it
+    layers: dict[str, dict[bool, Rows]]  # component -> whether its layers see tokens -> the rows of each token there
 
-    def rows(self, component: str) -> dict[bool, MaskedRows]:
+    def rows(self, component: str) -> dict[bool, Rows]:
         """The rows of each token in the layers of a component that see tokens (True), and in its other layers."""
-        return {True: MaskedRows(self.positions.get(component, {})), False: MaskedRows(self.chunks.get(component, {}))}
+        return self.layers[component]
 
 
 def prompt_batch(pipe: Pipeline, prompts: Sequence[str]) -> PromptBatch:
@@ -38,26 +37,38 @@ def prompt_batch(pipe: Pipeline, prompts: Sequence[str]) -> PromptBatch:
     split = [[chunk.text for chunk in split_prompt(pipe, prompt)] for prompt in prompts]
     number, device = max(map(len, split)), pipe.unet.device
     texts = [text for one in split for text in [*one, *[EMPTY.text] * number][:number]]
-    batch = PromptBatch(len(prompts), {}, {}, {}, {})
-    state = attached_state(pipe)
+    batch, state = PromptBatch(len(prompts), {}, {}, {}), attached_state(pipe)
+    positions: dict[str, dict[str, Tensor]] = {}  # component -> token -> (N·T,) of bool, where it stands
     for component in text_encoders(pipe):
         ids = token_ids(pipe, component, texts)
         if state:
-            ids, concepts, positions = state.tokens.layout(component, ids)
+            ids, concepts, positions[component] = state.tokens.layout(component, ids)
             batch.concepts[component] = concepts.to(device)
-            batch.positions[component] = {token: mask.to(device) for token, mask in positions.items()}
-            batch.chunks[component] = {token: _any(mask, len(ids)).to(device) for token, mask in positions.items()}
         batch.ids[component] = ids.to(device)
-    encoders = list(batch.positions.values())
-    for token in encoders[0] if encoders else ():
-        joined = torch.stack([positions[token] for positions in encoders]).any(0)  # (N·T,)
-        batch.positions.setdefault("unet", {})[token] = joined
-        batch.chunks.setdefault("unet", {})[token] = _any(joined, len(prompts))
+    if state:
+        encoders = list(positions.values())
+        unet = {token: torch.stack([masks[token] for masks in encoders]).any(0) for token in encoders[0]}
+        for component, masks in {**positions, "unet": unet}.items():
+            count = len(prompts) if component == "unet" else len(texts)
+            holders = {token: mask.view(count, -1).any(1) for token, mask in masks.items()}
+            batch.layers[component] = {by: _rows(part, device, by) for by, part in ((True, masks), (False, holders))}
     return batch
 
 
-def _any(positions: Tensor, count: int) -> Tensor:
-    return positions.view(count, -1).any(1)
+def has_fixed_kernels(device: torch.device) -> bool:
+    """Whether all batches of one shape have the same kernels, which a GPU can repeat; a CPU computes fewer rows."""
+    return device.type != "cpu"
+
+
+def _rows(masks: dict[str, Tensor], device: torch.device, by_token: bool) -> Rows:
+    """The rows of layers at which the masks (n,) of bool are true: positions of tokens, or else chunks and prompts."""
+    if has_fixed_kernels(device):
+        return MaskedRows({token: mask.to(device) for token, mask in masks.items()})
+    rows = {token: mask.nonzero()[:, 0].to(device) for token, mask in masks.items() if mask.any()}
+    size = len(next(iter(masks.values()), ()))
+    if by_token:
+        return TokenRows(rows, size)
+    return PictureRows({token: [(row, 0) for row in numbers.tolist()] for token, numbers in rows.items()}, size)
 
 
 def token_ids(pipe: Pipeline, component: str, texts: Sequence[str]) -> Tensor:

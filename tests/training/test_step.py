@@ -9,6 +9,7 @@ from toy_training import config
 
 import fusion
 import tiny
+from fusion.models import prompt_layout
 from fusion.models.attachment import attach
 from fusion.models.denoising import encode_batch, encode_prompts, predict
 from fusion.models.prompt_layout import prepared, prompt_batch
@@ -68,6 +69,7 @@ def test_nothing_is_read_back_in_a_step(family, settings, pictures, monkeypatch)
     def read(*_):
         raise AssertionError("a tensor is read back")
 
+    monkeypatch.setattr(prompt_layout, "has_fixed_kernels", lambda _: True)
     monkeypatch.setattr(BatchGradients, "add", watched)
     for name in ("tolist", "numpy", "cpu"):
         method = getattr(torch.Tensor, name)
@@ -81,11 +83,13 @@ def _inside(steps):
     return bool(torch.utils._python_dispatch._get_current_dispatch_mode()) and bool(steps)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize(
     ("family", "clip_skip"), [("sd1", None), ("sd1", 1), ("sd2", None), ("sd2", 1), ("sdxl", None)]
 )
-def test_prompts_laid_out_before_are_those_that_pipelines_encode_and_recognise(family, clip_skip):
+def test_prompts_laid_out_before_are_those_that_pipelines_encode_and_recognise(family, clip_skip, fixed, monkeypatch):
     """Of any length, with and without the concept: bit for bit without it, within rounding where it acts."""
+    monkeypatch.setattr(prompt_layout, "has_fixed_kernels", lambda _: fixed)
     pipe = tiny.pipeline(family)
     adapter = trained_adapter(pipe, "<dog>")
     side = pipe.unet.config.sample_size
