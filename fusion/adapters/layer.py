@@ -37,10 +37,6 @@ class AdapterLayer(nn.Module, ABC):
     # What a slice index means for this type: two adapters can only collide if they mean the same.
     slice_of: ClassVar[str | None]  # "spectrum", "shared basis", or None: the type owns no directions
 
-    # Past accelerate.init_empty_weights: while a thread opens a model with it, nn.Module's own one drops the values of
-    # every parameter that any thread registers.
-    register_parameter = nn.Module.register_parameter
-
     @classmethod
     @abstractmethod
     def fresh(
@@ -68,6 +64,11 @@ class AdapterLayer(nn.Module, ABC):
     def forward(self) -> Delta:
         """ΔW, for torch.func.functional_call."""
         return self.delta()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Past nn.Module's: while a thread opens a model, accelerate.init_empty_weights makes that one drop the values of
+        # all parameters, those of other threads too.
+        self._parameters[name] = param
 
     @property
     def shape(self) -> tuple[int, int]:
