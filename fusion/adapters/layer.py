@@ -66,8 +66,8 @@ class AdapterLayer(nn.Module, ABC):
         return self.delta()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Past nn.Module's: while a thread opens a model, accelerate.init_empty_weights makes that one drop the values of
-        # all parameters, those of other threads too.
+        # Past nn.Module's: while a thread opens a model, accelerate.init_empty_weights makes that one drop the values
+        # of all parameters, those of other threads too.
         self._parameters[name] = param
 
     @property

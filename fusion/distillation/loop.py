@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from fusion.distillation.config import DistillationConfig
 from fusion.distillation.decoys import decoys_for
 from fusion.distillation.held_out_errors import HeldOutErrors
 from fusion.distillation.least_squares import LeastSquares
+from fusion.distillation.objective import Objective
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution, decoy_share, words_of
 from fusion.distillation.requirements import check_distillable, own_captions, unfed_branches
@@ -31,13 +32,11 @@ from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import ConfigError, FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, find_checkpoint, prepare_folder, read_checkpoint
 from fusion.layer_names import TOKENIZERS
-from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.models.tokens import text_encoders
 from fusion.progress import OnPhase
-from fusion.spectral.delta import Delta
 
 SCALE_PROMPTS = 16  # for each concept, to measure how much it changes keys and values
 START_PROMPTS = 512  # from which the start is solved
@@ -126,7 +125,7 @@ class _Distillation:
             pipe, concept_rows(pipe, ordered), concept_rows(pipe, [self.teacher.decoys]), rank=config.rank,
             kv_rank=config.kv_rank or config.rank, seed=config.seed, clip_skip=config.clip_skip,
         )  # fmt: skip
-        self.precision = _precision(pipe)
+        self.objective = Objective(self.teacher, self.student, config)
         self.distribution = PromptDistribution(
             self.teacher.concepts,
             words_of(getattr(pipe, TOKENIZERS[next(iter(text_encoders(pipe)))])),
@@ -173,43 +172,27 @@ class _Distillation:
             for number, concept in enumerate(self.teacher.concepts):
                 on_progress("measuring the concepts", number, len(self.teacher.concepts))
                 prompts = replace(self.distribution, concepts=[concept]).draw(rng, SCALE_PROMPTS, (1, 1))
-                errors, pooled = self._errors(self.teacher.answer(prompts))
+                errors, pooled = self.objective.errors(self.teacher.answer(prompts))
                 scales.append(torch.stack([e.mean() for e in (*errors, *([] if pooled is None else [pooled]))]))
-            self.scales = torch.stack(scales)  # (concepts, layers), SDXL's pooled embedding the last of them
+            self.objective.scales = torch.stack(scales)
             kinds = [(1, 1), (2, 3), (0, 0)] if len(self.teacher.concepts) > 1 else [(1, 1), (0, 0)]
             self.tests = list[tuple[Answers, list[Tensor], Tensor | None]]()
             for number, limits in enumerate(kinds):
                 on_progress("answering held-out prompts", number, len(kinds))
                 answers = self.teacher.answer(self.distribution.draw(rng, HELD_OUT, limits))
-                errors, pooled = self._errors(answers)
+                errors, pooled = self.objective.errors(answers)
                 whole = self._base_squares(answers) if limits == (0, 0) else [error.sum() for error in errors]
                 self.tests.append((answers, whole, None if pooled is None else pooled.sum()))
 
     def _test_loss(self) -> float:
         """The loss of the held-out prompts, as they weigh in learning."""
         with torch.no_grad():
-            return sum(self._loss(answers).item() for answers, *_ in self.tests)
+            return sum(self.objective.loss(answers).item() for answers, *_ in self.tests)
 
     def _base_squares(self, answers: Answers) -> list[Tensor]:
         """The sums over prompts of the mean squares of the base's keys and values."""
         states = answers.states.float()
         return [(states @ w.float().T).square().mean(dim=(1, 2)).sum() for w in self.student.weights.values()]
-
-    def _errors(self, answers: Answers) -> tuple[list[Tensor], Tensor | None]:
-        """The student's errors (B,) in every layer, and in SDXL's pooled embedding."""
-        with torch.autocast(self.pipe.unet.device.type, self.precision) if self.precision else nullcontext():
-            encoded = self.student.encode(answers.ids)
-            states, target = encoded.states.float(), answers.states.float()
-            rows, acts = self.teacher.rows(answers.owners)
-            at_rows = target.flatten(0, 1)[rows]
-            errors = list[Tensor]()
-            for layer, weight in self.student.weights.items():
-                gated = self.teacher.gated(layer, (weight.shape[0], weight.shape[1]), at_rows, acts)
-                lora = self.student.loras[layer]
-                errors.append(layer_errors(weight, Delta(lora.up, lora.down), states, target, rows, gated))
-        if encoded.pooled is None or answers.pooled is None:
-            return errors, None
-        return errors, (encoded.pooled.float() - answers.pooled.float()).square().mean(dim=1)
 
     def steps(self) -> Generator[DistillationStep]:
         self.began = time.monotonic()
@@ -245,23 +228,14 @@ class _Distillation:
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.total)
         return warm * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
 
-    def _loss(self, answers: Answers) -> Tensor:
-        errors, pooled = self._errors(answers)
-        scales = prompt_scales(self.scales, self.teacher.presence(answers.owners), self.config.free_weight)
-        loss = distillation_loss(errors, scales[:, : len(errors)])
-        if pooled is not None:
-            loss = loss + self.config.pooled_weight * distillation_loss([pooled], scales[:, -1:])
-        return loss
-
     def _optimize(self, step: int) -> float:
         """One optimizer step; returns the loss."""
         answers = self.pools.batch(step)
         if step % WHOLE_STEPS:
             answers = answers.cut(self.teacher.length(answers.ids))
-        loss = self._loss(answers)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if not math.isfinite(value := float(loss.detach())):
+        value = self.objective.add_gradients(answers)
+        if not math.isfinite(value):
             raise FusionError(
                 f"The loss is {value} at step {step}; the learning rate ({self.config.learning_rate:g}) is probably "
                 "too high for this base. The last checkpoint, if any, is untouched."
@@ -298,7 +272,7 @@ class _Distillation:
         ratios, shares = list[float](), list[float]()
         with self._averaged():
             for answers, whole, pooled_whole in self.tests:
-                errors, pooled = self._errors(answers)
+                errors, pooled = self.objective.errors(answers)
                 ratios.append(_mean_ratio([error.sum() for error in errors], whole))
                 if pooled is not None and pooled_whole is not None:
                     shares.append(_mean_ratio([pooled.sum()], [pooled_whole]))
@@ -338,11 +312,6 @@ class _Distillation:
 def _scaled(adapter: Adapter, strength: float) -> Adapter:
     branches = tuple(replace(branch, strength=branch.strength * strength) for branch in adapter.branches)
     return replace(adapter, branches=branches, digest_cache=None)
-
-
-def _precision(pipe: Pipeline) -> torch.dtype | None:
-    """Of autocast: bfloat16 for a base in half precision, else none."""
-    return None if pipe.unet.dtype == torch.float32 else torch.bfloat16
 
 
 def _mean_ratio(errors: Sequence[Tensor], whole: Sequence[Tensor]) -> float:

@@ -25,6 +25,8 @@ from fusion.models.pipelines import family
 from fusion.models.tokens import embedding_of, text_encoders
 from fusion.spectral.slices import SpectralSlice
 
+LAYER_TENSORS = 24  # of a text encoder's width, that the gradients of one of its layers need: 8, and 4 of four times it
+
 
 class _LoraLinear(nn.Module):
     """W x + up (down x), or (W + up · down) x where that is less to compute."""
@@ -92,6 +94,11 @@ class Student:
         for name, weight in self.weights.items():
             self.loras[name] = _fresh(name, weight, kv_rank, seed)
         self._penultimate, self._clip_skip = family(pipe) == "sdxl", clip_skip
+        configs = [encoder.config for encoder in self._encoders.values()]
+        hidden = sum(config.num_hidden_layers * config.hidden_size for config in configs)
+        outputs = sum(weight.shape[0] for weight in self.weights.values())
+        # What gradients need of a position of a prompt, in float32.
+        self.position_bytes = 4 * (LAYER_TENSORS * hidden + 2 * outputs)
 
     def encode(self, ids: Mapping[str, Tensor]) -> Conditioning:
         """Prompts as the UNet is fed them, as `encode_prompt` of the pipelines makes them from ids (B, T)."""

@@ -39,6 +39,11 @@ class Answers(NamedTuple):
         ids = {name: tensor[:, :length] for name, tensor in self.ids.items()}
         return Answers(ids, self.states[:, :length], self.pooled, self.owners[..., :length])
 
+    def split(self, count: int) -> list["Answers"]:
+        """At most `count` parts of whole prompts."""
+        size = -(-len(self.states) // count)
+        return [self.select(slice(start, start + size)) for start in range(0, len(self.states), size)]
+
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
         ids = {name: torch.cat([part.ids[name] for part in parts]) for name in parts[0].ids}

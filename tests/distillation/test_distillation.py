@@ -8,8 +8,9 @@ import torch
 import fusion
 import tiny
 from fusion.config import read_base_defaults
-from fusion.distillation import loop
+from fusion.distillation import loop, objective
 from fusion.distillation.least_squares import LeastSquares
+from fusion.distillation.objective import Objective
 from fusion.distillation.pool import PromptPools
 from fusion.distillation.prompt_distribution import PromptDistribution
 from fusion.distillation.student import Student
@@ -115,6 +116,30 @@ def test_a_start_is_used_where_it_lowers_the_loss(tmp_path, monkeypatch):
         with contextlib.closing(fusion.distill(pipe, adapters, config(tmp_path))) as steps:
             losses.append(next(steps).loss)
     assert losses[0] < 0.9 * losses[1]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_gradients_in_parts_of_a_batch_are_those_of_the_batch(family, tmp_path, monkeypatch):
+    """A batch that would take too much memory is computed in parts: the same loss and gradients, within rounding."""
+    pipe, counts, results = tiny.pipeline(family), [], []
+    adapters, split, add = two(pipe), Answers.split, Objective.add_gradients
+
+    def watched(self, answers):
+        loss = add(self, answers)
+        gradients = {name: p.grad.clone() for name, p in self.student.parameters().items() if p.grad is not None}
+        results.append((loss, gradients))
+        return loss
+
+    monkeypatch.setattr(Answers, "split", lambda self, count: counts.append(count) or split(self, count))
+    monkeypatch.setattr(Objective, "add_gradients", watched)
+    for size in (2**30, 2**20):
+        monkeypatch.setattr(objective, "PART_BYTES", size)
+        with contextlib.closing(fusion.distill(pipe, adapters, config(tmp_path, max_grad_norm=0))) as steps:
+            next(steps)
+    (loss, whole), (sum_of_parts, parts) = results
+    assert counts[0] == 1 < counts[1] and sum_of_parts == pytest.approx(loss, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
