@@ -63,8 +63,9 @@ class DistillationConfig(StrictModel):
     """Share of prompts without a concept. A tenth of them are empty."""
     free_weight: float = Field(5.0, gt=0, le=MAX_WEIGHT)
     """Weight of a prompt without a concept in the loss; one with concepts has 1."""
-    decoys: int = Field(32, ge=0, le=1000)
-    """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone."""
+    decoys: int | None = Field(None, ge=0, le=1000)
+    """Unknown words among the prompts, so that the LoRA leaves other people's concepts alone. Default: 128 for one
+    concept, whose file is the more likely to be used beside others, and 32 for several."""
     teacher_memory: int = Field(2048, ge=1, le=2**20)
     """Most memory for the teacher's answers, in MiB. Where they need more, prompts are answered in several parts."""
 
@@ -105,6 +106,10 @@ class DistillationConfig(StrictModel):
     def steps_for(self, concepts: int) -> int:
         """The steps of a distillation of so many concepts."""
         return self.max_train_steps or 640 + 35 * concepts
+
+    def decoys_for(self, concepts: int) -> int:
+        """The decoys of a distillation of so many concepts."""
+        return (128 if concepts == 1 else 32) if self.decoys is None else self.decoys
 
     def lasting_settings(self) -> dict[str, Any]:
         """What shapes the adapter, as JSON values: it is in the adapter's file, and guards resuming."""

@@ -120,7 +120,8 @@ class _Distillation:
         )
         self.last_loss = checkpoint.state.loss if checkpoint else math.nan
 
-        self.teacher = Teacher(pipe, ordered, decoys_for(pipe, ordered, config.decoys, config.seed), config.clip_skip)
+        decoys = config.decoys_for(sum(len(adapter.info.concepts) for adapter in ordered))
+        self.teacher = Teacher(pipe, ordered, decoys_for(pipe, ordered, decoys, config.seed), config.clip_skip)
         self.student = Student(
             pipe, concept_rows(pipe, ordered), concept_rows(pipe, [self.teacher.decoys]), rank=config.rank,
             kv_rank=config.kv_rank or config.rank, seed=config.seed, clip_skip=config.clip_skip,
