@@ -96,9 +96,9 @@ class Attachment:
         self.eject(patcher, of=None)
         hooks, layers = Hooks(), dict[tuple[str, MaskCells | None], Any]()
         for key, change in enumerate(self._changes):
-            module = patcher.model.get_submodule(change.path)
             at = change.path, change.mask
             if at not in layers:
+                module = patcher.model.get_submodule(change.path)
                 layers[at] = adapted(module, change.rows)
                 hooks.after(module, partial(outside_graphs, self._hook(change, layers[at])))
             layers[at].add(key, LayerBranch(change.delta, Strength(change.strength), change.gate))

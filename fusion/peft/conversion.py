@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."
 def save_as_lora(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
     """Write one adapter as a LoRA in PEFT's layout: exact, without an SVD, of rank 2R for additive adapters.
 
-    vLLM, SGLang and others that read only LoRA can use it. What is in `modules_to_save` comes along.
+    vLLM, SGLang and others that read only LoRA can use it. Modules of `modules_to_save` are written too.
     """
     config, layers = _adapter(model, adapter_name)
     with torch.no_grad():
@@ -68,8 +68,8 @@ def to_adapter(
     """
     config, layers = _adapter(model, adapter_name)
     names = {path: canonical(component, path) for path in layers}
-    if strange := [name for name in names.values() if not is_importable(name)]:
-        raise ConfigError(f"{strange[0]} is no layer of Stable Diffusion, so there is no adapter file for it.")
+    if foreign := [name for name in names.values() if not is_importable(name)]:
+        raise ConfigError(f"{foreign[0]} is no layer of Stable Diffusion, so there is no adapter file for it.")
     strengths = {layer.strengths[adapter_name] for layer in layers.values()}
     if len(strengths) > 1:
         raise ConfigError(f"The layers of adapter '{adapter_name}' have different strengths; set one with set_scale.")
@@ -108,7 +108,7 @@ def add_native_adapter(
     part = branch.slices[0] if branch.slices else SpectralSlice(0, _rank(branch))
     if part.step != 1 or part.start % part.rank or len(branch.slices) > 1:
         raise ConfigError(
-            f"'{name}' owns directions {part}, which is no slice of neighbours; PEFT's config has no such."
+            f"'{name}' owns directions {part}; SpectralConfig can express only neighbouring ones, from a multiple of r on."
         )
     config = SpectralConfig(
         r=part.rank,

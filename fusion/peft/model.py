@@ -62,9 +62,9 @@ class SpectralModel(BaseTuner):
         widths = {name: min(shape) if of_spectrum else shape[1] for name, shape in shapes.items()}
         narrowest = min(widths, key=widths.__getitem__)
         if config.slice is None:
-            alike = [other for other in others if other.layer_class.slice_of == config.layer_class.slice_of]
-            owned = [other.directions for other in alike if other.slice is not None]
-            config.slice = free_slice(owned, config.r, capacity=widths[narrowest]).start // config.r
+            rivals = [other for other in others if other.layer_class.slice_of == config.layer_class.slice_of]
+            slices = [other.directions for other in rivals if other.slice is not None]
+            config.slice = free_slice(slices, config.r, capacity=widths[narrowest]).start // config.r
         elif shared := config.overlapping(others):
             owns = f"an adapter of this model owns (directions {shared[0].directions})"
             if config.basis == "fresh":
