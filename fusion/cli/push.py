@@ -49,12 +49,12 @@ def push_adapter(
     adapter: Any, repository: str, args: Namespace, *, base: str | None, pictures: dict[Path, str]
 ) -> None:
     """Push, and print where it is and how it is used."""
+    from fusion.hub.adapter_card import instance_prompt
     from fusion.hub.repository import push
 
     known = base if base and not Path(base).exists() else None  # a path of this machine says nothing to others
     commit = push(adapter, repository, base=known, pictures=pictures, **hub_options(args))
     name = commit.partition("/commit/")[0]
     print(f"pushed {adapter.info.name}: {name}")
-    token = next((concept.token for concept in adapter.info.concepts), "photo")
     repo = "/".join(name.split("/")[-2:])
-    print(f"next: {example('generate', repo, '--prompt', f'a {token}')}")
+    print(f"next: {example('generate', repo, '--prompt', instance_prompt(adapter))}")

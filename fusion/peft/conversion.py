@@ -108,7 +108,7 @@ def add_native_adapter(
     part = branch.slices[0] if branch.slices else SpectralSlice(0, _rank(branch))
     if part.step != 1 or part.start % part.rank or len(branch.slices) > 1:
         raise ConfigError(
-            f"'{name}' owns directions {part}; SpectralConfig can express only neighbouring ones, from a multiple of r on."
+            f"'{name}' owns directions {part}; a SpectralConfig has neighbouring ones only, from a multiple of r on."
         )
     config = SpectralConfig(
         r=part.rank,

@@ -43,7 +43,9 @@ def check_supported(module: nn.Module, name: str, **quantization: Any) -> None:
     if backend is not None and not backend.backend_name.startswith("bnb"):
         raise ConfigError(f"{name} is quantised by {backend.backend_name}; of those only bitsandbytes is supported.")
     if not isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
-        raise ConfigError(f"{name} is a {type(module).__name__}; spectral adapters change linear layers and Conv2d.")
+        raise ConfigError(
+            f"{name} is of type {type(module).__name__}; spectral adapters change linear layers and Conv2d."
+        )
     if backend is None and module.weight.dtype not in _FLOATS:
         raise ConfigError(
             f"{name} has a weight of {module.weight.dtype}, whose scale is not known; load it as bfloat16."
