@@ -72,13 +72,13 @@ def _text(adapter: Adapter, repo_id: str, report: ExportReport, base_model: str 
         lora = ["import safetensors.torch", "from huggingface_hub import hf_hub_download", *lora]
     acts = "acts at its own words only" if adapter.gated else "acts on the whole prompt"
     steps = f", {info.provenance.steps} steps" if info.provenance.steps else ""
-    named = _plain(base_model or (info.base.name if info.base else "a base that is not known"))
+    name = base_model or (info.base.name if info.base and info.base.name != "unnamed" else "")
     types = ", ".join(dict.fromkeys(branch.type for branch in adapter.branches))
     parts = [
         f"# {_plain(info.name)}",
         "<Gallery />",
         f"## Trigger words\n\nYou should use {words} to trigger the image generation." if words else "",
-        f"Adapter of type {types}, rank {adapter.rank}{steps}, on {named}.",
+        f"Adapter of type {types}, rank {adapter.rank}{steps}, on {_plain(name) or 'a base that is not known'}.",
         f"## With spectral-fusion\n\nIt {acts}, and can be used beside other adapters.\n\n"
         + _code("import fusion", *opening, f'fusion.attach(pipe, fusion.load("{repo_id}"))', _call(prompt)),
         "## With diffusers alone\n\n"

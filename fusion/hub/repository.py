@@ -55,7 +55,6 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    repo = check_push(repo_id, private=private, token=token, overwrite=overwrite)
     with tempfile.TemporaryDirectory() as folder:
         save(adapter, Path(folder, HUB_FILE), dtype)
         prompts: dict[str, str] = {}
@@ -66,6 +65,8 @@ def push(
             prompts[name] = prompt or _prompt_of(file) or instance_prompt(adapter)
         picture = images[0] if images else None
         report = export(adapter, Path(folder, LORA_FILE), "diffusers", dtype=dtype, picture=picture)
+        # Only now, since all that can fail on this machine is done.
+        repo = check_push(repo_id, private=private, token=token, overwrite=overwrite)
         card = model_card(adapter, repo, report, base=base, pictures=prompts)
         card.save(Path(folder, "README.md"))
         with _one_line(repo):

@@ -10,7 +10,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.cli import main
-from fusion.errors import FormatError, OutputError
+from fusion.errors import DatasetError, FormatError, OutputError
 from fusion.formats.hub_file import HUB_FILE, hub_id
 from fusion.library.library_folder import Library
 from trained import attached, draw, trained_adapter
@@ -42,6 +42,9 @@ def pushed(hub, adapter, **options):
 
 def test_an_adapter_comes_back_by_id_at_a_revision_and_from_the_cache(hub, adapters, tmp_path, monkeypatch):
     first, second = adapters
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(DatasetError, match="is no PNG"):
+        fusion.push(first, "rex", pictures={str(tmp_path / "no.png"): ""})
     assert not hub.repositories
     commit = pushed(hub, first, dtype="float32")
     assert "me/rex" in hub.private
