@@ -34,6 +34,8 @@ MAX_WEIGHT = 1e6  # of a part of the loss; also a learning rate that nothing sur
 MAX_PROMPT = 10_000  # letters; a text encoder reads some 70 tokens
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can have one alone, tokenizers and terminals cannot
 BASE_DEFAULTS = "fusion.toml"  # in a base's folder: what suits that base
+_LIMITS = ("gt", "ge", "lt", "le")
+_REWORDED = {"an instance of Path": "a path", "a valid integer": "a whole number", "a valid number": "a number"}
 _BASE_TABLES = ("training", "distillation", "generation", "example")
 
 
@@ -278,6 +280,20 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
     return tuple(choice for part in get_args(annotation) for choice in _choices(part))
 
 
+def bounds(
+    ge: float | None = None, le: float | None = None, *, gt: float | None = None, lt: float | None = None
+) -> str:
+    """The rule of a number, as messages have it: "must be between 1 and 1000", "must be more than 0"."""
+    if ge is not None and le is not None:
+        return f"must be between {_plain(ge)} and {_plain(le)}"
+    rules = {"more than": gt, "at least": ge, "less than": lt, "at most": le}
+    return "must be " + " and ".join(f"{word} {_plain(limit)}" for word, limit in rules.items() if limit is not None)
+
+
+def _plain(number: float) -> str:
+    return str(int(number) if number == int(number) else number)
+
+
 def _explained(detail: Any, model: type[BaseModel]) -> str:
     """One or two sentences for a problem that pydantic found."""
     key = str(detail["loc"][0]) if detail["loc"] else ""
@@ -286,7 +302,13 @@ def _explained(detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "missing" and len(detail["loc"]) == 1:
         return f"'{key}' is missing: {model.model_fields[key].description or 'it has no default.'}"
     place = key + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
-    reason = re.sub(r"^\w+ should ", "must ", detail["msg"]).replace("an instance of Path", "a path")
+    reason = re.sub(r"^\w+ should ", "must ", detail["msg"])
+    for words, ours in _REWORDED.items():
+        reason = reason.replace(words, ours)
     if detail.get("ctx", {}).get("pattern") == f"^{NAME}$":
         reason = f"must be {NAME_RULE}"
+    if limits := {name: value for name, value in detail.get("ctx", {}).items() if name in _LIMITS}:
+        for rule in model.model_fields[key].metadata if place == key else ():  # the other one, too
+            limits |= {name: getattr(rule, name) for name in _LIMITS if getattr(rule, name, None) is not None}
+        reason = bounds(**limits)
     return f"{place} {reason}, got {reprlib.repr(detail['input'])}."

@@ -77,11 +77,11 @@ def test_an_unknown_key_names_file_key_and_suggestion(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"rank": "four"}, "rank must be a valid integer, got 'four'."),
-        ({"rank": "8"}, "rank must be a valid integer, got '8'."),
-        ({"rank": True}, "rank must be a valid integer, got True."),
-        ({"rank": 0}, "rank must be greater than or equal to 1, got 0."),
-        ({"rate": "1e-4"}, "rate must be a valid number, got '1e-4'."),
+        ({"rank": "four"}, "rank must be a whole number, got 'four'."),
+        ({"rank": "8"}, "rank must be a whole number, got '8'."),
+        ({"rank": True}, "rank must be a whole number, got True."),
+        ({"rank": 0}, "rank must be at least 1, got 0."),
+        ({"rate": "1e-4"}, "rate must be a number, got '1e-4'."),
         ({"rate": float("nan")}, "rate must be a finite number, got nan."),
         ({"balanced": 1}, "balanced must be a valid boolean, got 1."),
         ({"title": 3}, "title must be a valid string, got 3."),

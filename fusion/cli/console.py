@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusion.config import MAX_STRENGTH, Setting, StrictModel, settings_of
+from fusion.config import MAX_STRENGTH, Setting, StrictModel, bounds, settings_of
 from fusion.errors import FusionError, closest
 from fusion.training.config import TrainingConfig
 
@@ -159,9 +159,9 @@ def number(kind: type[int | float], least: float, most: float) -> Callable[[str]
         try:
             value = kind(text)
         except ValueError:
-            raise ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number, not '{text[:100]}'") from None
+            raise ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number, got '{text[:100]}'") from None
         if not least <= value <= most:
-            raise ArgumentTypeError(f"must be between {least} and {most}, not {text[:100]}")
+            raise ArgumentTypeError(f"{bounds(least, most)}, got {text[:100]}")
         return value
 
     return read
