@@ -34,6 +34,17 @@ def check_tokens(adapters: Sequence[Adapter]) -> None:
             owners[concept.token] = adapter.info.name
 
 
+def other_clip_skip(adapter: Adapter, clip_skip: int, use: str) -> str | None:
+    """A sentence for an adapter that was trained with another clip_skip than that of its `use` ("drawn")."""
+    trained = adapter.info.provenance.settings.get("clip_skip")
+    if not isinstance(trained, int) or trained == clip_skip:
+        return None
+    return (
+        f"'{adapter.info.name}' was trained with clip_skip {trained} and is {use} with {clip_skip}, so its concepts "
+        "may look different."
+    )
+
+
 @dataclass(frozen=True)
 class SliceClash:
     """Two adapters that own some of the same directions in the same layers, and act at some of the same tokens."""

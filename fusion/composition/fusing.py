@@ -6,6 +6,7 @@ Knows nothing of files or pictures.
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ def fuse(
         raise SliceConflict(f"{clashes[0].sentence()} {clashes[0].advice()}")
     if isinstance(METHODS[method], AdapterMerge):
         return _distilled(regated, values, method, pipe, distillation, options, rank, energy, name)
+    _warn_about_clip_skips(regated)
     merge = rank is not None or energy is not None or not isinstance(METHODS[method], WeightedSum)
     if merge and any(adapter.gated for adapter in regated):
         logger.warning(
@@ -207,11 +209,23 @@ def _unique(branches: list[Branch]) -> Iterable[Branch]:
         yield replace(branch, name=name)
 
 
+def _clip_skip(adapter: Adapter) -> Any:
+    return adapter.info.provenance.settings.get("clip_skip")
+
+
+def _warn_about_clip_skips(adapters: list[Adapter]) -> None:
+    """Name adapters that were trained with different clip_skip, where it is known: a picture has one."""
+    skips = [(adapter.info.name, skip) for adapter in adapters if isinstance(skip := _clip_skip(adapter), int)]
+    if len({skip for _, skip in skips}) > 1:
+        trained = ", ".join(f"'{name}' with {skip}" for name, skip in skips)
+        logger.warning("Trained with different clip_skip: %s. A picture has one, so some may look different.", trained)
+
+
 def _fused_info(
     adapters: list[Adapter], strengths: list[float], method: str, options: MethodOptions, name: str | None
 ) -> AdapterInfo:
     changed = {key: value for key, value in asdict(options).items() if value != getattr(MethodOptions(), key)}
-    skips = {adapter.info.provenance.settings.get("clip_skip") for adapter in adapters}
+    skips = set(map(_clip_skip, adapters))
     trained = {"clip_skip": skips.pop()} if len(skips) == 1 and None not in skips else {}
     return AdapterInfo(
         name=name or "+".join(adapter.info.name for adapter in adapters),

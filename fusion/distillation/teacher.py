@@ -3,6 +3,7 @@
 Shapes: P prompts, E text encoders, T text positions, D embedding width, N rows, O out_features, Q rank.
 """
 
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Branch, Concept, float32
+from fusion.adapters.combination_checks import other_clip_skip
 from fusion.config import TOKEN
 from fusion.layer_names import TOKENIZERS
 from fusion.methods.distill import gated_change
@@ -20,6 +22,8 @@ from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import silent_loading
 from fusion.models.tokens import embedding_of, text_encoders
 from fusion.spectral.delta import Delta
+
+logger = logging.getLogger(__name__)
 
 
 class Answers(NamedTuple):
@@ -67,6 +71,9 @@ class Teacher:
 
     def __init__(self, pipe: Pipeline, adapters: Sequence[Adapter], decoys: Adapter, clip_skip: int | None) -> None:
         self.pipe, self.adapters, self.decoys, self.clip_skip = pipe, adapters, decoys, clip_skip
+        for adapter in adapters:
+            if sentence := other_clip_skip(adapter, clip_skip or 0, "distilled"):
+                logger.warning("%s Set the distillation's clip_skip to that of your pictures.", sentence)
         self.concepts: list[Concept] = [concept for adapter in adapters for concept in adapter.info.concepts]
         self.vocabulary = {name: embedding_of(encoder).num_embeddings for name, encoder in text_encoders(pipe).items()}
         self._ends = {name: int(getattr(pipe, TOKENIZERS[name]).eos_token_id) for name in self.vocabulary}

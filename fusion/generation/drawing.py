@@ -14,6 +14,7 @@ from functools import cache
 from PIL import Image
 
 from fusion.adapters.adapter import Adapter, checked_strengths, nouns
+from fusion.adapters.combination_checks import other_clip_skip
 from fusion.config import lower_tokens
 from fusion.errors import ConfigError, FusionError
 from fusion.formats.picture_file import as_mask, as_picture
@@ -92,7 +93,8 @@ def generate(
         logger.warning("The prompt does not have %s, so what is bound to it does nothing.", " or ".join(unused))
     _warn_about_settings(config, image, len(named))
     for adapter in adapters:
-        _warn_about_clip_skip(adapter.info.name, adapter.info.provenance.settings.get("clip_skip"), config.clip_skip)
+        if sentence := other_clip_skip(adapter, config.clip_skip, "drawn"):
+            _warn_once(sentence)
     with ExitStack() as attached:
         for adapter, strength in zip(adapters, values, strict=True):
             handle = attached.enter_context(attach(pipe, adapter, config.gating))
@@ -192,13 +194,8 @@ def _warn_about_settings(config: GenerationConfig, image: Image.Image | None, na
 
 
 @cache
-def _warn_about_clip_skip(name: str, trained: object, drawn: int) -> None:
-    """Warn, once for each adapter, that it is drawn with another clip_skip than it was trained with."""
-    if isinstance(trained, int) and trained != drawn:
-        logger.warning(
-            "'%s' was trained with clip_skip %d and is drawn with %d, so its concepts may look different.",
-            name, trained, drawn,
-        )  # fmt: skip
+def _warn_once(sentence: str) -> None:
+    logger.warning("%s", sentence)
 
 
 def _used(adapter: Adapter, strength: float) -> UsedAdapter:

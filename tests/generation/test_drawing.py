@@ -12,6 +12,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.adapters.adapter import Provenance
+from fusion.distillation.teacher import Teacher
 from fusion.errors import ConfigError, FormatError, UnknownName
 from fusion.generation.config import GenerationConfig
 from fusion.generation.recipe import Recipe
@@ -88,10 +89,21 @@ def test_another_clip_skip_than_the_training_s_is_warned_of_once(caplog):
     assert len(warnings_of(caplog)) == 2
     (cell,) = fusion.compare(pipe, [one], "a <mia>", strengths=[1.0], **drawing_of_two)
     assert len(warnings_of(caplog)) == 2 and cell.picture.recipe.config.clip_skip == 1
+    other = replace(two, info=replace(two.info, provenance=Provenance(settings={"clip_skip": 0})))
+    fused = fusion.fuse([one, other, parts[0].renamed({"<mia>": "<zoe>"})])
+    assert "clip_skip" not in fused.info.provenance.settings
+    assert warnings_of(caplog, "fusion.composition.fusing") == [
+        "Trained with different clip_skip: 'mia' with 1, 'leo' with 0. A picture has one, so some may look different."
+    ]
+    Teacher(pipe, [one, other], parts[0].renamed({"<mia>": "<zoe>"}), None)
+    assert warnings_of(caplog, "fusion.distillation.teacher") == [
+        "'mia' was trained with clip_skip 1 and is distilled with 0, so its concepts may look different. Set the "
+        "distillation's clip_skip to that of your pictures."
+    ]
 
 
-def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "fusion.generation.drawing"]
+def warnings_of(caplog, name="fusion.generation.drawing"):
+    return [record.getMessage() for record in caplog.records if record.name == name]
 
 
 def test_mistakes_are_named():
