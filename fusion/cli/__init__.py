@@ -87,6 +87,13 @@ def exit_code(error: Exception) -> int | None:
         place = f"'{error.filename}': " if error.filename else ""
         print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
         return 1
+    if isinstance(error, MemoryError | RuntimeError):
+        from fusion.models.devices import memory_line
+
+        if line := memory_line(error):
+            advice = "what helps: half precision (--dtype bfloat16), and smaller or fewer pictures at a time."
+            print(f"error: {line}; {advice}", file=sys.stderr)
+            return 1
     return None
 
 

@@ -51,7 +51,8 @@ def run(args: Namespace) -> None:
         rows = [row(entry) for entry in entries]
         print_table([("name", "concepts", "nouns", "slice", "base", "size"), *rows])
     if args.slices:
-        print_slices(open_base(args.base, args, args.dtype), library)
+        # Directions are numbered alike in every precision, and half takes half the memory.
+        print_slices(open_base(args.base, args, args.dtype or "bfloat16"), library)
 
 
 def pair(text: str) -> tuple[str, str]:

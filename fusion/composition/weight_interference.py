@@ -11,6 +11,7 @@ import torch
 
 from fusion.adapters.adapter import Adapter
 from fusion.composition.fused_branches import split_branches
+from fusion.progress import units
 from fusion.spectral.delta import Delta
 from fusion.spectral.interference import cosines, energy_ratio, gram, retention, subspace_overlap
 
@@ -45,7 +46,7 @@ class Interference:
 def interference(adapters: Sequence[Adapter]) -> Interference:
     """Measure adapters against each other, a fused one as its branches."""
     parts = [part for adapter in adapters for part in split_branches(adapter)]
-    changes = [part.deltas() for part in parts]
+    changes = _changes(parts)
     return replace(
         _cosines(parts, changes),
         column_overlap=_overlaps([{n: delta.up for n, delta in change.items()} for change in changes]),
@@ -56,11 +57,15 @@ def interference(adapters: Sequence[Adapter]) -> Interference:
 def cosine_interference(adapters: Sequence[Adapter]) -> Interference:
     """The same without the overlaps of directions, which take an SVD for each layer and pair."""
     parts = [part for adapter in adapters for part in split_branches(adapter)]
-    return _cosines(parts, [part.deltas() for part in parts])
+    return _cosines(parts, _changes(parts))
+
+
+def _changes(parts: Sequence[Adapter]) -> list[dict[str, Delta]]:
+    return [part.deltas() for part in units("computing the adapters' changes", parts)]
 
 
 def _cosines(parts: Sequence[Adapter], changes: Sequence[Mapping[str, Delta]]) -> Interference:
-    layers = dict.fromkeys(layer for change in changes for layer in change)
+    layers = units("comparing layers", list(dict.fromkeys(layer for change in changes for layer in change)))
     grams = {layer: gram([change.get(layer) for change in changes]) for layer in layers}
     total = sum(grams.values(), torch.zeros(len(parts), len(parts), dtype=torch.float64))
     return Interference(
@@ -75,7 +80,7 @@ def _cosines(parts: Sequence[Adapter], changes: Sequence[Mapping[str, Delta]]) -
 def _overlaps(spans: list[dict[str, torch.Tensor]]) -> list[list[float]]:
     """Mean overlap of column spans over shared layers, (N, N)."""
     result = [[1.0] * len(spans) for _ in spans]
-    for i, first in enumerate(spans):
+    for i, first in enumerate(units("comparing directions", spans)):
         for j, second in enumerate(spans[:i]):
             values = [subspace_overlap(first[layer], second[layer]) for layer in first if layer in second]
             result[i][j] = result[j][i] = sum(values) / len(values) if values else 0.0

@@ -22,6 +22,7 @@ from fusion.formats.lora_file import write_lora
 from fusion.formats.metadata import foreign_export, modelspec
 from fusion.formats.safetensors_file import write_file
 from fusion.output_files import check_output, output_group
+from fusion.progress import units
 from fusion.spectral.delta import Delta, check_compression
 
 _SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -68,7 +69,8 @@ def export(
     deltas = _without(adapter, imported).deltas()
     if not deltas and not imported:
         raise FormatError(f"'{adapter.info.name}' changes no layer, so there is no LoRA to export.")
-    factors = {layer: _compressed(delta, rank, energy) for layer, delta in deltas.items()}
+    layers = units("compressing layers", list(deltas.items()))
+    factors = {layer: _compressed(delta, rank, energy) for layer, delta in layers}
     # A1111, Forge and ComfyUI know an embedding by its file's name, diffusers by the token in it.
     words = [c.token if form == "diffusers" else file.stem for c, file in embeddings.items()]
     with output_group(target) as group:

@@ -106,15 +106,22 @@ def explained_memory(advice: Callable[[], str]) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()):
+        if (line := memory_line(error)) is None:
             raise
-        wanted = re.search(r"allocate (\d+ bytes|[\d.]+ \w+)", text)
-        size = f" for another {_readable(wanted[1])}" if wanted else ""
-        raise OutOfMemory(f"The memory does not suffice{size}; {advice()}") from error
+        raise OutOfMemory(f"{line}; {advice()}") from error
+
+
+def memory_line(error: Exception) -> str | None:
+    """The beginning of a sentence for an error of Python's or torch's allocators; None for any other error."""
+    text = str(error)
+    if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()):
+        return None
+    size = re.search(r"allocate (\d+ bytes|[\d.]+ \w+)", text)
+    return "The memory does not suffice" + (f" for another {_readable(size[1])}" if size else "")
 
 
 def _readable(size: str) -> str:
     """`512 bytes` and more in GB; other units as they are."""
     number, unit = size.split()
-    return f"{int(number) / 1e9:.2g} GB" if unit == "bytes" else size
+    billions = int(number) / 1e9 if unit == "bytes" else 0
+    return size if unit != "bytes" else f"{billions:.0f} GB" if billions >= 10 else f"{billions:.2g} GB"

@@ -1,6 +1,7 @@
 """What a mistake at the keyboard gets: one line, a suggestion, an exit code."""
 
 import pytest
+import torch
 from PIL import Image
 
 from fusion.cli import main
@@ -71,8 +72,8 @@ BOUNDED = {
 
 def test_messages_of_numbers_name_the_flag_that_was_typed(capsys):
     messages = {
-        "--steps 0": "--steps must be between 1 and 1000, not 0",
-        "--seed=x": "--seed must be a whole number, not 'x'",
+        "--steps 0": "--steps must be between 1 and 1000, got 0",
+        "--seed=x": "--seed must be a whole number, got 'x'",
     }
     for words, message in messages.items():
         assert main(["compare", "a", "--prompt", "x", "-o", "x.png", *words.split()]) == 2
@@ -160,3 +161,30 @@ def fail(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr("fusion.cli.inspect.run", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (MemoryError(), ""),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), " for another 2.00 GiB"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 512000000000 bytes."),
+            "512 GB",
+        ),
+        (RuntimeError("another error"), None),
+    ],
+)
+def test_too_little_memory_is_one_line_in_every_verb(error, size, monkeypatch, capsys):
+    def run(_args):
+        raise error
+
+    monkeypatch.setattr("fusion.cli.compare.run", run)
+    words = ["compare", "a.safetensors", "--prompt", "x", "-o", "x.png"]
+    if size is None:
+        with pytest.raises(RuntimeError, match="another"):
+            main(words)
+        return
+    assert main(words) == 1
+    line = said(capsys)
+    assert line.startswith("error: The memory does not suffice") and size in line and "--dtype bfloat16" in line
