@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from fusion.errors import BaseMismatch, ConfigError, closest
 from fusion.models.base_check import allow_other_bases
 from fusion.models.devices import as_device, as_dtype
 from fusion.models.embedded_models import pocket
-from fusion.models.float32_convolutions import convolve_in_float32
+from fusion.models.float32_layers import compute_in_float32
+from fusion.models.layer_sites import components
 from fusion.models.pipelines import family, silent_loading
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _PIPELINES = tuple(dict.fromkeys(CLASSES.values()))
 _INPAINTING = tuple(name.replace("Pipeline", "InpaintPipeline") for name in _PIPELINES)
-_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SingleFileComponentError)
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SingleFileComponentError,
+)  # fmt: skip
 
 
 def open_pipeline(
@@ -84,7 +87,7 @@ def open_pipeline(
     if other_base:
         allow_other_bases(pipe)
     if device.type == "cpu" and pipe.unet.dtype != torch.float32:
-        convolve_in_float32(pipe.unet, pipe.vae)
+        compute_in_float32(pipe.vae, *components(pipe).values())
     return pipe.to(device)
 
 
@@ -104,7 +107,14 @@ def _from_folder(
         if folder is None and dtype is None and device.type == "cpu":  # whether it fits depends on its files
             folder = Path(diffusers.DiffusionPipeline.download(source, **options))
         number = as_dtype(dtype, device, folder)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=number, **options)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=number, **options)
+        except _UNREADABLE:
+            if folder is not None and (quantised := _quantised(folder)):
+                raise RuntimeError(
+                    f"its {quantised}, and adapters need the weights themselves; take it in float16 or bfloat16."
+                ) from None
+            raise
     if type(pipe).__name__ not in (*_PIPELINES, *_INPAINTING):
         raise BaseMismatch(
             f"'{source}' is a {type(pipe).__name__}; spectral-fusion works on {' or '.join(_PIPELINES)}."
@@ -164,6 +174,15 @@ def check_folder(folder: Path) -> None:
         raise BaseMismatch(f"'{index}' is damaged: {_first_line(error)}") from error
     if name not in (*_PIPELINES, *_INPAINTING):
         raise BaseMismatch(f"'{folder}' is a {name}; spectral-fusion works on {' or '.join(_PIPELINES)}.")
+
+
+def _quantised(folder: Path) -> str | None:
+    """Which component of a diffusers folder is quantised, and how."""
+    for path in sorted(folder.glob("*/config.json")):
+        with suppress(ValueError, AttributeError):
+            if (config := json.loads(path.read_text(encoding="utf-8")).get("quantization_config")) is not None:
+                return f"{path.parent.name} is quantised ({config.get('quant_method', 'by an unknown method')})"
+    return None
 
 
 @contextmanager

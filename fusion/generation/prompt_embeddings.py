@@ -4,7 +4,6 @@ Shapes: B pictures, R regions, n chunks, T text positions, D embedding width, P 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +54,7 @@ def _chunks(pipe: Pipeline, config: GenerationConfig, texts: Sequence[str]) -> i
 
 
 def _encode(pipe: Pipeline, texts: Sequence[str], config: GenerationConfig, chunks: int) -> Conditioning:
-    device: Any = getattr(pipe, "_execution_device", pipe.unet.device)  # under offloading, where the UNet will be
-    weighting = config.prompt_weighting
-    return encode_prompts(pipe, texts, config.clip_skip, weighting=weighting, chunks=chunks, device=device)
+    return encode_prompts(pipe, texts, config.clip_skip, weighting=config.prompt_weighting, chunks=chunks)
 
 
 def _negative(

@@ -16,13 +16,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor
 
 from fusion.errors import ConfigError, GatingError
 from fusion.generation.config import Region
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
+
+# Ways to compute one attention, which differ by rounding.
+_PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
 class Cover:
@@ -101,7 +109,7 @@ def drawing_regions(pipe: Pipeline, cover: Cover) -> Generator[None]:
     modules: list[Any] = [m for name, m in pipe.unet.named_modules() if name.rpartition(".")[2] == "attn2"]
     with _lock:
         for processor in (module.processor for module in modules):
-            if type(processor) not in (AttnProcessor, AttnProcessor2_0, RegionAttention):
+            if type(processor) not in (*_PLAIN, RegionAttention):
                 name = type(processor).__name__
                 raise ConfigError(f"Regions cannot be drawn with {name} attention; reset the UNet's.")
         for module in modules:

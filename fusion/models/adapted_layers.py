@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.models.float32_layers import Float32Linear
 from fusion.models.gates import Rows
 from fusion.spectral.delta import Delta
 
@@ -154,10 +155,19 @@ class AdaptedLinear(_Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return _compiled(self, F.linear(x, self.weight, self.bias), x)
+            return _compiled(self, self._of_base(x), x)
         if self._outputs is not None and not (torch.is_grad_enabled() or x.is_inference()):
             return self._cached(x)
-        return self.with_branches(F.linear(x, self.weight, self.bias), x)
+        return self.with_branches(self._of_base(x), x)
+
+    def _of_base(self, x: Tensor) -> Tensor:
+        """The base layer's output: its own forward where it is a kind of its own, as quantised ones are, or hooked."""
+        base: Any = self.base
+        if type(base).forward is nn.Linear.forward and not is_hooked(base):
+            return F.linear(x, self.weight, self.bias)
+        if type(base) is Float32Linear and not is_hooked(base):
+            return Float32Linear.product(x, self.weight, self.bias)
+        return base(x)
 
     def _cached(self, x: Tensor) -> Tensor:
         """The output for x, from the call before if x is the same tensor and all it depends on is as it was."""
@@ -171,7 +181,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
             reference, version, cached_key, y = cached
             if reference() is x and y._version == version and cached_key == key:
                 return y
-        y = self.with_branches(F.linear(x, self.weight, self.bias), x)
+        y = self.with_branches(self._of_base(x), x)
         if all(branch.fixed for branch in acting):
             outputs[self] = weakref.ref(x), y._version, key, y
         return y
@@ -202,7 +212,9 @@ class AdaptedConv(_Adapted, nn.Conv2d):
         return base._conv_forward(input, weight, bias)  # in the base layer's own precision
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        base: Any = self.base
+        own = type(base).forward is not nn.Conv2d.forward or is_hooked(base)
+        y = base(x) if own else super().forward(x)
         return _compiled(self, y, x) if torch.compiler.is_compiling() else self.with_branches(y, x)
 
     def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
@@ -240,6 +252,11 @@ def adapted(
         return AdaptedConv(base, rows, outputs)
     assert isinstance(base, nn.Linear)
     return AdaptedLinear(base, rows, outputs)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward, as under group offloading."""
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, execution_device
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def encode_pixels(pipe: Pipeline, pixels: Tensor) -> Tensor:
     The latents are the mode: the autoencoder's variance is far below the noise of training.
     """
     with _without_overflow(pipe):
-        mode: Tensor = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
+        mode: Tensor = pipe.vae.encode(pixels.to(execution_device(pipe, pipe.vae), pipe.vae.dtype)).latent_dist.mode()
     mean, std = _statistics(pipe, mode.device)
     return (mode.float() - mean) / std * pipe.vae.config.scaling_factor
 
@@ -28,9 +28,10 @@ def encode_pixels(pipe: Pipeline, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_latents(pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
     """The pictures of scaled latents (B, C, H, W)."""
+    device = execution_device(pipe, pipe.vae)
     with _without_overflow(pipe):
-        mean, std = _statistics(pipe, pipe.vae.device)
-        scaled = latents.to(pipe.vae.device).float() / pipe.vae.config.scaling_factor * std + mean
+        mean, std = _statistics(pipe, device)
+        scaled = latents.to(device).float() / pipe.vae.config.scaling_factor * std + mean
         pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample
     return pipe.image_processor.postprocess(pixels.float())
 

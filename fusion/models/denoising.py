@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import ConfigError
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, execution_device
 from fusion.models.prompt_chunks import EMPTY, Chunk, apply_weights, split_prompt
 from fusion.models.prompt_layout import PromptBatch, encode_ids, token_ids
 from fusion.models.tokens import text_encoders
@@ -52,7 +52,6 @@ def encode_prompts(
     *,
     weighting: PromptWeighting = "none",
     chunks: int | None = None,
-    device: torch.device | None = None,
 ) -> Conditioning:
     """Encode prompts of any length, with gradients where encoders or token rows ask for them.
 
@@ -71,8 +70,10 @@ def encode_prompts(
     number = chunks or max(map(len, split))
     padded = [chunk for one in split for chunk in [*one, *[EMPTY] * number][:number]]
 
+    device = execution_device(pipe, pipe.unet)
+
     def encode(texts: Sequence[str]) -> Conditioning:
-        return _encode_chunks(pipe, texts, clip_skip, device or pipe.unet.device)
+        return _encode_chunks(pipe, texts, clip_skip, device)
 
     states, pooled = encode([chunk.text for chunk in padded])
     states = apply_weights(pipe, padded, states, weighting, lambda: encode([""]).states)

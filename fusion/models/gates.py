@@ -34,7 +34,7 @@ class TokenRows:
 
     rows: Mapping[str, Tensor]  # token -> (n,) ascending
     size: int  # rows in all, to catch a layer whose input is not what the gate was read from
-    _cache: dict[tuple[str, ...], Tensor | None] = field(default_factory=dict[tuple[str, ...], "Tensor | None"])
+    _cache: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict[tuple[object, ...], "Tensor | None"])
 
     @property
     def tokens(self) -> Collection[str]:
@@ -43,10 +43,11 @@ class TokenRows:
 
     def matching(self, gate: tuple[str, ...], x: Tensor) -> Tensor | None:
         """The rows of `x` that hold any token of `gate`, or None: the gate is shut and costs no arithmetic."""
-        if gate not in self._cache:
+        key = gate, x.device  # offloaded, a model computes on another device than its prompts came on
+        if key not in self._cache:
             present = [self.rows[token] for token in gate if token in self.rows]
-            self._cache[gate] = torch.cat(present).unique() if present else None
-        rows = self._cache[gate]
+            self._cache[key] = torch.cat(present).unique().to(x.device) if present else None
+        rows = self._cache[key]
         _check_size(gate, x, x.shape[:-1].numel(), self.size if rows is not None else None)
         return rows
 

@@ -44,6 +44,12 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def execution_device(pipe: Pipeline, module: Any) -> torch.device:
+    """Where a model computes: under offloading (accelerate's, diffusers' by groups), not where its weights are now."""
+    offloaded = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return pipe._execution_device if offloaded else module.device  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def config_of(module: nn.Module) -> Mapping[str, Any]:
     """A model's config, also under torch.compile's wrapper."""
     inner: Any = uncompiled(module)

@@ -10,7 +10,11 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import ConfigError
+from fusion.models.autoencoder import decode_latents
+from fusion.models.denoising import encode_prompts
+from fusion.models.gates import TokenRows
 from fusion.models.layer_sites import sites
+from fusion.models.pipeline import execution_device
 from fusion.models.targets import resolve
 from trained import attached, trained_adapter
 
@@ -23,6 +27,8 @@ CASES = ("img2img", "inpainting", "9 channels", "controlnet", "t2i-adapter", "ip
 OPTIMIZED = {  # ways to draw that change the UNet's layers or their order
     "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "slices and tiles": lambda pipe: (pipe.vae.enable_slicing(), pipe.vae.enable_tiling()),
     "group offload": lambda pipe: pipe.unet.enable_group_offload(
         onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
     ),
@@ -112,6 +118,40 @@ def test_exact_in_every_pipeline(case, family):
     if case in ("controlnet", "t2i-adapter", "ip-adapter"):
         with pytest.raises(ConfigError, match=r"attach\(\), and call"):
             fusion.generate(pipe, "a <rex>", [one])
+
+
+@pytest.mark.parametrize("case", ["attention slicing", "model offload", "slices and tiles"])
+def test_pipelines_that_save_memory_draw_regions_and_previews(case):
+    pipe, config = tiny.pipeline("sd1"), fusion.GenerationConfig(prompt="a <rex> and a <tom>", num_inference_steps=4)
+    adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]
+    config = config.updated(
+        {"regions": [fusion.Region("<rex>", (0, 0, 0.5, 1)), fusion.Region("<tom>", (0.5, 0, 1, 1))]}
+    )
+    (expected,) = fusion.generate(pipe, config, adapters)
+    OPTIMIZED[case](pipe)
+    before, previews = dict(pipe.unet.attn_processors), []
+    (picture,) = fusion.generate(pipe, config, adapters, on_step=lambda _step, _all, draw: previews.append(draw()))
+    assert difference(picture.image, expected.image) <= 1 and len(previews) == 4
+    assert fusion.generate(pipe, config.updated({"regions": "auto"}), adapters)
+    assert pipe.unet.attn_processors == before
+
+
+def test_offloaded_models_are_given_inputs_where_they_compute():
+    pipe = tiny.pipeline("sdxl")
+    pipe.enable_model_cpu_offload(device="meta")  # stands for a GPU: no product with tensors of the CPU
+    assert execution_device(pipe, pipe.vae).type == execution_device(pipe, pipe.unet).type == "meta"
+    assert encode_prompts(pipe, ["a dog"]).states.is_meta
+    pipe = tiny.pipeline("sdxl")
+    pipe.enable_model_cpu_offload(device="meta")
+    latents = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z: (latents.append(z), decode(z))[1]
+    with pytest.raises(NotImplementedError, match="meta"):  # no pixels to show
+        decode_latents(pipe, torch.randn(1, 4, 8, 8))
+    assert latents[0].is_meta
+    rows = TokenRows({"<rex>": torch.tensor([1])}, 4)
+    assert rows.matching(("<rex>",), torch.randn(4, 2)).device.type == "cpu"
+    assert rows.matching(("<rex>",), torch.randn(4, 2, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("family", FAMILIES)

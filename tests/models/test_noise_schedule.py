@@ -1,8 +1,11 @@
 """Bases of another noise, of quantised weights or for inpainting are drawn where that is possible, else refused."""
 
+import json
+
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fusion
 import tiny
@@ -69,6 +72,93 @@ def test_quantised_layers_are_named(tmp_path):
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(BaseMismatch, match=message.format("uint8")):  # as bitsandbytes stores 4 bits
         fusion.attach(pipe, rex)
+
+
+class EightBits(torch.Tensor):
+    """A weight as torchao and quanto have it: a tensor that stands for others, in an ordinary or a derived layer."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.abs().amax() / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], {}
+
+    def dequantize(self):
+        return self.numbers.to(self.dtype) * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, _types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+        plain = [arg.dequantize() if isinstance(arg, cls) else arg for arg in args]
+        return function(*plain, **(kwargs or {}))
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """As quanto's QLinear while it is not frozen: the weight is rounded at every call, and inputs by a hook."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, EightBits.of(self.weight).dequantize(), self.bias)
+
+
+def as_torchao(layer):
+    layer.weight = torch.nn.Parameter(EightBits.of(layer.weight.detach()), requires_grad=False)
+
+
+def as_quanto(layer):
+    layer.__class__ = QuantisedLinear
+    layer.register_forward_pre_hook(lambda _, args: tuple((x * 64).round() / 64 for x in args))
+
+
+@pytest.mark.parametrize("quantise", [as_torchao, as_quanto])
+def test_adapters_are_exact_on_quantised_layers_that_know_their_weight(quantise):
+    pipe = tiny.pipeline("sdxl")
+    for layer in (site.module for name, site in sites(pipe).items() if name.startswith("unet.")):
+        if isinstance(layer, torch.nn.Linear):
+            quantise(layer)
+    rex, tom = trained_adapter(pipe), trained_adapter(pipe, "<tom>", k=1)
+    base = draw(pipe, "a dog")
+    with attached(pipe, rex):
+        alone = draw(pipe, "a <rex>")
+    with attached(pipe, tom, rex):
+        assert torch.equal(draw(pipe, "a <rex>"), alone) and torch.equal(draw(pipe, "a dog"), base)
+    assert torch.equal(draw(pipe, "a dog"), base) and not torch.equal(alone, base)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_folders_of_quantised_models_are_refused_in_one_line(component, tmp_path):
+    tiny.pipeline("sd1").save_pretrained(tmp_path)
+    path = tmp_path / component / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    with pytest.raises(BaseMismatch) as caught:
+        fusion.open_pipeline(tmp_path, device="cpu")
+    assert str(caught.value) == (
+        f"'{tmp_path}' could not be opened as a Stable Diffusion base: its {component} is quantised (bitsandbytes), "
+        "and adapters need the weights themselves; take it in float16 or bfloat16."
+    )
+
+
+def test_a_folder_in_float8_is_opened_as_the_numbers_it_holds(tmp_path):
+    tiny.pipeline("sd1").save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}
+    save_file(stored, path)
+    pipe = fusion.open_pipeline(tmp_path, device="cpu")
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in pipe.unet.state_dict().items())
+    with attached(pipe, trained_adapter(pipe)):
+        assert draw(pipe, "a <rex>", num_inference_steps=1).isfinite().all()
 
 
 def test_training_on_a_base_for_inpainting_is_refused_at_once(tmp_path):
