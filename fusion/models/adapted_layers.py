@@ -151,6 +151,8 @@ class AdaptedLinear(_Adapted, nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would draw weights
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self._product = Float32Linear.product if type(base) is Float32Linear else F.linear
+        self._calls_base = not _is_plain(base, nn.Linear, Float32Linear)
         self._start(base, rows, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,13 +163,8 @@ class AdaptedLinear(_Adapted, nn.Linear):
         return self.with_branches(self._of_base(x), x)
 
     def _of_base(self, x: Tensor) -> Tensor:
-        """The base layer's output: its own forward where it is a kind of its own, as quantised ones are, or hooked."""
-        base: Any = self.base
-        if type(base).forward is nn.Linear.forward and not is_hooked(base):
-            return F.linear(x, self.weight, self.bias)
-        if type(base) is Float32Linear and not is_hooked(base):
-            return Float32Linear.product(x, self.weight, self.bias)
-        return base(x)
+        """The base layer's output, by its own forward where that is more than a product: quantised, or with hooks."""
+        return self.base(x) if self._calls_base else self._product(x, self.weight, self.bias)
 
     def _cached(self, x: Tensor) -> Tensor:
         """The output for x, from the call before if x is the same tensor and all it depends on is as it was."""
@@ -205,6 +202,7 @@ class AdaptedConv(_Adapted, nn.Conv2d):
         size = base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding
         nn.Conv2d.__init__(self, *size, bias=base.bias is not None, device="meta")  # pyright: ignore[reportArgumentType]
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self._calls_base = not _is_plain(base, nn.Conv2d)
         self._start(base, rows, outputs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,9 +210,7 @@ class AdaptedConv(_Adapted, nn.Conv2d):
         return base._conv_forward(input, weight, bias)  # in the base layer's own precision
 
     def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.base
-        own = type(base).forward is not nn.Conv2d.forward or is_hooked(base)
-        y = base(x) if own else super().forward(x)
+        y = self.base(x) if self._calls_base else super().forward(x)
         return _compiled(self, y, x) if torch.compiler.is_compiling() else self.with_branches(y, x)
 
     def with_branches(self, y: Tensor, x: Tensor) -> Tensor:
@@ -254,9 +250,10 @@ def adapted(
     return AdaptedLinear(base, rows, outputs)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward, as under group offloading."""
-    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a call of the module is the forward of one of these classes, without hooks, and not replaced."""
+    replaced = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    return not replaced and any(type(module).forward is kind.forward for kind in kinds)
 
 
 def base_of(module: nn.Module) -> nn.Module:

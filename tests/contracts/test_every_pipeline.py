@@ -136,13 +136,21 @@ def test_pipelines_that_save_memory_draw_regions_and_previews(case):
     assert pipe.unet.attn_processors == before
 
 
+def offloaded(family):
+    """A pipeline under CPU offloading; "meta" stands for a GPU: it takes no products with tensors of the CPU."""
+    pipe = tiny.pipeline(family)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for model in pipe.components.values():
+        if hasattr(model, "_hf_hook"):
+            model._hf_hook.execution_device = torch.device("meta")
+    return pipe
+
+
 def test_offloaded_models_are_given_inputs_where_they_compute():
-    pipe = tiny.pipeline("sdxl")
-    pipe.enable_model_cpu_offload(device="meta")  # stands for a GPU: no product with tensors of the CPU
+    pipe = offloaded("sd1")
     assert execution_device(pipe, pipe.vae).type == execution_device(pipe, pipe.unet).type == "meta"
     assert encode_prompts(pipe, ["a dog"]).states.is_meta
-    pipe = tiny.pipeline("sdxl")
-    pipe.enable_model_cpu_offload(device="meta")
+    pipe = offloaded("sdxl")
     latents = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda z: (latents.append(z), decode(z))[1]
