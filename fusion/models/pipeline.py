@@ -44,10 +44,10 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def execution_device(pipe: Pipeline, module: Any) -> torch.device:
+def execution_device(pipe: Pipeline, module: nn.Module) -> torch.device:
     """Where a model computes: under offloading (accelerate's, diffusers' by groups), not where its weights are now."""
     offloaded = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    return pipe._execution_device if offloaded else module.device  # pyright: ignore[reportAttributeAccessIssue]
+    return pipe._execution_device if offloaded else module.device  # pyright: ignore
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any]:
