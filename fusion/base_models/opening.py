@@ -50,7 +50,7 @@ def open_pipeline(
 
     Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU.
     dtype, one for all components: on a GPU bfloat16 where the card computes in it, else float16; on a CPU float32, or
-    bfloat16 where that would not fit. `prediction_type` and `rescale_betas_zero_snr` are
+    bfloat16 where that would take more than half of the free memory. `prediction_type` and `rescale_betas_zero_snr` are
     for a base that does not say, or wrongly, how it was trained. `base_config` is a diffusers folder with configs for
     a single file, instead of those of its family; `pretrained_vae_model_name_or_path` is a folder, hub id or file with
     another VAE. With `other_base` adapters of other bases of its shapes can be attached, too.

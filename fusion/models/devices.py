@@ -1,7 +1,7 @@
 """One rule for devices and precision: where a base is opened, in which dtype, and how it is trained there.
 
 On a GPU bfloat16 where the card itself computes in it, else float16 (with a gradient scaler in training); on a CPU
-float32, or bfloat16 where float32 would not fit into memory.
+float32, or bfloat16 where float32 would take more than half of the free memory.
 """
 
 import logging
@@ -24,6 +24,8 @@ PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"
 INSTALL_CUDA = "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
 # Measured: drawing with SDXL (3.5 billion parameters) takes 18.5 GB in float32, on a CPU.
 _BYTES_TO_DRAW = 5.3
+# Of the free memory, that a base in float32 may take on a CPU: half precision takes half as much, and little more time.
+_LARGEST_SHARE = 0.5
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -91,11 +93,12 @@ def as_dtype(dtype: torch.dtype | str | None, device: torch.device, folder: Path
         return half_precision(device)
     parameters = stored_parameters(folder) if folder else 0
     available = psutil.virtual_memory().available
-    if parameters * _BYTES_TO_DRAW <= available:
+    size = parameters * _BYTES_TO_DRAW
+    if size <= available * _LARGEST_SHARE:
         return torch.float32
     logger.warning(
-        "The base has %.1f billion parameters, which in float32 do not fit into the %.1f GB of memory that are free; "
-        "it is opened in bfloat16.", parameters / 1e9, available / 1e9,
+        "The base has %.1f billion parameters; in float32 it would take %.1f of the %.1f GB of memory that are free: "
+        "it is opened in bfloat16.", parameters / 1e9, size / 1e9, available / 1e9,
     )  # fmt: skip
     return half_precision(device)
 
