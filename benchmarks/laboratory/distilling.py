@@ -51,7 +51,7 @@ def _distilled(trainer: Trainer, files: Sequence[Path], settings: Mapping[str, A
     inputs = {
         "base": trainer.base_digest,
         "adapters": [file.parent.name for file in files],
-        "settings": config.lasting_settings(),
+        "settings": {**config.lasting_settings(), "decoys": config.decoys_for(len(files))},
         "version": VERSION,
     }
     return trainer.store.cell("distilled", inputs, make) / "adapter.safetensors"
