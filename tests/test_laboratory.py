@@ -43,6 +43,8 @@ def laboratory(tmp_path):
 @pytest.mark.slow
 def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
+    for name, count in (("HELD_OUT", 8), ("SCALE_PROMPTS", 4)):
+        monkeypatch.setattr(f"fusion.distillation.loop.{name}", count)
     names = plan.UNLIKE[:2]
     names_of_arms = ("spectral", "spectral, places found", "lora, halved", "lora, switch", "lora, composite")
     names_of_arms += ("spectral-gated-quiet, distilled", plan.EACH_ALONE, "plain-lora, bound, styled")

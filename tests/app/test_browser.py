@@ -89,6 +89,8 @@ def make_one_lora(tab) -> None:
 def test_teach_combine_draw_two_regions_and_export(tab, session, monkeypatch):
     if not PICTURES:
         monkeypatch.setitem(THOROUGHNESS, "quick", 0.02)
+        for name, count in (("HELD_OUT", 8), ("SCALE_PROMPTS", 4), ("START_PROMPTS", 32)):
+            monkeypatch.setattr(f"fusion.distillation.loop.{name}", count)
     expect(tab.locator("#prompt textarea")).to_have_value(fusion.base_example().prompt)  # something to draw at once
     tab.locator("#teach-first").click()
     for name in ("robot", "octopus"):  # the second waits for the first
