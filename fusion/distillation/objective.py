@@ -12,6 +12,7 @@ from fusion.distillation.config import DistillationConfig
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.methods.distill import distillation_loss, layer_errors, prompt_scales
+from fusion.models.float32_layers import computes_in
 from fusion.spectral.delta import Delta
 
 PART_BYTES = 2**30  # of what is kept for the gradients of a part of a batch
@@ -27,9 +28,10 @@ class Objective:
     def __init__(self, teacher: Teacher, student: Student, config: DistillationConfig) -> None:
         self.teacher, self.student, self.config = teacher, student, config
         unet = teacher.pipe.unet
-        # bfloat16 for a base in half precision; the weights that learn are float32.
-        half = unet.dtype != torch.float32
-        self._autocast = torch.autocast(unet.device.type, torch.bfloat16) if half else nullcontext()
+        # bfloat16 for a base in half precision, unless a CPU is slow at it; the weights that learn are float32.
+        device, half = unet.device.type, unet.dtype != torch.float32
+        self._autocasts = half and (device != "cpu" or computes_in(torch.bfloat16))
+        self._autocast = torch.autocast(device, torch.bfloat16) if self._autocasts else nullcontext()
 
     def errors(self, answers: Answers) -> tuple[list[Tensor], Tensor | None]:
         """The student's errors (P,) in every layer, and in SDXL's pooled embedding."""
@@ -41,7 +43,7 @@ class Objective:
             errors = list[Tensor]()
             for layer, weight in self.student.weights.items():
                 gated = self.teacher.gated(layer, (weight.shape[0], weight.shape[1]), at_rows, acts)
-                lora = self.student.loras[layer]
+                lora, weight = self.student.loras[layer], weight if self._autocasts else weight.float()
                 errors.append(layer_errors(weight, Delta(lora.up, lora.down), states, target, rows, gated))
         if encoded.pooled is None or answers.pooled is None:
             return errors, None

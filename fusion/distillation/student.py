@@ -19,6 +19,7 @@ from fusion.adapters.layer import LayerOptions
 from fusion.adapters.lora import LoraLayer
 from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
 from fusion.models.denoising import Conditioning
+from fusion.models.float32_layers import compute_in_float32
 from fusion.models.layer_sites import matrix, sites, walk
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import family
@@ -44,9 +45,10 @@ class _LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.lora.up, self.lora.down
+        weight = self.weight if torch.is_autocast_enabled(x.device.type) else self.weight.to(x.dtype)
         if self.folded:
-            return F.linear(x, self.weight + up @ down, self.bias)
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), up)
+            return F.linear(x, weight + up @ down, self.bias)
+        return F.linear(x, weight, self.bias) + F.linear(F.linear(x, down), up)
 
 
 class _ConceptEmbedding(nn.Module):
@@ -157,4 +159,6 @@ def _sharing(module: nn.Module) -> nn.Module:
         if tensor.is_floating_point() and tensor.ndim < 2:
             value = value.float()
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(module, memo).eval()
+    shared = copy.deepcopy(module, memo).eval()
+    compute_in_float32(shared)
+    return shared

@@ -17,6 +17,7 @@ from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import BaseMismatch, ConfigError, FormatError, GatingError, TokenConflict
 from fusion.methods.distill import distillation_loss, gated_change, layer_errors, least_squares_delta, prompt_scales
+from fusion.models import float32_layers
 from fusion.models.denoising import encode_prompts
 from fusion.models.layer_sites import components, sites
 from fusion.models.model_state import attached_state
@@ -140,6 +141,23 @@ def test_gradients_in_parts_of_a_batch_are_those_of_the_batch(family, tmp_path, 
     assert counts[0] == 1 < counts[1] and sum_of_parts == pytest.approx(loss, rel=1e-5)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_base_in_half_precision_is_learned_from_in_the_precision_that_is_fast(family, native, tmp_path, monkeypatch):
+    """In bfloat16 where the CPU has instructions for it, else in float32: the same loss, within bfloat16's rounding."""
+    monkeypatch.setattr(objective, "computes_in", lambda _: native)
+    monkeypatch.setattr(float32_layers, "computes_in", lambda dtype: native or dtype == torch.float32)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = tiny.pipeline(family)
+        adapters = two(pipe)
+        pipe.to(dtype)
+        steps = list(fusion.distill(pipe, adapters, config(tmp_path, max_train_steps=12)))
+        losses.append([step.loss for step in steps])
+        assert losses[-1][-1] < 0.7 * losses[-1][0]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.2)  # the teacher is rounded, too
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
