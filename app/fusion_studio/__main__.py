@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import fusion
 from fusion_studio.access import LOOPBACK, is_host_name
 
+# Ctrl+C, and what Docker, a shutdown or a closed terminal sends.
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fusion_studio", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
-    run(parser.parse_args())
+    with suppress(KeyboardInterrupt):  # before there was anything to close
+        run(parser.parse_args())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +71,9 @@ def run(args: argparse.Namespace) -> None:
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read at import: advice for their own users
         os.environ.setdefault(name, "error")
 
-    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(number, end)  # what Docker, a shutdown or a closed terminal sends: clean up as on Ctrl-C
+    for number in ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores that the terminal is closed
+            signal.signal(number, end)
 
     from fusion_studio.session import Session
 
@@ -105,8 +111,13 @@ def serve(
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """The program ends with the status that shells give for a signal."""
-    raise SystemExit(128 + number)
+    """The program ends with the status that shells give for a signal, and 0 after Ctrl+C.
+
+    Ending takes seconds; in them, further signals do nothing.
+    """
+    for other in ENDINGS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def read_accounts(file: Path, parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
