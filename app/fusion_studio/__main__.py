@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -113,8 +114,10 @@ def serve(
 def end(number: int, frame: FrameType | None) -> None:
     """The program ends with the status that shells give for a signal, and 0 after Ctrl+C.
 
-    Ending takes seconds; in them, further signals do nothing.
+    Ending takes seconds; in them, further signals do nothing. Objects that the signal left half made may fail when they
+    are deleted; of that nothing is shown.
     """
+    sys.unraisablehook = lambda _: None
     for other in ENDINGS:
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -6,7 +6,6 @@ an ungated training keeps the pipeline to its end.
 
 from __future__ import annotations  # names of `fusion` must not load torch before the page is up
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -133,11 +132,11 @@ def new_job(
     try:
         folder.mkdir()
         for number, (upload, picture) in enumerate(zip(uploads, usable, strict=True), start=1):
-            copy = shutil.copyfile(upload, folder / f"{number:02d}{upload.suffix}")
+            copy = fusion.write_output(folder / f"{number:02d}{upload.suffix}", upload.read_bytes())
             if caption := str(picture.get("caption") or "").strip():
                 if not (settings or {}).get("trigger_word") and token not in caption and "{token}" not in caption:
                     caption = f"{{token}}, {caption}"
-                copy.with_suffix(".txt").write_text(caption, encoding="utf-8")
+                fusion.write_output(copy.with_suffix(".txt"), caption.encode())
         config = _config(session, folder, token, noun.strip().lower(), preset, settings or {})
         fusion.check_training(session.pipe, config)  # while the form still has everything
         fusion.save_training_settings(place, config)
