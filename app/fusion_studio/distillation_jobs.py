@@ -148,7 +148,8 @@ def unfinished_distillations(session: Session) -> dict[str, dict[str, Any]]:
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
         if folder.name in busy:
             continue
-        if not (folder / REQUEST).exists():  # a studio ended before it had written the request
+        # A studio ended before it had written the request.
+        if not (folder / REQUEST).exists() and not any(folder.rglob("*.safetensors")):
             shutil.rmtree(folder, ignore_errors=True)
             continue
         try:

@@ -54,11 +54,13 @@ def save_training_settings(folder: TrainingFolder, config: TrainingConfig) -> Pa
 def find_unfinished_trainings(library: Library) -> dict[str, UnfinishedTraining]:
     """The unfinished trainings of a library by the names of their folders, also after the library was moved.
 
-    A folder without settings was left by a program that ended before it had all pictures, and is deleted.
+    A folder without settings and without anything learned was left by a program that ended before it had all pictures,
+    and is deleted.
     """
     folders = library.unfinished()
     for folder in folders:
-        if not (folder.folder / SETTINGS_FILE).exists() and folder.acquire():
+        learned = any(folder.folder.rglob("*.safetensors"))
+        if not learned and not (folder.folder / SETTINGS_FILE).exists() and folder.acquire():
             folder.delete()
     return {folder.folder.name: _read(library, folder) for folder in folders if folder.folder.exists()}
 

@@ -127,6 +127,10 @@ def test_a_studio_that_ended_at_any_moment_leaves_what_can_be_gone_on_with(pets,
     (folder / "half").mkdir()
     (folder / "half" / f".{distillation_jobs.REQUEST}.01234567.writing").write_text('{"picked": ')
     assert distillation_jobs.unfinished_distillations(pets) == {} and list(folder.iterdir()) == []
+    (folder / "learned" / "checkpoints").mkdir(parents=True)
+    (folder / "learned" / "checkpoints" / "state.safetensors").touch()  # only a person deletes that
+    assert distillation_jobs.unfinished_distillations(pets) == {"learned": {}}
+    distillation_jobs.discard_distillation(pets, "learned")
     with monkeypatch.context() as patch:
         patch.setattr(distillation_jobs, "shutil", SimpleNamespace(rmtree=lambda *_, **__: None))  # ends after saving
         one_lora.make_lora(pets, picks(rex=1), "pets", "quick", 4)

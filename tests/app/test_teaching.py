@@ -409,6 +409,9 @@ def test_what_a_studio_left_that_ended_while_it_stored_pictures_is_deleted(sessi
     assert training_jobs.unfinished_jobs(session) == {}
     (left,) = session.library.glob(".unfinished/*")
     assert left.name.startswith("rex-0")  # that one's studio is still at it
+    places[0].release()
+    (left / "rex.safetensors").touch()  # something was learned: only a person deletes that
+    assert list(training_jobs.unfinished_jobs(session)) == [left.name]
 
 
 def test_a_concept_that_was_learned_when_the_studio_ended_is_in_the_library_with_a_picture(session, files, monkeypatch):
