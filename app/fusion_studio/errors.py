@@ -13,13 +13,14 @@ import gradio as gr
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import fusion
-from fusion_studio.session import error_sentence
+from fusion_studio.session import Session
 
 FINITE = ConfigDict(allow_inf_nan=False)
 
 
-def bind(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+def bind(handler: Callable[..., Any], session: Session, *further: Any) -> Callable[..., Any]:
     """`handler` with its first arguments filled in, the others checked; its errors appear as one sentence."""
+    first = (session, *further)
     signature, hints = inspect.signature(handler), get_type_hints(handler)
     parameters = list(signature.parameters.values())[len(first) :]
     checks = [
@@ -32,11 +33,11 @@ def bind(handler: Callable[..., Any], *first: Any) -> Callable[..., Any]:
         return [_checked(value, parameter, check) if check else value for (parameter, check), value in pairs]
 
     def answering(*values: Any) -> Any:
-        with _errors_on_page():
+        with _errors_on_page(session):
             return handler(*first, *checked(values))
 
     def streaming(*values: Any) -> Iterator[Any]:
-        with _errors_on_page():
+        with _errors_on_page(session):
             yield from handler(*first, *checked(values))
 
     bound: Any = streaming if inspect.isgeneratorfunction(handler) else answering
@@ -61,11 +62,11 @@ def _checked(value: Any, parameter: inspect.Parameter, check: TypeAdapter[Any]) 
 
 
 @contextmanager
-def _errors_on_page() -> Generator[None]:
+def _errors_on_page(session: Session) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        raise gr.Error(html.escape(error_sentence(error)), print_exception=False) from None
+        raise gr.Error(html.escape(session.error_sentence(error)), print_exception=False) from None
 
 
 def warn(sentence: str) -> None:

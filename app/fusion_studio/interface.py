@@ -8,7 +8,7 @@ import gradio as gr
 import fusion
 from fusion_studio import markup
 from fusion_studio.errors import bind, warn
-from fusion_studio.session import LIFETIME, Session, error_sentence, tokens_of
+from fusion_studio.session import LIFETIME, Session, tokens_of
 from fusion_studio.tabs import (
     LATEST,
     PRIVATE,
@@ -137,7 +137,7 @@ def base_ready(session: Session) -> tuple[Any, ...]:
     try:
         side, (_, steps, guidance) = session.resolution(), session.defaults()
     except Exception as error:  # whatever it is, the page must not go on showing "opening …"
-        warn(error_sentence(error))
+        warn(session.error_sentence(error))
         return HEADER, gr.update(value=name, info="could not be opened"), *(gr.skip(),) * 4
     base = gr.update(value=name, info=f"ready, draws {side} × {side}")
     schedulers = gr.Dropdown([("the base's own", ""), *((name, name) for name in fusion.SCHEDULERS)])

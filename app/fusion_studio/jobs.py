@@ -10,7 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion_studio.session import Session, error_sentence
+from fusion_studio.session import Session
 
 MAX_FINISHED = 20  # jobs that are over and still shown
 PACE_STEPS = 40  # that the time left is estimated from
@@ -119,7 +119,7 @@ class JobQueue:
                 job.run(self.session)
                 state = "learned" if job.finished else "stopped"
             except Exception as error:
-                job.error = error_sentence(error)
+                job.error = self.session.error_sentence(error)
             finally:
                 job.release(state)
                 job.state = state

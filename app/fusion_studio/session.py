@@ -42,6 +42,7 @@ class Session:
         self.uploads = self.folder / "uploads"
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "gradio")  # where gradio keeps uploads and what it serves
         self.queue = PipelineQueue()
+        self._closing = False
         self.first_picture: tuple[str, fusion.Recipe] | None = None  # its path and recipe
         self.idle = threading.Event()  # set unless `warm_up` is running
         self.idle.set()
@@ -84,7 +85,7 @@ class Session:
                         (picture,) = fusion.generate(self.pipe, fusion.base_example())
                         self.first_picture = self.store_picture(picture), picture.recipe
         except Exception as error:
-            logger.warning("The base is not ready: %s", error_sentence(error))
+            logger.warning("The base is not ready: %s", self.error_sentence(error))
         finally:
             self.idle.set()
 
@@ -114,8 +115,25 @@ class Session:
 
     def close(self) -> None:
         """End the training under way, so that it can be resumed, and delete all temporary files."""
+        self._closing = True
         self.jobs.close()
         self._temporary.remove()
+
+    def error_sentence(self, error: Exception) -> str:
+        """An error as the page shows it. What is neither ours nor the system's is a bug: the log has it in full.
+
+        While the session closes, requests fail in any way, as their files are deleted: all that counts is that it does.
+        """
+        if self._closing:
+            return "The studio is ending; do this again once it is running."
+        if isinstance(error, fusion.FusionError):
+            return str(error)
+        logger.error("Unexpected error", exc_info=error)
+        if (
+            isinstance(error, OSError) and error.strerror
+        ):  # a full disk, a file deleted meanwhile; no path of the machine
+            return f"{error.strerror}{f': {Path(str(error.filename)).name}' if error.filename else ''}."
+        return f"Something unexpected happened ({type(error).__name__}); the terminal has details."
 
     @contextmanager
     def pipeline(self, activity: str) -> Generator[None]:
@@ -206,16 +224,6 @@ class Session:
         if not re.fullmatch(r"[0-9a-f]{16}\.[a-z0-9]{1,12}", str(name)) or not path.is_file():
             raise fusion.FusionError("One of the pictures is no longer here; drop it again.")
         return path
-
-
-def error_sentence(error: Exception) -> str:
-    """An error as the page shows it. What is neither ours nor the system's is a bug: the log has it in full."""
-    if isinstance(error, fusion.FusionError):
-        return str(error)
-    logger.error("Unexpected error", exc_info=error)
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a file deleted meanwhile; no path of the machine
-        return f"{error.strerror}{f': {Path(str(error.filename)).name}' if error.filename else ''}."
-    return f"Something unexpected happened ({type(error).__name__}); the terminal has details."
 
 
 def safe_name(text: str) -> str:

@@ -18,7 +18,7 @@ from fusion_studio.errors import bind
 from fusion_studio.pipeline_queue import PipelineQueue
 from fusion_studio.session import Session, safe_name
 from fusion_studio.streaming import StepProgress
-from fusion_studio.tabs import Controls, combine, compare, draw, history, library, picked_of, progress
+from fusion_studio.tabs import Controls, binding, combine, compare, draw, history, library, picked_of, progress
 from fusion_studio.training_jobs import current_training
 
 ROOT = Path(__file__).parent.parent.parent
@@ -375,6 +375,16 @@ def test_every_error_becomes_one_escaped_sentence(session):
         assert caught.value.message == "Not &lt;dog&gt;." and not caught.value.print_exception
     with pytest.raises(gr.Error, match=r"unexpected happened \(ZeroDivisionError\)"):
         bind(fails, session)(ZeroDivisionError("secret path /home"))
+
+
+def test_requests_that_fail_because_the_studio_ends_say_so_and_are_no_bug(base, tmp_path, caplog):
+    session, picture = Session(str(base), tmp_path / "out"), tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    session.close()
+    for handler in (draw.start_from, binding.import_lora):
+        with pytest.raises(gr.Error, match="The studio is ending"):
+            bind(handler, session)(str(picture))
+    assert "Unexpected" not in caplog.text
 
 
 def test_two_drawings_take_turns_and_the_second_says_so(session):

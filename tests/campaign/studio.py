@@ -15,6 +15,7 @@ from campaign import laws, materials, processes
 from campaign.processes import Child
 
 TOKEN = "<dog>"
+ENDING = "The studio is ending; do this again once it is running."
 SETTINGS = {"max_train_steps": "6", "targets": "unet.attn2.to_k", "text_encoder_lr": "0", "validation_steps": "3"}
 
 
@@ -28,7 +29,9 @@ def serve(base: Path, work: Callable[[object], bool], port: int | None = None) -
         try:
             if work(session):
                 os.kill(os.getpid(), signal.SIGINT)
-        except BaseException:
+        except BaseException as error:
+            if session.error_sentence(error) == ENDING:  # its files are deleted while it works
+                return
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(processes.CRASH)
