@@ -22,6 +22,7 @@ from fusion.models.embedded_models import pocket
 from fusion.models.float32_layers import compute_in_float32
 from fusion.models.layer_sites import components
 from fusion.models.pipelines import family, silent_loading
+from fusion.models.stored_weights import stored_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def open_pipeline(
 
     Weights in safetensors only and no code from the model's repository. Device: CUDA, else Apple's GPU, else CPU.
     dtype, one for all components: on a GPU bfloat16 where the card computes in it, else float16; on a CPU float32, or
-    bfloat16 where that would take more than half of the free memory. `prediction_type` and `rescale_betas_zero_snr` are
+    bfloat16 where that would take more than half of the free memory; "stored": that of the UNet's files, as far as
+    layers compute in it. `prediction_type` and `rescale_betas_zero_snr` are
     for a base that does not say, or wrongly, how it was trained. `base_config` is a diffusers folder with configs for
     a single file, instead of those of its family; `pretrained_vae_model_name_or_path` is a folder, hub id or file with
     another VAE. With `other_base` adapters of other bases of its shapes can be attached, too.
@@ -66,7 +68,7 @@ def open_pipeline(
     where = Path(base) if base is not None else pocket()
     config = Path(base_config) if base_config is not None else None
     if is_file(where):
-        number = as_dtype(dtype, device, where)
+        number = as_dtype(_stored(dtype, where), device, where)
         pipe = _from_file(where, config, number, prediction_type, rescale_betas_zero_snr, vae)
     elif config is not None:
         raise ConfigError(f"base_config is for a base in a single file; '{base}' has configs of its own.")
@@ -104,9 +106,9 @@ def _from_folder(
     with _explained(f"'{source}' could not be opened as a Stable Diffusion base"):
         options: Any = {"trust_remote_code": False, "revision": revision, "variant": variant, "use_safetensors": True}
         folder = source if isinstance(source, Path) else None
-        if folder is None and dtype is None and device.type == "cpu":  # whether it fits depends on its files
+        if folder is None and (dtype == "stored" or (dtype is None and device.type == "cpu")):  # depends on its files
             folder = Path(diffusers.DiffusionPipeline.download(source, **options))
-        number = as_dtype(dtype, device, folder)
+        number = as_dtype(_stored(dtype, folder, variant), device, folder)
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=number, **options)
         except _UNREADABLE:
@@ -161,6 +163,11 @@ def with_noise(scheduler: ConfigMixin, prediction_type: str | None, zero_snr: bo
             kind = diffusers.DDIMScheduler
     known = inspect.signature(kind.__init__).parameters
     return kind.from_config({k: v for k, v in {**scheduler.config, **changes}.items() if k in known})
+
+
+def _stored(dtype: torch.dtype | str | None, base: Path | None, variant: str | None = None) -> torch.dtype | str | None:
+    """The dtype as it is given, "stored" as that of the base's files; None where these cannot be computed in."""
+    return stored_dtype(base, variant) if dtype == "stored" and base is not None else dtype
 
 
 def check_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Add an adapter to the weights and the vocabulary of the base, and save the result as a diffusers folder.
 
 Any program that reads diffusers folders can draw with it. It cannot be undone, and baked weights have no gates: every
-concept acts on every token.
+concept acts on every token. The folder is written in the precision of the base's UNet on disk, or that of --dtype.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the new base, a new folder")
     add("--gating", choices=("tokens", "none"), help="none: accept that baked weights act on every token")
     add_overwrite(parser)
-    add_base_arguments(parser)
+    add_base_arguments(parser, dtype="that of the base's UNet on disk")
 
 
 def run(args: Namespace) -> None:
@@ -27,7 +27,7 @@ def run(args: Namespace) -> None:
 
     check_model_output(args.output, overwrite=args.overwrite)
     adapter = load(args.adapter)
-    pipe = open_base(args.base, args, args.dtype)
+    pipe = open_base(args.base, args, args.dtype or "stored")
     bake(pipe, adapter, args.gating)
     save_model(pipe, args.output, overwrite=args.overwrite)
     tokens = [concept.token for concept in adapter.info.concepts]

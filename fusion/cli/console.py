@@ -167,12 +167,11 @@ def number(kind: type[int | float], least: float, most: float) -> Callable[[str]
     return read
 
 
-def add_base_arguments(parser: ArgumentParser) -> None:
-    """What `open_base` reads."""
+def add_base_arguments(parser: ArgumentParser, dtype: str = "bfloat16 or float16 on a GPU, else float32") -> None:
+    """What `open_base` reads; `dtype` says in help what is the default."""
     group = parser.add_argument_group("base")
     add_base(group)
-    text = "default: bfloat16 or float16 on a GPU, else float32"
-    group.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help=text)
+    group.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help=f"default: {dtype}")
 
 
 def add_base(group: Any, purpose: str = "") -> None:

@@ -9,7 +9,7 @@ from fusion.adapters.combination_checks import check_bases, check_tokens
 from fusion.errors import BaseMismatch, ConfigError, GatingError, TokenConflict
 from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
 from fusion.models.base_check import check_base
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, check_resident
 from fusion.models.pipelines import base_info
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ def check_distillable(pipe: Pipeline, adapters: Sequence[Adapter]) -> None:
     """
     if not adapters:
         raise ConfigError("There is nothing to distill; give at least one adapter.")
+    check_resident(pipe, "A distillation")
     check_bases(adapters)
     check_tokens(adapters)
     here = base_info(pipe)

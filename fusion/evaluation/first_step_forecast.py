@@ -28,7 +28,7 @@ from fusion.models.attachment import attach
 from fusion.models.autoencoder import decode_latents
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.noise_schedule import forward_process
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, execution_device
 
 MIN_EFFECT = 0.02  # similarity that a concept must add to its noun for a loss of it to mean anything
 
@@ -81,7 +81,7 @@ def first_step_pictures(pipe: Pipeline, prompt: str, seeds: Sequence[int], clip_
     side = pipe.unet.config.sample_size
     shape = pipe.unet.config.in_channels, side, side
     noise: Tensor = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    noise = noise.to(pipe.unet.device, pipe.unet.dtype)
+    noise = noise.to(execution_device(pipe, pipe.unet), pipe.unet.dtype)
     times = torch.full((len(noise),), first, device=noise.device)
     prediction = predict(pipe, noise, times, encode_prompts(pipe, [prompt] * len(noise), clip_skip))
     latents = schedule.step(prediction, first, noise).pred_original_sample

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fusion.adapters.adapter import Adapter, Concept
-from fusion.errors import FusionError, GatingError, OutputError
+from fusion.errors import BaseMismatch, FusionError, GatingError, OutputError
 from fusion.layer_names import TOKENIZERS
 from fusion.models.attachment import effective_gates
 from fusion.models.base_check import check_base, with_base_weights
-from fusion.models.layer_sites import all_sites, components
+from fusion.models.layer_sites import all_sites, components, is_quantised
 from fusion.models.model_state import attached_state, state_of
 from fusion.models.pipeline import Pipeline
 from fusion.models.pipelines import silent_loading
@@ -26,7 +26,8 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
     """Add an adapter into the base's own weights and vocabulary. One-way; `save_model` keeps it.
 
     Raises GatingError for a gated adapter unless gating="none", since a weight cannot know which token it is given;
-    FusionError if this adapter is baked in already, or anything is attached.
+    BaseMismatch for a base that it does not fit or whose weights are quantised; FusionError if this adapter is baked in
+    already, or anything is attached.
     """
     if gates := dict.fromkeys(token for gate in effective_gates(adapter, gating).values() for token in gate):
         raise GatingError(
@@ -40,6 +41,12 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
         raise FusionError(f"'{adapter.info.name}' is baked into this pipeline already; a second time would double it.")
     check_base(pipe, adapter, state.checks)
     table = all_sites(pipe)
+    for name in adapter.layer_names:
+        if is_quantised(table[name].module.weight):
+            raise BaseMismatch(
+                f"{name} of this base is quantised; baked, it would have to be rounded again. Open the base in float16 "
+                "or bfloat16."
+            )
     _make_permanent(pipe, adapter.info.concepts, adapter.tokens)
     with torch.no_grad():
         for name, delta in with_base_weights(pipe, adapter).deltas().items():

@@ -24,7 +24,7 @@ from fusion.models.attachment import attach
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.layer_sites import sites
 from fusion.models.noise_schedule import check_noise
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, execution_device
 from fusion.progress import OnProgress, reporter
 from fusion.spectral.moments import Moment, Moments
 
@@ -103,13 +103,13 @@ def _denoise(
         check_noise(pipe.scheduler)
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     size, shape = side or int(pipe.unet.config.sample_size), pipe.unet.config.in_channels
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator, device = torch.Generator("cpu").manual_seed(seed), execution_device(pipe, pipe.unet)
     passes, total = 0, -(-len(prompts) // batch) * max(steps, 1)
     report = on_progress or reporter("recording inputs of layers")
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         conditioning = encode_prompts(pipe, part, clip_skip)
-        latents = torch.randn(len(part), shape, size, size, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
+        latents = torch.randn(len(part), shape, size, size, generator=generator).to(device, pipe.unet.dtype)
         if steps:
             schedule.set_timesteps(steps)
         for time in schedule.timesteps if steps else (None,):

@@ -114,5 +114,9 @@ def matrix(site: Site) -> torch.Tensor:
             "base in float16 or bfloat16, without quantization_config and without layerwise casting."
         )
     weight = weight.detach()
-    plain = type(weight) in (torch.Tensor, nn.Parameter) or not hasattr(type(weight), "__tensor_flatten__")
-    return (weight if plain else weight.dequantize()).flatten(1)
+    return (weight.dequantize() if is_quantised(weight) else weight).flatten(1)
+
+
+def is_quantised(weight: Any) -> bool:
+    """Whether a weight is a tensor that stands for others, as torchao's and quanto's."""
+    return type(weight) not in (torch.Tensor, nn.Parameter) and hasattr(type(weight), "__tensor_flatten__")

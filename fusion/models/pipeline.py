@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fusion.errors import ConfigError
+
 
 class Pipeline(Protocol):
     """The part of a diffusers Stable Diffusion pipeline that the toolkit uses.
@@ -48,6 +50,16 @@ def execution_device(pipe: Pipeline, module: nn.Module) -> torch.device:
     """Where a model computes: under offloading (accelerate's, diffusers' by groups), not where its weights are now."""
     offloaded = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
     return pipe._execution_device if offloaded else module.device  # pyright: ignore
+
+
+def check_resident(pipe: Pipeline, work: str) -> None:
+    """Raise ConfigError where models move while they compute, as gradients and weights have to be on one device."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    if any(execution_device(pipe, module).type != module.device.type for module in modules):
+        raise ConfigError(
+            f"{work} needs every model to stay on its device, and this pipeline moves them there and back "
+            "(enable_model_cpu_offload or group offloading); open the base without."
+        )
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any]:

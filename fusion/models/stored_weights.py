@@ -3,8 +3,10 @@
 Shapes: O out_features, I in_features.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,25 @@ def stored_parameters(base: Path) -> int:
     for (component, _), count in variants.items():
         largest[component] = max(count, largest.get(component, 0))
     return sum(largest.values())
+
+
+def stored_dtype(base: Path, variant: str | None = None) -> torch.dtype | None:
+    """The dtype in which the files of a base, a folder or one file, store most weights of the UNet.
+
+    None where it is none in which layers compute (float8), or not known.
+    """
+    files = [base] if base.is_file() else [
+        path for path in _files(base / "unet") if _SHARD.sub("", path.stem).partition(".")[2] == (variant or "")
+    ]  # fmt: skip
+    counts: dict[str, int] = {}
+    for path in files:
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if path != base or key.startswith("model.diffusion_model."):
+                    part = file.get_slice(key)
+                    counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return dtypes.get(max(counts, key=counts.__getitem__, default=""))
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -10,12 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from fusion.errors import BaseMismatch, ConfigError, FormatError, FusionError, SliceConflict, UnknownName, closest
 from fusion.peft.config import SpectralConfig
 from fusion.peft.layer import BASE_MODEL, SpectralLinear, check_supported, weight_shape
 from fusion.spectral.slices import free_slice
 
+_SILENCE = 2  # seconds until a bar is shown
 _LAYERS = "spectral_layers"
 
 
@@ -25,6 +27,16 @@ class SpectralModel(BaseTuner):
     prefix = "spectral_"
     tuner_layer_cls = SpectralLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _bar: Any = None  # counts layers whose directions are computed
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; with a bar where it takes a while, unless transformers' bars are disabled."""
+        try:
+            super().inject_adapter(model, *args, **kwargs)
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
 
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         if peft_config.target_modules is None:
@@ -44,6 +56,9 @@ class SpectralModel(BaseTuner):
             for name in [name for name, config in self.peft_config.items() if config is peft_config]:
                 del self.peft_config[name]  # transformers and diffusers would keep it
             raise
+        if peft_config.basis != "file" and peft_config.layer_class.slice_of == "spectrum":
+            options: dict[str, Any] = {"total": len(targets), "delay": _SILENCE, "leave": False, "unit": " layers"}
+            self._bar = logging.tqdm(desc="Computing singular directions", **options)
 
     def _targets(self, config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
         wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -94,6 +109,8 @@ class SpectralModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config, current_key)
+        if self._bar is not None:
+            self._bar.update()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:

@@ -31,7 +31,7 @@ from fusion.models.denoising import check_clip_skip, check_denoises
 from fusion.models.devices import explained_memory
 from fusion.models.layer_sites import Site
 from fusion.models.noise_schedule import check_noise
-from fusion.models.pipeline import Pipeline
+from fusion.models.pipeline import Pipeline, check_resident
 from fusion.models.pipelines import base_defaults, base_info
 from fusion.output_files import check_output
 from fusion.progress import OnPhase
@@ -116,6 +116,7 @@ def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, di
     """The settings with the base's defaults, the layers to adapt, and the pictures."""
     config = config.with_base_defaults(base_defaults(pipe, "training"))
     check_optimizer(config)
+    check_resident(pipe, "Training")
     clip_skip = config.clip_skip
     if clip_skip is None:
         clip_skip = GenerationConfig(prompt="").with_base_defaults(base_defaults(pipe, "generation")).clip_skip

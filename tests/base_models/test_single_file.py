@@ -23,7 +23,7 @@ from fusion.base_models.single_file import configs_of, read_single_file
 from fusion.cli import main
 from fusion.errors import BaseMismatch, ConfigError, FormatError
 from fusion.models.layer_sites import sites
-from fusion.models.stored_weights import StoredWeights
+from fusion.models.stored_weights import StoredWeights, stored_dtype
 from fusion_studio.session import Session
 from trained import attached, draw, trained_adapter
 
@@ -316,6 +316,11 @@ def test_slices_of_a_file_are_those_of_its_folder_in_every_precision(both, tmp_p
     half = single_files.save(exact, tmp_path / "half.safetensors", dtype=torch.float16)
     opened = {dtype: fusion.open_pipeline(file, base_config=folder, device="cpu", dtype=dtype) for dtype in HALVES}
     opened["half"] = fusion.open_pipeline(half, base_config=folder, device="cpu", dtype=torch.bfloat16)
+    assert fusion.open_pipeline(half, base_config=folder, device="cpu", dtype="stored").unet.dtype == torch.float16
+    exact.save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size="200KB")
+    (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    assert stored_dtype(tmp_path / "variant", "fp16") == stored_dtype(file) == torch.float32
+    assert stored_dtype(tmp_path / "variant") is stored_dtype(tmp_path) is None
     for name, pipe in opened.items():
         stored, table = StoredWeights(pipe), sites(exact)
         for layer, site in sites(pipe).items():
@@ -329,7 +334,7 @@ def test_weights_of_eight_bits_are_read_as_the_numbers_they_stand_for(sd1, tmp_p
     """Files in float8 without scales, as Forge writes them: opened in a dtype that layers compute in."""
     pipe, eight = tiny.pipeline("sd1"), torch.float8_e4m3fn
     file = single_files.save(pipe, tmp_path / "eight.safetensors", dtype=eight)
-    opened = fusion.open_pipeline(file, base_config=sd1 / "base", device="cpu")
+    opened = fusion.open_pipeline(file, base_config=sd1 / "base", device="cpu", dtype="stored")
     for name in ("unet", "vae", "text_encoder"):
         expected = getattr(pipe, name).state_dict()
         for key, weight in getattr(opened, name).state_dict().items():

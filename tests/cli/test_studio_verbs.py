@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import fusion
 import tiny
 from fusion.cli import main
 from fusion.training.dataset import instance_dataset
+from trained import trained_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +93,30 @@ def test_the_library_is_kept_in_order(library, base, capsys, tmp_path):
     for wrong in (["--delete", "../x"], ["--delete", "dgo"], ["--rename", "cat", "../x"], ["--add", str(tmp_path)]):
         assert main(["library", str(library), *wrong]) == 1
     assert {p.stem for p in library.glob("*.safetensors")} == {"rex", "cat", "lora"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_baked_base_has_the_precision_of_the_base_on_disk(dtype, tmp_path):
+    """Its weights are the base's with ΔW added in float32, rounded once."""
+    folder, pipe = str(tmp_path / "base"), tiny.pipeline("sd1").to(dtype)
+    pipe.save_pretrained(folder)
+    rex = trained_adapter(pipe.to(torch.float32), gated=False)
+    fusion.save(rex, tmp_path / "rex.safetensors", "float32")
+    words = ["bake", str(tmp_path / "rex.safetensors"), "--base", folder, "--device", "cpu", "-o"]
+    assert main([*words, str(tmp_path / "baked")]) == 0
+    unet, text = (
+        load_file(next((tmp_path / "baked" / name).glob("*.safetensors"))) for name in ("unet", "text_encoder")
+    )
+    assert {tensor.dtype for tensor in (*unet.values(), *text.values())} == {dtype}
+    for name, delta in rex.deltas().items():
+        if name.startswith("unet."):
+            weight = pipe.unet.get_submodule(name.removeprefix("unet.")).weight
+            assert torch.equal(
+                unet[name.removeprefix("unet.") + ".weight"], (weight + delta.dense().view_as(weight)).to(dtype)
+            )
+    assert main([*words, str(tmp_path / "other"), "--dtype", "bfloat16"]) == 0
+    (file,) = (tmp_path / "other" / "unet").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
 def test_compare_measures_every_cell(library, base, tmp_path, capsys):

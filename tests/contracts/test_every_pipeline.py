@@ -10,6 +10,8 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import ConfigError
+from fusion.evaluation import first_step_forecast
+from fusion.models import input_moments
 from fusion.models.autoencoder import decode_latents
 from fusion.models.denoising import encode_prompts
 from fusion.models.gates import TokenRows
@@ -160,6 +162,30 @@ def test_offloaded_models_are_given_inputs_where_they_compute():
     rows = TokenRows({"<rex>": torch.tensor([1])}, 4)
     assert rows.matching(("<rex>",), torch.randn(4, 2)).device.type == "cpu"
     assert rows.matching(("<rex>",), torch.randn(4, 2, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("module", [input_moments, first_step_forecast])
+def test_what_is_measured_on_offloaded_models_lies_where_they_compute(module, monkeypatch):
+    inputs = []
+    monkeypatch.setattr(module, "encode_prompts", lambda *_: None)
+    monkeypatch.setattr(module, "predict", lambda _, noisy, *rest: (inputs.append(noisy), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        if module is input_moments:
+            fusion.record_moments(pipe := offloaded("sd1"), [trained_adapter(pipe)])
+        else:
+            first_step_forecast.first_step_pictures(offloaded("sd1"), "a dog", [0])
+    assert inputs[0].is_meta
+
+
+def test_what_learns_is_refused_on_models_that_move_while_they_compute(tmp_path):
+    pipe = offloaded("sd1")
+    settings = fusion.TrainingConfig(token="<tom>", instance_data_dir=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^Training needs every model to stay on its device, .* open the base without"
+    ):
+        fusion.check_training(pipe, settings)
+    with pytest.raises(ConfigError, match=r"^A distillation needs every model to stay"):
+        next(fusion.distill(pipe, [trained_adapter(tiny.pipeline("sd1"))], fusion.DistillationConfig()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

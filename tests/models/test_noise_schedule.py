@@ -132,6 +132,9 @@ def test_adapters_are_exact_on_quantised_layers_that_know_their_weight(quantise)
     with attached(pipe, tom, rex):
         assert torch.equal(draw(pipe, "a <rex>"), alone) and torch.equal(draw(pipe, "a dog"), base)
     assert torch.equal(draw(pipe, "a dog"), base) and not torch.equal(alone, base)
+    if quantise is as_torchao:
+        with pytest.raises(BaseMismatch, match="of this base is quantised; baked, it would have to be rounded again"):
+            fusion.bake(pipe, rex, gating="none")
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])

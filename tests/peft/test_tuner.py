@@ -410,6 +410,17 @@ def test_large_weights_are_decomposed_by_a_randomised_svd_that_is_checked(monkey
             assert largest(quick.S - whole.S) < 1e-4 and largest(quick.V - whole.V) < 2e-2
 
 
+def test_a_bar_counts_layers_where_their_directions_take_a_while(folder, monkeypatch, capsys):
+    get_peft_model(llama(), SpectralConfig(r=4))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("fusion.peft.model._SILENCE", 0)
+    PeftModel.from_pretrained(llama(), folder)  # no SVD
+    assert "directions" not in capsys.readouterr().err
+    model = get_peft_model(llama(), SpectralConfig(r=4))
+    assert "Computing singular directions" in (shown := capsys.readouterr().err) and "/14" in shown
+    assert pickle.loads(pickle.dumps(copy.deepcopy(model.base_model)))._bar is None
+
+
 def test_importing_fusion_does_not_import_peft():
     code = "import sys, fusion; print('peft' in sys.modules)"
     root = Path(__file__).parents[2]
