@@ -42,7 +42,7 @@ def bake(pipe: Pipeline, adapter: Adapter, gating: str | None = None) -> None:
     check_base(pipe, adapter, state.checks)
     table = all_sites(pipe)
     for name in adapter.layer_names:
-        if is_quantised(table[name].module.weight):
+        if isinstance(weight := table[name].module.weight, Tensor) and is_quantised(weight):
             raise BaseMismatch(
                 f"{name} of this base is quantised; baked, it would have to be rounded again. Open the base in float16 "
                 "or bfloat16."

@@ -117,6 +117,6 @@ def matrix(site: Site) -> torch.Tensor:
     return (weight.dequantize() if is_quantised(weight) else weight).flatten(1)
 
 
-def is_quantised(weight: Any) -> bool:
+def is_quantised(weight: torch.Tensor) -> bool:
     """Whether a weight is a tensor that stands for others, as torchao's and quanto's."""
     return type(weight) not in (torch.Tensor, nn.Parameter) and hasattr(type(weight), "__tensor_flatten__")
