@@ -106,6 +106,22 @@ def test_several_get_regions_where_some_layers_see_no_tokens(tmp_path, caplog):
     assert [part.prompt for part in parts] == ["<the-dog> beside tom", "the dog beside <tom>"]
 
 
+def test_in_a_prompt_with_one_of_the_words_the_other_lora_changes_no_bit(tmp_path):
+    pipe = tiny.pipeline("sd1")
+    words = ("the dog", "<tom>")
+    rex, tom = (
+        fusion.bind(pipe, fusion.load(lora_file(tmp_path, f"{seed}", pipe, seed=seed)), word)
+        for seed, word in enumerate(words)
+    )
+    both = fusion.fuse([rex, tom])
+    for word, alone, size in zip(words, (rex, tom), ({}, {"width": 32, "height": 24}), strict=True):
+        prompt = f"a photo of {word} in snow"
+        expected = pixels(drawn(pipe, prompt, alone, **size))
+        assert np.array_equal(pixels(drawn(pipe, prompt, tom, rex, **size)), expected)
+        assert np.array_equal(pixels(drawn(pipe, prompt, both, **size)), expected)
+        assert not np.array_equal(pixels(drawn(pipe, f"a photo of {words[0]} beside <tom>", both, **size)), expected)
+
+
 def test_phrases_are_found_as_words(tmp_path):
     pipe = tiny.pipeline("sd1")
     lora = fusion.load(lora_file(tmp_path, "rex", pipe, layers=["unet.conv_out"]))
