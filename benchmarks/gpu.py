@@ -75,6 +75,15 @@ def check_product(device: str, checks: Checks, steps: int) -> None:
         (first, _), (again, _) = (teach(pipe, "robot", 3, slice=5) for _ in range(2))
         pairs = zip(first.parameters(), again.parameters(), strict=True)
         notes.append(f"parameters differ by {max(float((a - b).detach().abs().max()) for a, b in pairs):.1e} at most")
+    if pipe.device.type == "cuda":
+        with checks.check("CUDA graphs train as kernel by kernel") as notes:
+            (graphs, _), (eager, _) = (teach(pipe, "robot", 3, slice=5, cuda_graphs=on) for on in (True, False))
+            pairs = list(zip(graphs.parameters(), eager.parameters(), strict=True))
+            notes.append(
+                f"parameters differ by {max(float((a - b).detach().abs().max()) for a, b in pairs):.1e} at most"
+            )
+            _, slow = teach(pipe, "robot", steps, slice=5, cuda_graphs=False)
+            notes.append(f"{1000 * slow / steps:.0f} ms a step without")
     with checks.check("threads draw what one draws"):
         drawn: dict[str, Any] = {}
         with contextlib.ExitStack() as attached:
@@ -181,7 +190,10 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
                 torch.cuda.reset_peak_memory_stats()
                 steps[name].seconds()
                 memory[name] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        timing = interleaved({name: s.seconds for name, s in steps.items()}, 2 if toy else ROUNDS, log)
+        functions = {name: s.seconds for name, s in steps.items()}
+        if base.device.type == "cuda":
+            functions |= {f"{name}, captured": s.captured() for name, s in steps.items()}
+        timing = interleaved(functions, 2 if toy else ROUNDS, log)
         to_lora = {name: f"{paired(t, timing['PEFT LoRA']):.2f}×" for name, t in timing.items()}
         rows = [
             [name, f"{t.median * 1000:.1f} ms", f"{t.least * 1000:.1f} ms", memory.get(name, ""), to_lora[name]]

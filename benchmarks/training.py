@@ -12,6 +12,7 @@ from benchmarks.report import Section, bar, table
 from benchmarks.variants import VARIANTS, Variant
 from fusion.models.denoising import encode_batch
 from fusion.models.prompt_layout import prepared, prompt_batch
+from fusion.training.cuda_graphs import CudaGraph
 
 ROUNDS = 9
 
@@ -36,6 +37,13 @@ class Steps:
 
     def step(self) -> None:
         """Forward, backward and update."""
+        self.gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def gradients(self) -> torch.Tensor:
+        """Forward and backward; returns the loss."""
         with self.variant.computed(), prepared(self.pipe, self.prompts):
             with self.autocast():
                 if self.variant.prompt:
@@ -43,10 +51,30 @@ class Steps:
                 else:
                     text = self.cached.detach().requires_grad_(self.optimizer is None)
                 prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
-            torch.nn.functional.mse_loss(prediction.float(), self.noise.float()).backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(prediction.float(), self.noise.float())
+            loss.backward()
+        return loss.detach()
+
+    def captured(self) -> Callable[[], float]:
+        """Seconds of a step whose gradients are captured as a CUDA graph, as a training captures them."""
+        graph, optimizer = CudaGraph(self.pipe.device, CudaGraph.memory_pool()), self.optimizer
+        sums = [torch.zeros_like(parameter) for parameter in self.variant.parameters]
+
+        def attach_sums() -> None:
+            for parameter, total in zip(self.variant.parameters, sums, strict=True):
+                parameter.grad = total
+
+        def step() -> None:
+            attach_sums()
+            graph.replay()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+
+        attach_sums()
+        with self.variant.installed():
+            graph.capture(self.gradients)
+        return lambda: timed(step)
 
     def seconds(self) -> float:
         with self.variant.installed():

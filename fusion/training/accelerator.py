@@ -2,18 +2,23 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
+from torch.utils.checkpoint import checkpoint
 
 from fusion.errors import ConfigError
 from fusion.models.devices import PRECISIONS
 from fusion.models.layer_sites import components
 from fusion.models.pipeline import Pipeline
 from fusion.training.config import TrainingConfig
+
+# Nothing is random in these models; and a step that is captured cannot read the state of random numbers.
+CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def check_tracker(config: TrainingConfig) -> None:
@@ -79,8 +84,10 @@ def frozen(pipe: Pipeline, config: TrainingConfig) -> Generator[None]:
         parameter.requires_grad_(False)
     checkpointed: list[Any] = list(components(pipe).values()) if config.gradient_checkpointing else []
     for model in checkpointed:
-        enable = getattr(model, "enable_gradient_checkpointing", None) or model.activation_checkpointing_enable
-        enable()
+        if hasattr(model, "enable_gradient_checkpointing"):  # of diffusers, else of transformers
+            model.enable_gradient_checkpointing(partial(checkpoint, **CHECKPOINTING))
+        else:
+            model.activation_checkpointing_enable(CHECKPOINTING)
         model.train()  # transformers recomputes only in training mode; these models have no dropout
     try:
         yield

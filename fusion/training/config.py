@@ -38,7 +38,7 @@ MAY_CHANGE = {
     *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
     *("checkpointing_steps", "checkpoints_total_limit", "save_precision"),
     # Memory and time. Class pictures, drawn sample_batch_size at a time, are compared themselves.
-    *("gradient_checkpointing", "cache_latents", "sample_batch_size"),
+    *("gradient_checkpointing", "cuda_graphs", "cache_latents", "sample_batch_size"),
 }
 
 
@@ -217,6 +217,8 @@ class TrainingConfig(StrictModel):
     it, else fp16, and no on a CPU. The adapter itself trains in float32."""
     gradient_checkpointing: bool = False
     """Compute activations a second time instead of keeping them, to save memory."""
+    cuda_graphs: bool = True
+    """On a CUDA GPU, capture a step's kernels once and repeat them: many times faster where batches are small."""
     cache_latents: bool = True
     """Encode each picture once, before training; not done with random crops or flips."""
 

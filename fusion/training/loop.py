@@ -39,6 +39,7 @@ from fusion.training import setup
 from fusion.training.accelerator import accelerated, check_tracker, frozen, precision
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
+from fusion.training.cuda_graphs import CapturedGradients, can_capture
 from fusion.training.optimizers import build_optimizer, check_optimizer
 from fusion.training.quiet_loss import QuietLoss
 from fusion.training.setting_warnings import warnings_about
@@ -183,9 +184,10 @@ class _Training:
         trained = {id(p) for group in groups for p in group["params"]}
         self.parameters = {name: p for name, p in setup.named_parameters(adapter).items() if id(p) in trained}
         trains_text = bool(config.token_lr) or any(component_of(name) != "unet" for name in targets)
-        self.gradients = BatchGradients(
-            pipe, config, data, accelerator, stacks, self.quiet_loss, trains_text=trains_text
-        )
+        gradients = BatchGradients(pipe, config, data, accelerator, stacks, self.quiet_loss, trains_text=trains_text)
+        self.gradients: BatchGradients | CapturedGradients = gradients
+        if config.cuda_graphs and can_capture(pipe.device):
+            self.gradients = CapturedGradients(gradients, list(self.parameters.values()), pipe.device)
         self._check_room()
         if checkpoint:
             checkpoint.restore(self.parameters, optimizer, self.scaler)
