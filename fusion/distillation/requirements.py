@@ -11,6 +11,7 @@ from fusion.layer_names import TOKENIZERS, component_of, sees_tokens
 from fusion.models.base_check import check_base
 from fusion.models.pipeline import Pipeline, check_resident
 from fusion.models.pipelines import base_info
+from fusion.models.prompt_chunks import check_writes_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ def check_distillable(pipe: Pipeline, adapters: Sequence[Adapter]) -> None:
     if not adapters:
         raise ConfigError("There is nothing to distill; give at least one adapter.")
     check_resident(pipe, "A distillation")
+    check_writes_vectors(pipe)
     check_bases(adapters)
     check_tokens(adapters)
     here = base_info(pipe)

@@ -17,7 +17,7 @@ from fusion.generation.prompt_embeddings import embed_prompts, pictures_by_chunk
 from fusion.generation.regions import Cover, drawing_regions
 from fusion.generation.schedulers import own_scheduler
 from fusion.models.autoencoder import decode_latents
-from fusion.models.denoising import is_inpainting
+from fusion.models.denoising import has_ip_adapter, is_inpainting
 from fusion.models.pipeline import Pipeline
 
 OnStep = Callable[[int, int, Callable[[], Image.Image]], None]
@@ -56,7 +56,7 @@ def check_start(pipe: Pipeline, image: Image.Image | None, mask: Image.Image | N
         raise ConfigError("This base is for inpainting: give a picture and a mask (--image, --mask).")
     if part := next((name for name in ("controlnet", "adapter") if pipe.components.get(name) is not None), None):
         raise ConfigError(f"generate() has no picture for the {part} of {type(pipe).__name__}: attach(), and call it.")
-    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
+    if has_ip_adapter(pipe):
         raise ConfigError("generate() has no picture for an IP-Adapter: attach(), and call the pipeline yourself.")
 
 

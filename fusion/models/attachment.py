@@ -23,6 +23,7 @@ from fusion.models.base_check import check_base, with_base_weights
 from fusion.models.layer_sites import all_sites
 from fusion.models.model_state import AttachedState, attached_state, state_of
 from fusion.models.pipeline import Pipeline
+from fusion.models.prompt_chunks import check_writes_vectors
 from fusion.spectral.delta import Delta
 
 GATINGS = ("tokens", "none")
@@ -51,6 +52,8 @@ class Attachment:
         with _lock:
             state = state_of(pipe)
             check_base(pipe, adapter, state.checks)
+            if any(concept.vectors > 1 for concept in adapter.info.concepts):
+                check_writes_vectors(pipe)
             state.open(pipe)
             self._state: AttachedState | None = state
             state.handles.append(self)

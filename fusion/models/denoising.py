@@ -36,12 +36,21 @@ def is_inpainting(pipe: Pipeline) -> bool:
     return pipe.unet.config.in_channels > pipe.unet.config.out_channels
 
 
+def has_ip_adapter(pipe: Pipeline) -> bool:
+    return getattr(pipe.unet, "encoder_hid_proj", None) is not None
+
+
 def check_denoises(pipe: Pipeline) -> None:
-    """Raise ConfigError for a base whose UNet needs more than noisy latents."""
+    """Raise ConfigError for a base whose UNet needs more than noisy latents and a prompt."""
     if is_inpainting(pipe):
         raise ConfigError(
             f"This base is for inpainting, its UNet takes {pipe.unet.config.in_channels} channels: adapters can be "
             "attached and drawn with a mask, but training, regions = 'auto' and measuring need an ordinary base."
+        )
+    if has_ip_adapter(pipe):
+        raise ConfigError(
+            "An IP-Adapter is loaded, whose picture the UNet needs: adapters can be attached and the pipeline called "
+            "with one, but training, regions = 'auto' and measuring need a pipeline without (unload_ip_adapter)."
         )
 
 
@@ -129,7 +138,7 @@ def predict(
     """The UNet's prediction (B, C, H, W) for noisy latents at `timesteps` (B,).
 
     `time_ids` matter to SDXL only; without them the pictures are whole ones, of the latents' own size. `guidance` is
-    an input of whole LCM UNets only. Raises ConfigError for a base that needs a mask, too.
+    an input of whole LCM UNets only. Raises ConfigError for a base that needs a mask or another picture, too.
     """
     check_denoises(pipe)
     scale = None

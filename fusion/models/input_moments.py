@@ -21,7 +21,7 @@ from fusion.adapters.adapter import Adapter
 from fusion.layer_names import component_of
 from fusion.models.adapted_layers import AdaptedConv, AdaptedLinear
 from fusion.models.attachment import attach
-from fusion.models.denoising import encode_prompts, predict
+from fusion.models.denoising import check_denoises, encode_prompts, predict
 from fusion.models.layer_sites import sites
 from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline, execution_device
@@ -101,6 +101,7 @@ def _denoise(
     """Encode prompts, and denoise latents by DDIM without guidance, so that the recorded layers are run."""
     if steps:
         check_noise(pipe.scheduler)
+        check_denoises(pipe)
     schedule: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     size, shape = side or int(pipe.unet.config.sample_size), pipe.unet.config.in_channels
     generator, device = torch.Generator("cpu").manual_seed(seed), execution_device(pipe, pipe.unet)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.errors import TokenConflict
+from fusion.errors import ConfigError, TokenConflict
 from fusion.layer_names import TOKENIZERS
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
@@ -65,6 +65,15 @@ def split_prompt(pipe: Pipeline, prompt: str, weighting: PromptWeighting = "none
     return chunks
 
 
+def check_writes_vectors(pipe: Pipeline) -> None:
+    """Raise ConfigError for a pipeline whose prompts have only the first vector of a concept (T2I-Adapters of SD 1)."""
+    if not hasattr(pipe, "maybe_convert_prompt"):
+        raise ConfigError(
+            f"{type(pipe).__name__} reads only the first vector of a concept. Use a StableDiffusionPipeline of its "
+            "components to train, to measure, or to attach concepts of several vectors and encode their prompts."
+        )
+
+
 def count_chunks(pipe: Pipeline, prompts: Iterable[str], weighting: PromptWeighting = "none") -> int:
     """The chunks of the longest of several prompts; the others are padded to it where they are encoded together."""
     return max((len(split_prompt(pipe, prompt, weighting)) for prompt in dict.fromkeys(prompts)), default=1)
@@ -82,6 +91,8 @@ def _counters(pipe: Pipeline) -> list[tuple[Callable[[str], int], int]]:
 
 
 def _counter(pipe: Any, tokenizer: Any) -> Callable[[str], int]:
+    check_writes_vectors(pipe)
+
     @cache
     def count(text: str) -> int:
         words = pipe.maybe_convert_prompt(text, tokenizer)  # every vector of a concept, as the pipeline writes them

@@ -17,7 +17,7 @@ from fusion.layer_names import TOKENIZERS
 from fusion.models.gates import MaskedRows, PictureRows, Rows, TokenRows
 from fusion.models.model_state import attached_state
 from fusion.models.pipeline import Pipeline
-from fusion.models.prompt_chunks import EMPTY, split_prompt
+from fusion.models.prompt_chunks import EMPTY, check_writes_vectors, split_prompt
 from fusion.models.tokens import text_encoders
 
 
@@ -74,6 +74,7 @@ def _rows(masks: dict[str, Tensor], device: torch.device, by_token: bool) -> Row
 def token_ids(pipe: Pipeline, component: str, texts: Sequence[str]) -> Tensor:
     """The ids of texts of one chunk each, (N, T), as the pipelines of diffusers make them."""
     tokenizer = getattr(pipe, TOKENIZERS[component])
+    check_writes_vectors(pipe)
     words = pipe.maybe_convert_prompt(list(texts), tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
     limit = tokenizer.model_max_length
     return tokenizer(words, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids

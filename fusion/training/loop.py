@@ -25,6 +25,7 @@ from fusion.errors import FusionError
 from fusion.formats.checkpoint_file import Checkpoint, RunCheckpoints, prepare_folder
 from fusion.generation.config import GenerationConfig
 from fusion.generation.drawing import generate
+from fusion.generation.pipeline_call import check_start
 from fusion.layer_names import component_of
 from fusion.models.attachment import attach
 from fusion.models.denoising import check_clip_skip, check_denoises
@@ -33,6 +34,7 @@ from fusion.models.layer_sites import Site
 from fusion.models.noise_schedule import check_noise
 from fusion.models.pipeline import Pipeline, check_resident
 from fusion.models.pipelines import base_defaults, base_info
+from fusion.models.prompt_chunks import check_writes_vectors
 from fusion.output_files import check_output
 from fusion.progress import OnPhase
 from fusion.training import setup
@@ -126,6 +128,9 @@ def _checked(pipe: Pipeline, config: TrainingConfig) -> tuple[TrainingConfig, di
     setup.check_base_name(pipe, config)
     check_noise(pipe.scheduler)
     check_denoises(pipe)
+    check_writes_vectors(pipe)
+    if config.validation_prompt and config.num_validation_images:
+        check_start(pipe, None, None)
     return config, setup.target_sites(pipe, config), TrainingData(pipe, config)
 
 

@@ -122,6 +122,38 @@ def test_exact_in_every_pipeline(case, family):
             fusion.generate(pipe, "a <rex>", [one])
 
 
+PARTS = {
+    "controlnet": (r"no picture for the controlnet", None),  # the UNet alone can be trained and measured
+    "t2i-adapter": (r"StableDiffusionAdapterPipeline reads only the first vector of a concept\. Use a Stable",) * 2,
+    "ip-adapter": (r"An IP-Adapter is loaded, .* need a pipeline without \(unload_ip_adapter\)",) * 2,
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_what_cannot_learn_beside_parts_with_a_picture_of_their_own_is_refused_before_the_work(case, tmp_path):
+    pipe, _ = pipeline(case, "sd1")
+    PICTURE.resize((32, 32)).save(tmp_path / "0.png")
+    settings = {"token": "<new>", "noun": "dog", "instance_data_dir": tmp_path, "output_dir": tmp_path, "rank": 4}
+    config, rex = fusion.TrainingConfig(**settings, resolution=32, max_train_steps=1), trained_adapter(pipe)
+    previews, message = PARTS[case]
+    with pytest.raises(ConfigError, match=previews):
+        fusion.check_training(pipe, config.updated({"validation_prompt": "a {token}"}))
+    if message is None:
+        assert [step.loss > 0 for step in fusion.train(pipe, config)] == [True]
+        assert fusion.fuse([rex, trained_adapter(pipe, "<tom>", k=1)], method="regression", pipe=pipe).branches
+        return
+    for refused in (lambda: fusion.check_training(pipe, config), lambda: fusion.record_moments(pipe, [rex])):
+        with pytest.raises(ConfigError, match=message):
+            refused()
+    if case == "t2i-adapter":
+        for refused in (
+            lambda: fusion.attach(pipe, trained_adapter(pipe, "<two>", vectors=2)),
+            lambda: next(fusion.distill(pipe, [rex], fusion.DistillationConfig())),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                refused()
+
+
 @pytest.mark.parametrize("case", ["attention slicing", "model offload", "slices and tiles"])
 def test_pipelines_that_save_memory_draw_regions_and_previews(case):
     pipe, config = tiny.pipeline("sd1"), fusion.GenerationConfig(prompt="a <rex> and a <tom>", num_inference_steps=4)
