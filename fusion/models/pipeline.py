@@ -57,7 +57,7 @@ def check_resident(pipe: Pipeline, work: str) -> None:
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     if any(execution_device(pipe, module).type != module.device.type for module in modules):
         raise ConfigError(
-            f"{work} needs every model to stay on its device, and this pipeline moves them there and back (offloading); "
+            f"{work} needs every model to stay on its device, and this pipeline moves them (offloading); "
             "open the base without."
         )
 
