@@ -23,7 +23,9 @@ _COMPEL = re.compile(
 _LORA = re.compile(r"\s*<lora:(?P<name>[^<>:]+)(?::(?P<strength>[+-]?(?:\d+\.?\d*|\.\d+)))?>", re.IGNORECASE)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 # What other programs understand and this one does not.
-_UNKNOWN_TO_BOTH = r"<\w+:[^<>]*>|\bembedding:[\w.\\/-]+|__[\w/*-]+__|\{[^{}]*\|[^{}]*\}"
+_UNKNOWN_TO_BOTH = (
+    r"\bNegative prompt:|\bSteps: \d+(?=,)|<\w+:[^<>]*>|\bembedding:[\w.\\/-]+|__[\w/*-]+__|\{[^{}]*\|[^{}]*\}"
+)
 _UNKNOWN = {
     "a1111": re.compile(rf"{_UNKNOWN_TO_BOTH}|(?<!\\)\[[^\[\]]*[|:][^\[\]]*\]|\bAND\b"),
     "compel": re.compile(
@@ -52,7 +54,10 @@ def parse_prompt(prompt: str, weighting: PromptWeighting) -> list[list[PromptPar
 
 
 def unknown_syntax(prompt: str, weighting: PromptWeighting) -> list[str]:
-    """What of a prompt other programs would not encode as text: alternation, scheduling, wildcards, embeddings."""
+    """What of a prompt other programs would not encode as text: alternation, scheduling, wildcards, embeddings.
+
+    Also the parameters of a picture, which A1111 takes out of a pasted prompt.
+    """
     if weighting == "none":  # all of it is text, but nobody writes a LoRA's name as text
         return [match[0].strip() for match in _LORA.finditer(prompt)]
     plain = re.sub(r":\s*[+-]?[\d.]+\s*\)", ")", prompt)  # a weight inside [ ] is no schedule

@@ -64,4 +64,6 @@ def test_syntax_of_other_programs_is_named():
     assert unknown_syntax(prompt, "a1111") == expected
     assert unknown_syntax('("a", "b").blend(1, 1) "a b"++ <robot>+ [b]', "compel") == [".blend(", '"a b"+']
     assert not unknown_syntax(prompt, "none")
+    pasted = "1girl, stairs\nNegative prompt: lowres\nSteps: 28, Sampler: Euler a, CFG scale: 5, Seed: 1"
+    assert unknown_syntax(pasted, "a1111") == ["Negative prompt:", "Steps: 28"]
     assert unknown_syntax("a <robot> <lora:my style:0.8>, <lora:b>", "none") == ["<lora:my style:0.8>", "<lora:b>"]

@@ -179,10 +179,14 @@ def with_loras(config: GenerationConfig, folder: Path | None) -> tuple[Generatio
 
 def lora_file(name: str, folders: list[Path]) -> Path:
     """`name`.safetensors in the first folder that has it, or in a folder below; raises UsageError."""
+    stems: list[str] = []
     for folder in folders:
         for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
             if name in (path.stem, path.relative_to(folder).with_suffix("").as_posix()):
                 return path
+            stems.append(path.stem)
+    if "did you mean" in (near := closest(name, stems)):
+        raise UsageError(f"<lora:{name}>: there is no {name}.safetensors{near}")
     where = " and ".join(f"'{folder}'" for folder in folders)
     raise UsageError(f"<lora:{name}>: there is no {name}.safetensors in {where}; name its folder with --lora_dir.")
 

@@ -116,6 +116,7 @@ class GenerationConfig(StrictModel):
         "steps": "num_inference_steps",
         "batch": "num_images",
         "num_images_per_prompt": "num_images",
+        "sampler": "scheduler",
     }
     users_own = ("prompt", "prompt_weighting")
     groups: ClassVar = {"picture": "prompt", "drawing": "seed"}

@@ -1,6 +1,7 @@
 """Schedulers by the names people know, made anew for every picture, for drawing changes them."""
 
 import inspect
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,8 +62,9 @@ def make_scheduler(original: ConfigMixin, name: str | None) -> Any:
     if name is None:
         return type(original).from_config(original.config)
     if name not in SCHEDULERS:
+        plain = re.sub(r"[\s-]+", "_", name.lower().replace("++", "pp"))  # as A1111 writes them: DPM++ 2M Karras
         raise UnknownName(
-            f"No scheduler is called '{name}'{closest(name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}."
+            f"No scheduler is called '{name}'{closest(plain, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}."
         )
     class_name, settings = SCHEDULERS[name]
     scheduler = getattr(diffusers, class_name)

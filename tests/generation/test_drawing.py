@@ -110,6 +110,9 @@ def test_mistakes_are_named():
     pipe = tiny.pipeline("sd1")
     with pytest.raises(UnknownName, match="did you mean 'euler'"):
         draw(pipe, scheduler="eulr")
+    for name, near in (("DPM++ 2M Karras", "dpmpp_2m_karras"), ("Euler a", "euler_a")):  # as A1111 writes them
+        with pytest.raises(UnknownName, match=f"did you mean '{near}'"):
+            draw(pipe, scheduler=name)
     with pytest.raises(ConfigError, match="multiple of"):
         draw(pipe, width=17)
     with pytest.raises(ConfigError, match="one strength for each of the 0 adapters; got 1"):

@@ -98,6 +98,8 @@ def test_loras_in_a_prompt_are_files(tmp_path, monkeypatch):
     assert with_loras(config.updated({"prompt_weighting": "none"}), None)[1] == {}
     with pytest.raises(UsageError, match=r"there is no ink.safetensors in 'out'; name its folder with --lora_dir"):
         with_loras(config, None)
+    with pytest.raises(UsageError, match=r"there is no imk.safetensors; did you mean 'ink'\?$"):
+        with_loras(config.updated({"prompt": "<lora:imk>"}), tmp_path / "loras")
     both = config.updated({"prompt": ["<lora:rex:1>", "<lora:rex:0.5>"]})
     with pytest.raises(UsageError, match=r"two strengths, 1 and 0\.5"):
         with_loras(both, None)
