@@ -16,6 +16,7 @@ from fusion.cli.console import (
     add_base,
     add_file_arguments,
     add_strengths,
+    base_flags,
     example,
     file_size,
     on_base,
@@ -116,7 +117,9 @@ def run(args: Namespace) -> None:
     if picture := join_adapter_pictures(files, target):
         print(f"wrote {picture}: the pictures of its parts")
     base = fused.info.base
-    on = ["--base", f".../{base.name}"] if base and base.name != "pocket" else []
+    on = base_flags(args.base, args)
+    if not on and base and base.name != "pocket":
+        on = ["--base", f".../{base.name}" if base.name != "unnamed" else "..."]
     prompt = " beside ".join(f"a {token}" for token in tokens) or "a photo"
     if isinstance(METHODS[args.method], AdapterMerge):
         file = target.with_name(f"{target.stem}_lora.safetensors")

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 FINE_TUNE_RESIDUAL = 0.02  # above it, the base is taken for a fine-tune of the adapter's own
 FOREIGN_RESIDUAL = 0.3  # above it, for another base
+_OPEN = "Open its own base (--base)."
 _OTHER_BASE = "_spectral_fusion_other_base"  # attribute of a pipeline whose user wants adapters of other bases
 
 
@@ -60,7 +61,9 @@ def check_base(pipe: Pipeline, adapter: Adapter, passed: PassedChecks | None = N
     table, trained_on = all_sites(pipe), _trained_on(adapter)
     for name in adapter.layer_names:
         if name not in table:
-            raise BaseMismatch(f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on}")
+            raise BaseMismatch(
+                f"'{adapter.info.name}' changes {name}, which this base does not have. {trained_on} {_OPEN}"
+            )
     weights: dict[str, Tensor] = {name: table[name].module.weight for name in adapter.layer_names}  # pyright: ignore
     cacheable = passed is not None and not any(weight.is_inference() for weight in weights.values())
     worst = passed.residual(adapter.digest(), weights) if passed and cacheable else None
@@ -121,7 +124,7 @@ def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[floa
             if tuple(weight.shape) != shape:
                 raise BaseMismatch(
                     f"'{adapter.info.name}' does not fit this base: {name} is {tuple(weight.shape)} here and {shape} "
-                    f"in the adapter. {_trained_on(adapter)}"
+                    f"in the adapter. {_trained_on(adapter)} {_OPEN}"
                 )
             if basis:
                 worst = max(worst, (residual(weight, Spectrum(*(t.float() for t in basis))), name))
@@ -129,4 +132,6 @@ def _largest_residual(adapter: Adapter, table: Mapping[str, Site]) -> tuple[floa
 
 
 def _trained_on(adapter: Adapter) -> str:
-    return f"It was trained on {adapter.info.base.name}." if adapter.info.base else "Its base is not known."
+    base = adapter.info.base
+    name = f"{base.name} ({base.family})" if base and base.name != "unnamed" else base and f"a base of {base.family}"
+    return f"It was trained on {name}." if name else "Its base is not known."

@@ -14,6 +14,7 @@ from fusion.adapters.adapter import Adapter, Concept, DigestCache
 from fusion.config import TOKEN
 from fusion.errors import ConfigError
 from fusion.layer_names import TOKENIZERS, sees_tokens
+from fusion.models.base_check import check_base
 from fusion.models.pipeline import Pipeline
 from fusion.models.tokens import initial_rows
 
@@ -26,12 +27,13 @@ def bind(pipe: Pipeline, adapter: Adapter, word: str) -> Adapter:
     The token reads as the phrase itself, or as the word in its brackets, with the embeddings of these words in the base
     (`initial_rows`); an adapter that brings an embedding of its own keeps that. A phrase in a prompt is replaced by the
     token <the-knight> when it is drawn (`with_bound_words`). Raises ConfigError for a word without letters, or an
-    adapter of several concepts.
+    adapter of several concepts; BaseMismatch for one of another base.
     """
     word = " ".join(word.split())
     token, concepts = token_of(word), adapter.info.concepts
     if len(concepts) > 1:
         raise ConfigError(f"'{adapter.info.name}' has {len(concepts)} concepts, which have their tokens already.")
+    check_base(pipe, adapter)
     if concepts:
         bound = adapter.renamed({concepts[0].token: token})
     else:
@@ -97,5 +99,6 @@ def bound_to_pictures(adapters: Iterable[Adapter], prompt: str) -> list[str]:
 
 
 def unused_words(adapters: Iterable[Adapter], prompt: str) -> list[str]:
-    """The bound words that a prompt, with tokens in place of phrases, does not have."""
-    return [word for adapter in adapters for token, word in bound_words(adapter).items() if token not in prompt]
+    """The bound words of adapters of which a prompt, with tokens in place of phrases, has none."""
+    tables = [bound_words(adapter) for adapter in adapters]
+    return [word for table in tables if not any(token in prompt for token in table) for word in table.values()]

@@ -150,7 +150,10 @@ def test_kernels_that_the_layer_does_not_have_are_refused(layer, size, tmp_path)
     [
         ({"<rex>": torch.zeros(1, 8)}, "textual inversion"),
         ({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, "textual inversion"),
-        ({"model.diffusion_model.out.2.weight": torch.zeros(2), "b": torch.zeros(2)}, "[Ww]hole model"),
+        (
+            {"model.diffusion_model.out.2.weight": torch.zeros(2), "position_ids": torch.arange(2)},
+            r"is a whole model and no adapter; give it as the base \(--base\)",
+        ),
         ({"a": torch.zeros(2), "b": torch.zeros(2)}, "2 tensors such as a, b"),
     ],
 )

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import fusion
 import tiny
 from fusion.cli import main
-from fusion.errors import ConfigError
+from fusion.errors import BaseMismatch, ConfigError
 from fusion.generation.region_pictures import region_mask
 from fusion.models.binding import bound_words, token_of, with_bound_words
 from fusion.models.layer_sites import all_sites, matrix
@@ -127,6 +127,8 @@ def test_phrases_are_found_as_words(tmp_path):
     lora = fusion.load(lora_file(tmp_path, "rex", pipe, layers=["unet.conv_out"]))
     bound = [fusion.bind(pipe, lora, word) for word in ("the dog", "dog")]
     assert with_bound_words("The  dog, a dog, dogs and <dog>", bound) == "<the-dog>, a <dog>, dogs and <dog>"
+    with pytest.raises(BaseMismatch, match=r"'rex' does not fit this base: .* Open its own base \(--base\)"):
+        fusion.bind(tiny.pipeline("sd2"), fusion.load(lora_file(tmp_path, "rex", pipe)), "the dog")
     for wrong in ("", "!?", "<two words>"):
         with pytest.raises(ConfigError, match="cannot bind"):
             fusion.bind(pipe, lora, wrong)
@@ -145,6 +147,8 @@ def test_fused_and_renamed_they_keep_their_words(tmp_path, caplog):
     apart, together = drawn(pipe, prompt, rex, tom), drawn(pipe, prompt, both)
     assert np.array_equal(pixels(apart), pixels(together)) and together.recipe.config.regions
     caplog.clear()
+    drawn(pipe, "the dog", both)
+    assert not caplog.messages  # one of its words is enough
     drawn(pipe, "a cat", both)
     assert caplog.messages == ["The prompt does not have the dog or <tom>, so what is bound to it does nothing."]
 
@@ -166,6 +170,7 @@ def test_bind_on_the_command_line_and_its_recipe(tmp_path, monkeypatch, capsys, 
     assert not np.array_equal(base, np.asarray(Image.open(tmp_path / "a.png")))
     fuse = ["fuse", "--bind", "the dog=rex.safetensors", "--base", "base", "--device", "cpu", "--dtype", "float32"]
     assert main([*fuse, "-o", "bound.safetensors"]) == 0
+    assert "next: fusion generate bound.safetensors --base base" in capsys.readouterr().out
     assert main(["generate", "bound.safetensors", "--prompt", "the dog", *words, "-o", "d.png"]) == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "d.png")), np.asarray(Image.open(tmp_path / "a.png")))
     both = ["generate", "bound.safetensors", "--bind", "a cat=rex.safetensors", "--prompt", "the dog, a cat", *words]
