@@ -18,6 +18,7 @@ from fusion.distillation.teacher import Answers, Teacher
 from fusion.layer_names import component_of
 from fusion.methods.distill import least_squares_delta
 from fusion.models.layer_sites import sites
+from fusion.progress import OnProgress
 
 
 class LeastSquares:
@@ -80,21 +81,24 @@ class LeastSquares:
         return lora.up.shape[0], lora.down.shape[1]
 
     @torch.no_grad()
-    def solve(self, loss: Callable[[], float]) -> None:
+    def solve(self, loss: Callable[[], float], on_progress: OnProgress) -> None:
         """Set the student's factors, as many of its ranks as the answer has; the others start as without it.
 
         Layers that are solved apart may not fit together: where `loss` is not lower than without, all start as
-        without.
+        without. `on_progress(done, total)` counts layers, and the two losses.
         """
-        parameters = self.student.parameters()
+        parameters, total = self.student.parameters(), len(self._cross) + 2
+        on_progress(0, total)
         before, fresh = loss(), {name: parameter.clone() for name, parameter in parameters.items()}
-        for layer, cross in self._cross.items():
+        for number, (layer, cross) in enumerate(self._cross.items(), start=1):
+            on_progress(number, total)
             lora, (branches, _) = self.student.loras[layer], self.teacher.branches(layer, self.shape(layer))
             best = least_squares_delta(branches.up, cross, self._moments[self._first[layer]], lora.up.shape[1])
             # `down` as large as a fresh one, so that learning rates mean the same to both.
             sizes = (best.down.norm(dim=1) / lora.down.norm(dim=1).mean()).clamp(min=1e-12)  # (rank,)
             lora.down[: best.rank] = best.down / sizes[:, None]
             lora.up[:, : best.rank] = best.up * sizes
+        on_progress(total - 1, total)
         if loss() >= before:
             for name, parameter in parameters.items():
                 parameter.copy_(fresh[name])

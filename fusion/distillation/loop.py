@@ -97,6 +97,7 @@ class _Distillation:
         steps: int, on_progress: OnPhase,
     ) -> None:  # fmt: skip
         self.pipe, self.config, self.adapters, self.strengths = pipe, config, adapters, strengths
+        self.on_progress = on_progress
         # In the order of their tokens, so that the order in which they are given does not matter.
         scaled = [_scaled(adapter, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
         ordered = sorted(scaled, key=lambda adapter: [concept.token for concept in adapter.info.concepts])
@@ -142,8 +143,8 @@ class _Distillation:
         self.pools = PromptPools(self.teacher, self.distribution, config, steps, self.tests[-1][0].size / HELD_OUT)
         if checkpoint is None and self.learns:
             start = LeastSquares(self.teacher, self.student, config.free_weight)
-            self.pools.answer_first(START_PROMPTS, start.answer, partial(on_progress, "solving for a start"))
-            start.solve(self._test_loss)
+            self.pools.answer_first(START_PROMPTS, start.answer, partial(on_progress, "answering prompts for a start"))
+            start.solve(self._start_loss, partial(on_progress, "solving for a start"))
         self._start(checkpoint)
 
     def _start(self, checkpoint: Checkpoint | None) -> None:
@@ -185,10 +186,11 @@ class _Distillation:
                 whole = self._base_squares(answers) if limits == (0, 0) else [error.sum() for error in errors]
                 self.tests.append((answers, whole, None if pooled is None else pooled.sum()))
 
-    def _test_loss(self) -> float:
-        """The loss of the held-out prompts, as they weigh in learning."""
+    def _start_loss(self) -> float:
+        """The loss of some held-out prompts of each kind, as they weigh in learning."""
+        some = slice(SCALE_PROMPTS)
         with torch.no_grad():
-            return sum(self.objective.loss(answers).item() for answers, *_ in self.tests)
+            return sum(self.objective.loss(answers.select(some)).item() for answers, *_ in self.tests)
 
     def _base_squares(self, answers: Answers) -> list[Tensor]:
         """The sums over prompts of the mean squares of the base's keys and values."""
@@ -272,7 +274,8 @@ class _Distillation:
             return HeldOutErrors(0.0, None, 0.0)
         ratios, shares = list[float](), list[float]()
         with self._averaged():
-            for answers, whole, pooled_whole in self.tests:
+            for number, (answers, whole, pooled_whole) in enumerate(self.tests):
+                self.on_progress("measuring held-out prompts", number, len(self.tests))
                 errors, pooled = self.objective.errors(answers)
                 ratios.append(_mean_ratio([error.sum() for error in errors], whole))
                 if pooled is not None and pooled_whole is not None:

@@ -113,7 +113,9 @@ def test_a_start_is_used_where_it_lowers_the_loss(tmp_path, monkeypatch):
     adapters = two(pipe)
     for after in (0.9, 1.0):  # what the loss of held-out prompts is said to be with the start; 1 without
         values = iter([1.0, after])
-        monkeypatch.setattr(LeastSquares, "solve", lambda start, _, v=values: solve(start, lambda: next(v)))
+        monkeypatch.setattr(
+            LeastSquares, "solve", lambda start, _, report, v=values: solve(start, lambda: next(v), report)
+        )
         with contextlib.closing(fusion.distill(pipe, adapters, config(tmp_path))) as steps:
             losses.append(next(steps).loss)
     assert losses[0] < 0.9 * losses[1]
