@@ -124,7 +124,7 @@ def bake_picked(
     fused = session.fused(picked, method, folder.name)
     # Libraries open models without memory for the parameters of all threads; so nobody else uses models meanwhile.
     with session.queue.acquire("A copy of the base is being opened"):
-        copy = fusion.open_pipeline(session.base, device=session.device, **session.options)
+        copy = fusion.open_pipeline(session.base, device=session.device, dtype="stored", **session.options)
     fusion.bake(copy, fused, "none")
     fusion.save_model(copy, folder)
     message = f"'{folder}' is a base of its own now: choose it above, or open it anywhere diffusers folders are read."
