@@ -287,7 +287,10 @@ class PromptTracker:
             for component, of_prompts in zip(self.widths, digests, strict=True):
                 prompt = {} if blank[b] else self._known.get(component.encode() + of_prompts[b])
                 if prompt is None:
-                    raise _unknown(f"The embedding of prompt {b + 1} was not made by this {component}")
+                    raise _unknown(
+                        f"The embedding of prompt {b + 1} was not made by this {component} while a token-gated adapter "
+                        "was attached, or its last row was changed since (as by compel's word-)"
+                    )
                 for token, positions in prompt.items():
                     joined.setdefault(token, set()).update(positions)
             yield {token: tuple(sorted(positions)) for token, positions in joined.items()}
@@ -305,6 +308,6 @@ def _digests(rows: Tensor) -> list[bytes]:
 
 def _unknown(reason: str) -> GatingError:
     return GatingError(
-        f"{reason} while a token-gated adapter was attached, so its gate cannot know where the tokens are. "
+        f"{reason}, so a gate cannot know where the tokens are. "
         "Encode prompts with this pipeline after attach(), or attach with gating='none'."
     )
