@@ -22,7 +22,7 @@ from fusion.models.embedded_models import pocket
 from fusion.models.float32_layers import compute_in_float32
 from fusion.models.layer_sites import components
 from fusion.models.pipelines import family, silent_loading
-from fusion.models.stored_weights import stored_dtype
+from fusion.models.stored_weights import stored_dtype, stored_variants
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ def _from_folder(
             if folder is not None and (quantised := _quantised(folder)):
                 raise RuntimeError(
                     f"its {quantised}, and adapters need the weights themselves; take it in float16 or bfloat16."
+                ) from None
+            if folder is not None and not variant and (variants := stored_variants(folder)):
+                raise RuntimeError(
+                    f"it holds its UNet as {' and '.join(variants)} only: --variant {variants[0]}"
                 ) from None
             raise
     if type(pipe).__name__ not in (*_PIPELINES, *_INPAINTING):

@@ -121,7 +121,7 @@ def stored_dtype(base: Path, variant: str | None = None) -> torch.dtype | None:
     None where it is none in which layers compute (float8), or not known.
     """
     files = [base] if base.is_file() else [
-        path for path in _files(base / "unet") if _SHARD.sub("", path.stem).partition(".")[2] == (variant or "")
+        path for path in _files(base / "unet") if _variant(path) == (variant or "")
     ]  # fmt: skip
     counts: dict[str, int] = {}
     for path in files:
@@ -132,6 +132,17 @@ def stored_dtype(base: Path, variant: str | None = None) -> torch.dtype | None:
                     counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return dtypes.get(max(counts, key=counts.__getitem__, default=""))
+
+
+def stored_variants(base: Path) -> list[str]:
+    """The variants in which alone a folder stores the UNet; none where there are files without one."""
+    variants = {_variant(path) for path in _files(base / "unet")}
+    return [] if "" in variants else sorted(variants)
+
+
+def _variant(path: Path) -> str:
+    """`fp16` of name.fp16.safetensors and name.fp16-00001-of-00002.safetensors."""
+    return _SHARD.sub("", path.stem).partition(".")[2]
 
 
 def _files(folder: Path) -> Iterable[Path]:

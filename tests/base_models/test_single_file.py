@@ -320,6 +320,9 @@ def test_slices_of_a_file_are_those_of_its_folder_in_every_precision(both, tmp_p
     exact.save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size="200KB")
     (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     assert stored_dtype(tmp_path / "variant", "fp16") == stored_dtype(file) == torch.float32
+    (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BaseMismatch, match=r"it holds its UNet as fp16 only: --variant fp16$"):
+        fusion.open_pipeline(tmp_path / "variant", device="cpu")
     assert stored_dtype(tmp_path / "variant") is stored_dtype(tmp_path) is None
     for name, pipe in opened.items():
         stored, table = StoredWeights(pipe), sites(exact)
