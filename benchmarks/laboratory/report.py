@@ -17,7 +17,7 @@ from benchmarks.laboratory.scoring import Laboratory
 from benchmarks.laboratory.store import Missing
 from benchmarks.laboratory.trainer import RATE
 from fusion.evaluation import plots
-from fusion.evaluation.identity import RESAMPLES
+from fusion.evaluation.identity import MIN_EFFECT, RESAMPLES
 from fusion.output_files import write_output
 
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")  # written by hand
@@ -38,8 +38,8 @@ UNet error: 0 predicts the same as the adapter alone, 1 differs as much as the c
 
 def retention(now: Sequence[float], alone: Sequence[float]) -> tuple[float, str]:
     """How much of what adapters add to their nouns remains: sum over sum, so that a concept that is hardly drawn counts
-    little; and as text, with the 95 % bootstrap interval over concepts."""
-    if not len(now):
+    little; and as text, with the 95 % bootstrap interval over concepts. NaN where adapters add too little."""
+    if not len(now) or np.mean(alone) <= MIN_EFFECT:
         return float("nan"), "–"
     parts = np.stack([np.asarray(now), np.asarray(alone)])
     samples = torch.randint(len(now), (RESAMPLES, len(now)), generator=torch.Generator().manual_seed(0)).numpy()

@@ -22,15 +22,13 @@ from torch import Tensor
 from fusion.adapters.adapter import Adapter, nouns
 from fusion.composition.compatibility_report import Forecast
 from fusion.evaluation.clip_judge import Judge, similarity
-from fusion.evaluation.identity import SINGLE
+from fusion.evaluation.identity import MIN_EFFECT, SINGLE
 from fusion.evaluation.output_error import concepts_of
 from fusion.models.attachment import attach
 from fusion.models.autoencoder import decode_latents
 from fusion.models.denoising import encode_prompts, predict
 from fusion.models.noise_schedule import forward_process
 from fusion.models.pipeline import Pipeline, execution_device
-
-MIN_EFFECT = 0.02  # similarity that a concept must add to its noun for a loss of it to mean anything
 
 
 def forecast(

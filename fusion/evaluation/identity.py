@@ -11,6 +11,7 @@ concept counts as present when its crop is nearer to what its adapter draws alon
 Shapes: C concepts, S seeds.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -25,6 +26,7 @@ SINGLE = "a {first} on a blue background"
 PAIR = "a {first} on the left and a {second} on the right"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 RESAMPLES = 1000
+MIN_EFFECT = 0.02  # similarity that an adapter must add to its noun for a share of it to mean anything
 
 Draw = Callable[[str, int], Image.Image]  # prompt, seed -> picture
 
@@ -48,7 +50,7 @@ class Share:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return "–" if math.isnan(self.mean) else f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -160,5 +162,5 @@ def _means(crops: Mapping[str, Sequence[Tensor]], count: int) -> Tensor:
 
 
 def _gap(alone: float, floor: float) -> float:
-    """What an adapter adds to its noun, as a divisor; NaN where it adds nothing that could remain."""
-    return alone - floor if abs(alone - floor) > 1e-6 else float("nan")
+    """What an adapter adds to its noun, as a divisor; NaN where that is too little for a share of it."""
+    return alone - floor if alone - floor > MIN_EFFECT else float("nan")

@@ -1,6 +1,7 @@
 """evaluate(): all measures of adapters used together, as one report for people and machines."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +32,8 @@ from fusion.progress import OnProgress
 
 ERROR_LEGEND = "Output error: 0 as if alone, 1 disturbed by as much as the concept itself changes."
 RETENTION_LEGEND = (
-    "Retention: similarity to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun."
+    "Retention: similarity to the references, 1 as drawn by its adapter alone, 0 as the base draws the noun; – where "
+    "its adapter alone adds next to nothing."
 )
 
 
@@ -45,7 +47,8 @@ class Evaluation:
     identity: Identity | None = None  # where there are references to judge pictures by
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything; what is not a number is None, as JSON has no other word for it."""
+        return _without_nan(asdict(self))
 
     def rows(self) -> list[tuple[str, str, str]]:
         """A heading, one row per concept, and the drift."""
@@ -186,3 +189,11 @@ def _identity(
     single = {token: partial(draw, [one]) for adapter in adapters for token, one in concepts_of(adapter).items()}
     scene = Scene(partial(draw, []), single, partial(draw, adapters), nouns(adapters))
     return measure_identity(scene, judge, references, seeds, single=scenes[0], pair=scenes[1])
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,5 +1,7 @@
 """The judge in pictures: known pictures get known verdicts, and every control scores as it must."""
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 import fusion
 import tiny
 from fusion.errors import BaseMismatch, ConfigError
+from fusion.evaluation import identity
 from fusion.evaluation.clip_judge import open_judge, reliability, similarity
 from fusion.evaluation.identity import Scene, crop, measure_identity, share
 from trained import trained_adapter
@@ -69,6 +72,13 @@ def test_a_fusion_that_draws_nothing_of_the_concepts_keeps_nothing(judge):
     )
 
 
+def test_of_a_concept_that_its_own_adapter_does_not_draw_no_share_is_given(judge):
+    nothing = scene(dict.fromkeys(COLOURS, NOUN))
+    nothing = replace(nothing, alone=dict.fromkeys(COLOURS, nothing.together))
+    identity = measure_identity(nothing, judge, references(), seeds=range(2))
+    assert [str(part) for part in identity.retention] == ["–"] * 3
+
+
 def test_swapped_names_are_noticed(judge):
     swapped = {"<red>": COLOURS["<blue>"], "<blue>": COLOURS["<red>"], "<green>": COLOURS["<green>"]}
     identity = measure_identity(scene(swapped), judge, references(), seeds=range(3))
@@ -113,7 +123,8 @@ def test_crops_are_shares_of_the_picture():
 
 
 @pytest.mark.slow
-def test_evaluate_draws_and_judges(judge):
+def test_evaluate_draws_and_judges(judge, monkeypatch):
+    monkeypatch.setattr(identity, "MIN_EFFECT", -1.0)  # toys draw nothing that a judge could recognise
     pipe = tiny.pipeline("sd1")
     adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]
     own = {"<rex>": [patch((200, 0, 0), 0)], "<tom>": [patch((0, 0, 200), 0)]}
@@ -130,11 +141,14 @@ def test_evaluate_draws_and_judges(judge):
         **more,
     )
     assert calls == [(number, 24) for number in range(24)]  # every picture, counted before it is drawn
-    identity = report.identity
-    assert identity and identity.tokens == ["<rex>", "<tom>"]
+    measured = report.identity
+    assert measured and measured.tokens == ["<rex>", "<tom>"]
     # Gates are exact, so a concept on its own is drawn together as alone: nothing can be lost.
-    assert all(part.mean == pytest.approx(1, abs=1e-3) for part in identity.retention)
+    assert all(part.mean == pytest.approx(1, abs=1e-3) for part in measured.retention)
     assert "retention in pairs" in report.to_markdown() and report.to_json()["identity"]["judge"] == judge.name
+    monkeypatch.setattr(identity, "MIN_EFFECT", 1.0)
+    again = fusion.evaluate(pipe, adapters, references=own, judge=judge, num_inference_steps=2, **{**more, "seeds": 1})
+    assert json.loads(json.dumps(again.to_json(), allow_nan=False))["identity"]["retention"][0]["mean"] is None
     for wrong, said in (({"<max>": own["<rex>"]}, "No adapter knows <max>"), ({"<rex>": []}, "one or more of each")):
         with pytest.raises(ConfigError, match=said):
             fusion.evaluate(pipe, adapters, references=wrong, judge=judge, **more)
