@@ -28,7 +28,7 @@ from fusion.formats import LORA_FORMS
 from fusion.formats.hub_file import local_file
 from fusion.formats.lora_file import read_lora
 from fusion.formats.metadata import modelspec
-from fusion.formats.safetensors_file import opened, read_header, write_file
+from fusion.formats.safetensors_file import opened, write_file
 from fusion.layer_names import LAYER_NAME
 from fusion.output_files import check_output
 from fusion.spectral.slices import SpectralSlice
@@ -130,10 +130,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     Raises FormatError for anything that is not exactly what the metadata promise, for other files, and for a LoRA of
     which a single key is not understood; UnknownName for an unknown adapter type.
     """
-    file_path = local_file(path)
-    if any(key.startswith("model.diffusion_model.") for key in read_header(file_path).shapes):
-        raise FormatError(f"'{file_path}' is a whole model and no adapter; give it as the base (--base).")
-    with opened(file_path) as file:
+    with opened(local_file(path)) as file:
         if file.metadata.get("format") == FORMAT:
             layout = _layout(file.path, file.metadata, file.shapes)  # refuses before any tensor is read
             return replace(layout.adapter(file.tensor), digest_cache=DigestCache())

@@ -66,7 +66,10 @@ class OpenFile:
         self.path, self._handle = path, handle
         self.metadata: dict[str, str] = dict(handle.metadata() or {})
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+        names: list[str] = list(handle.keys())
+        if any(name.startswith("model.diffusion_model.") for name in names):  # they may hold numbers of any kind
+            raise FormatError(f"'{path}' is a whole model and no adapter; give it as the base (--base).")
+        for name in names:
             entry = handle.get_slice(name)
             kind, shape = entry.get_dtype(), tuple(entry.get_shape())
             floats = ("F16", "BF16", "F32")
