@@ -38,9 +38,10 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         """Capture the function; nothing is computed. Its result is where each replay writes."""
+        stream = torch.cuda.Stream(self._device)  # PyTorch's default one stays on the first card that captured
         # Other threads, as the studio's, may use the card meanwhile.
-        options = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, **options):
+        capturing = torch.cuda.graph(self._graph, self._pool, stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capturing:
             return function()
 
     def replay(self) -> None:
