@@ -81,6 +81,11 @@ class CapturedGradients:
             self._capture(form, inputs, last, before, expected, size)
         return loss
 
+    def release(self) -> None:
+        """Give the graphs' memory back, which is that of a whole step; the next batches are captured anew."""
+        self._graphs.clear()
+        self._pool = CudaGraph.memory_pool()
+
     def _capture(
         self, form: object, inputs: StepInputs, last: bool, before: list[Tensor], expected: list[Tensor], size: float
     ) -> None:

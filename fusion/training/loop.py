@@ -273,6 +273,9 @@ class _Training:
             GenerationConfig(prompt=prompt, seed=config.seed, num_images=count, clip_skip=skip) for prompt in prompts
         ]
 
+        if isinstance(self.gradients, CapturedGradients):
+            self.gradients.release()  # drawing needs the memory
+
         def report(number: int, done: int, total: int, _: object) -> None:
             if self.on_progress:
                 self.on_progress("drawing previews", number * total + done, len(drawings) * total)

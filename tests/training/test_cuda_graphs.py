@@ -97,6 +97,14 @@ def test_the_kernels_of_one_batch_train_with_all_others(family, settings, pictur
     assert same(eager, repeated)
 
 
+def test_previews_have_the_memory_of_graphs_which_are_captured_anew(pictures, steps, capturing):
+    settings = config(pictures, max_train_steps=4, num_validation_images=1, validation_steps=2)
+    _, repeated = run(tiny.pipeline("sd1"), settings)
+    assert Kernels.captured == 2
+    _, eager = run(tiny.pipeline("sd1"), settings.updated({"cuda_graphs": False}))
+    assert same(eager, repeated)
+
+
 def test_a_graph_that_gives_other_gradients_is_not_used(pictures, steps, capturing, monkeypatch, caplog):
     settings = config(pictures, max_train_steps=3, num_validation_images=0)
     _, eager = run(tiny.pipeline("sd1"), settings.updated({"cuda_graphs": False}))
