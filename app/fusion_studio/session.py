@@ -122,16 +122,14 @@ class Session:
     def error_sentence(self, error: Exception) -> str:
         """An error as the page shows it. What is neither ours nor the system's is a bug: the log has it in full.
 
-        While the session closes, requests fail in any way, as their files are deleted: all that counts is that it does.
+        While the session closes, its files are deleted under requests, so whatever fails is answered with that.
         """
         if self._closing:
             return "The studio is ending; do this again once it is running."
         if isinstance(error, fusion.FusionError):
             return str(error)
         logger.error("Unexpected error", exc_info=error)
-        if (
-            isinstance(error, OSError) and error.strerror
-        ):  # a full disk, a file deleted meanwhile; no path of the machine
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a deleted file; no path of the machine
             return f"{error.strerror}{f': {Path(str(error.filename)).name}' if error.filename else ''}."
         return f"Something unexpected happened ({type(error).__name__}); the terminal has details."
 
