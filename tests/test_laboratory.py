@@ -43,6 +43,7 @@ def laboratory(tmp_path):
 @pytest.mark.slow
 def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
     monkeypatch.setitem(fusion.METHODS, "halved", LayerMerge(halved, "half of the sum"))
+    monkeypatch.setattr("fusion.evaluation.identity.MIN_EFFECT", -1.0)  # a toy draws nothing that the judge recognises
     for name, count in (("HELD_OUT", 8), ("SCALE_PROMPTS", 4)):
         monkeypatch.setattr(f"fusion.distillation.loop.{name}", count)
     names = plan.UNLIKE[:2]
@@ -74,9 +75,7 @@ def test_a_method_in_one_file_gets_its_row(laboratory, monkeypatch, tmp_path):
 
     score = laboratory.score("spectral", concepts(names))
     assert score["drift"] == pytest.approx(0, abs=1e-6) and score["error"] == [0, 0]  # gates are exact
-    assert [share["mean"] for share in score["identity"]["retention"]] == pytest.approx(
-        [1, 1], abs=1e-2
-    )  # of a gap that is tiny here
+    assert [share["mean"] for share in score["identity"]["retention"]] == pytest.approx([1, 1], abs=1e-2)
 
 
 def test_every_arm_is_scored_and_the_sets_are_there():
