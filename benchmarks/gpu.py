@@ -62,28 +62,32 @@ def check_product(device: str, checks: Checks, steps: int) -> None:
     adapters: list[Any] = []
     for name in ("robot", "octopus"):
         with checks.check(f"a concept is taught, {steps} steps") as notes:
-            adapter, seconds = teach(pipe, name, steps, slice=len(adapters))
-            adapters.append(adapter)
-            notes += [adapter.info.provenance.settings["mixed_precision"], f"{1000 * seconds / steps:.0f} ms a step"]
+            step, seconds = teach(pipe, name, steps, slice=len(adapters))
+            adapters.append(step.adapter)
+            notes += [
+                step.adapter.info.provenance.settings["mixed_precision"],
+                f"{1000 * seconds / steps:.0f} ms a step",
+            ]
     with checks.check("gates are exact") as notes:
         base, one = picture(pipe, PROMPTS[0]), picture(pipe, PROMPTS[1], adapters[:1])
         require(equal(base, picture(pipe, PROMPTS[0], adapters)), "adapters change a prompt without their tokens")
         require(equal(one, picture(pipe, PROMPTS[1], adapters)), "an adapter changes another's prompt")
         require(not equal(one, picture(pipe, PROMPTS[1].replace("<robot>", "robot"))), "an adapter does nothing")
         notes.append("0 bits differ")
-    with checks.check("equal trainings") as notes:
-        (first, _), (again, _) = (teach(pipe, "robot", 3, slice=5) for _ in range(2))
-        pairs = zip(first.parameters(), again.parameters(), strict=True)
-        notes.append(f"parameters differ by {max(float((a - b).detach().abs().max()) for a, b in pairs):.1e} at most")
+    for deterministic in (False, True):
+        with checks.check("equal trainings" + ", deterministic" * deterministic) as notes:
+            one, other = (parameters(teach(pipe, "robot", 3, slice=5, deterministic=deterministic)) for _ in range(2))
+            error = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+            require(error == 0 or not deterministic, f"parameters differ by {error:.1e}")
+            notes.append(f"parameters differ by {error:.1e} at most")
     if pipe.device.type == "cuda":
         with checks.check("CUDA graphs train as kernel by kernel") as notes:
-            (graphs, _), (eager, _) = (teach(pipe, "robot", 3, slice=5, cuda_graphs=on) for on in (True, False))
-            pairs = list(zip(graphs.parameters(), eager.parameters(), strict=True))
-            notes.append(
-                f"parameters differ by {max(float((a - b).detach().abs().max()) for a, b in pairs):.1e} at most"
-            )
             _, slow = teach(pipe, "robot", steps, slice=5, cuda_graphs=False)
             notes.append(f"{1000 * slow / steps:.0f} ms a step without")
+            notes.append("in {}, gradients differ by {:.1e}, the loss by {:.1e}".format(*captured_errors(pipe)))
+            precise = fusion.open_pipeline(device=device, dtype="float32")
+            notes.append("in {}, by {:.1e} and {:.1e}".format(*(errors := captured_errors(precise))))
+            require(max(errors[1:]) < 1e-5, notes[-1])
     with checks.check("threads draw what one draws"):
         drawn: dict[str, Any] = {}
         with contextlib.ExitStack() as attached:
@@ -113,7 +117,7 @@ def check_product(device: str, checks: Checks, steps: int) -> None:
 
 
 def teach(pipe: Any, name: str, steps: int, **settings: object) -> tuple[Any, float]:
-    """A short training by the recipe of an example: its adapter, and the seconds of its steps after the first."""
+    """A short training by the recipe of an example: its last step, and the seconds of all steps after the first."""
     import fusion
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +127,39 @@ def teach(pipe: Any, name: str, steps: int, **settings: object) -> tuple[Any, fl
         for step in fusion.train(pipe, config.updated({**run, "num_validation_images": 0, **settings})):
             seconds.append(step.seconds)
     assert step is not None
-    return step.adapter, (seconds[-1] - seconds[1]) * steps / max(1, steps - 1)
+    return step, (seconds[-1] - seconds[1]) * steps / max(1, steps - 1)
+
+
+def trained(pipe: Any, **settings: object) -> Any:
+    """The parameters after three steps."""
+    return list(teach(pipe, "robot", 3, slice=5, **settings)[0].parameters())
+
+
+def difference(one: Any, other: Any) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def captured_difference(pipe: Any, **settings: object) -> float:
+    return difference(*(trained(pipe, cuda_graphs=on, **settings) for on in (True, False)))
+
+
+def parameters(training: tuple[Any, float]) -> list[Any]:
+    return [parameter.detach() for parameter in training[0].adapter.parameters()]
+
+
+def captured_errors(pipe: Any) -> tuple[Any, float, float]:
+    """Relative errors of a step's gradients and loss where a graph computes them: of the second step, as the first
+    batch of a shape is computed without."""
+    import torch
+
+    (captured, _), (eager, _) = (
+        teach(pipe, "robot", 2, slice=5, deterministic=True, cuda_graphs=on) for on in (True, False)
+    )
+    one, other = (
+        torch.cat([p.grad.flatten() for p in step.adapter.parameters() if p.grad is not None])
+        for step in (captured, eager)
+    )
+    return pipe.unet.dtype, float((one - other).norm() / other.norm()), abs(captured.loss / eager.loss - 1)
 
 
 def picture(pipe: Any, prompt: str, adapters: Any = ()) -> Any:

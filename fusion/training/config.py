@@ -38,7 +38,7 @@ MAY_CHANGE = {
     *("validation_prompt", "num_validation_images", "validation_steps", "report_to"),
     *("checkpointing_steps", "checkpoints_total_limit", "save_precision"),
     # Memory and time. Class pictures, drawn sample_batch_size at a time, are compared themselves.
-    *("gradient_checkpointing", "cuda_graphs", "cache_latents", "sample_batch_size"),
+    *("gradient_checkpointing", "cuda_graphs", "deterministic", "cache_latents", "sample_batch_size"),
 }
 
 
@@ -219,6 +219,8 @@ class TrainingConfig(StrictModel):
     """Compute activations a second time instead of keeping them, to save memory."""
     cuda_graphs: bool = True
     """On a CUDA GPU, capture a step's kernels once and repeat them: many times faster where batches are small."""
+    deterministic: bool = False
+    """On a GPU, use kernels only that add in one order, so that equal seeds give equal bits; slower. CPUs always do."""
     cache_latents: bool = True
     """Encode each picture once, before training; not done with random crops or flips."""
 

@@ -42,6 +42,7 @@ from fusion.training.accelerator import accelerated, check_tracker, frozen, prec
 from fusion.training.checkpoint import find_checkpoint, slice_of
 from fusion.training.config import TrainingConfig
 from fusion.training.cuda_graphs import CapturedGradients, can_capture
+from fusion.training.determinism import deterministic_algorithms
 from fusion.training.optimizers import build_optimizer, check_optimizer
 from fusion.training.quiet_loss import QuietLoss
 from fusion.training.setting_warnings import warnings_about
@@ -94,6 +95,7 @@ def train(pipe: Pipeline, config: TrainingConfig, *, on_progress: OnPhase | None
         checkpoint = find_checkpoint(name, checkpoint_folder(config), settings)
     with (
         explained_memory(lambda: setup.memory_advice(config, data.resolution)),
+        deterministic_algorithms(config.deterministic),
         setup.reserved_slice(pipe, config, targets, checkpoint and slice_of(checkpoint)) as directions,
         accelerated(pipe, config) as accelerator,
         frozen(pipe, config),

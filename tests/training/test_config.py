@@ -37,7 +37,7 @@ EVERY = NEEDED | {
     "prediction_type": "v_prediction", "seed": 7, "with_prior_preservation": True, "class_data_dir": "/class",
     "class_prompt": "a dog", "num_class_images": 10, "prior_loss_weight": 0.5, "sample_batch_size": 2,
     "quiet_loss_weight": 2.0, "mixed_precision": "bf16", "gradient_checkpointing": True, "cuda_graphs": False,
-    "cache_latents": False,
+    "deterministic": True, "cache_latents": False,
     "validation_prompt": ["a {token}"], "num_validation_images": 1, "validation_steps": 5, "output_dir": "/out",
     "output_name": "rex", "save_precision": "float32", "checkpointing_steps": 7, "checkpoints_total_limit": 2,
     "resume_from_checkpoint": "latest", "report_to": "tensorboard",
