@@ -8,6 +8,7 @@ Shapes: P prompts, T text positions, I in_features, N rows, Q rank of the branch
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.layer_names import component_of
-from fusion.methods.distill import least_squares_delta
+from fusion.methods.distill import least_squares_delta, ridge_factor
 from fusion.models.layer_sites import sites
 from fusion.progress import OnProgress
 
@@ -90,14 +91,17 @@ class LeastSquares:
         parameters, total = self.student.parameters(), len(self._cross) + 2
         on_progress(0, total)
         before, fresh = loss(), {name: parameter.clone() for name, parameter in parameters.items()}
-        for number, (layer, cross) in enumerate(self._cross.items(), start=1):
-            on_progress(number, total)
-            lora, (branches, _) = self.student.loras[layer], self.teacher.branches(layer, self.shape(layer))
-            best = least_squares_delta(branches.up, cross, self._moments[self._first[layer]], lora.up.shape[1])
-            # `down` as large as a fresh one, so that learning rates mean the same to both.
-            sizes = (best.down.norm(dim=1) / lora.down.norm(dim=1).mean()).clamp(min=1e-12)  # (rank,)
-            lora.down[: best.rank] = best.down / sizes[:, None]
-            lora.up[:, : best.rank] = best.up * sizes
+        numbers = count(1)
+        for first, layers in groupby(self._cross, self._first.__getitem__):
+            factor = ridge_factor(self._moments[first])  # of inputs that these layers share, as all keys and values do
+            for layer in layers:
+                on_progress(next(numbers), total)
+                lora, (branches, _) = self.student.loras[layer], self.teacher.branches(layer, self.shape(layer))
+                best = least_squares_delta(branches.up, self._cross[layer], factor, lora.up.shape[1])
+                # `down` as large as a fresh one, so that learning rates mean the same to both.
+                sizes = (best.down.norm(dim=1) / lora.down.norm(dim=1).mean()).clamp(min=1e-12)  # (rank,)
+                lora.down[: best.rank] = best.down / sizes[:, None]
+                lora.up[:, : best.rank] = best.up * sizes
         on_progress(total - 1, total)
         if loss() >= before:
             for name, parameter in parameters.items():

@@ -61,26 +61,32 @@ def gated_change(branches: Delta, owners: Tensor, states: Tensor, acts: Tensor) 
     return linear(linear(states, branches.down) * acts[:, owners], branches.up)
 
 
-def least_squares_delta(up: Tensor, cross: Tensor, second: Tensor, rank: int) -> Delta:
+def ridge_factor(second: Tensor) -> Tensor:
+    """L, lower triangular in float64, with L Lᵀ = `second` + ρ 1; for the second moments Σ w x xᵀ (I, I) of inputs."""
+    import torch
+
+    normal = second.cpu().double()
+    normal.diagonal().add_(RIDGE * float(normal.diagonal().mean()) + torch.finfo(torch.float64).tiny)
+    return torch.linalg.cholesky(normal)
+
+
+def least_squares_delta(up: Tensor, cross: Tensor, factor: Tensor, rank: int) -> Delta:
     """The ungated ΔW of at most `rank` that is closest to what gated branches add to one layer's inputs x:
 
         Σ w ‖ΔW x − up (a ⊙ down x)‖² + ρ ‖ΔW‖²
 
     with w the weight of an input, and a (Q,) 1 where the branch of a column of `up` (O, Q) acts. Reduced-rank
-    regression (Izenman 1975) from `cross` Σ w x (a ⊙ down x)ᵀ (I, Q) and `second` Σ w x xᵀ (I, I): with
-    M = second + ρ 1 = L Lᵀ the best ΔW of any rank is up crossᵀ M⁻¹, and that of a rank the truncated SVD of
+    regression (Izenman 1975) from `cross` Σ w x (a ⊙ down x)ᵀ (I, Q) and the `factor` L (I, I) of the inputs, by
+    `ridge_factor`: the best ΔW of any rank is up crossᵀ (L Lᵀ)⁻¹, and that of a rank the truncated SVD of
     up crossᵀ L⁻ᵀ, times L⁻¹. In float64.
     """
     import torch
 
     from fusion.spectral.delta import Delta
 
-    normal = second.cpu().double()
-    normal.diagonal().add_(RIDGE * float(normal.diagonal().mean()) + torch.finfo(torch.float64).tiny)
-    lower = torch.linalg.cholesky(normal)
-    whitened = torch.linalg.solve_triangular(lower, cross.cpu().double(), upper=False).T  # (Q, I)
+    whitened = torch.linalg.solve_triangular(factor, cross.cpu().double(), upper=False).T  # (Q, I)
     best = Delta(up.cpu().double(), whitened).compress(rank)
-    down = torch.linalg.solve_triangular(lower, best.down, upper=False, left=False)
+    down = torch.linalg.solve_triangular(factor, best.down, upper=False, left=False)
     return Delta(best.up, down).to(up.device, torch.float32)
 
 

@@ -16,7 +16,14 @@ from fusion.distillation.prompt_distribution import PromptDistribution
 from fusion.distillation.student import Student
 from fusion.distillation.teacher import Answers, Teacher
 from fusion.errors import BaseMismatch, ConfigError, FormatError, GatingError, TokenConflict
-from fusion.methods.distill import distillation_loss, gated_change, layer_errors, least_squares_delta, prompt_scales
+from fusion.methods.distill import (
+    distillation_loss,
+    gated_change,
+    layer_errors,
+    least_squares_delta,
+    prompt_scales,
+    ridge_factor,
+)
 from fusion.models import float32_layers
 from fusion.models.denoising import encode_prompts
 from fusion.models.layer_sites import components, sites
@@ -96,10 +103,10 @@ def test_the_start_is_the_least_squares_answer_of_each_layer():
     def error(matrix):
         return float(((x @ matrix.T - target) * root).square().sum())
 
-    whole = least_squares_delta(up, cross, second, 6).dense().double()
+    whole = least_squares_delta(up, cross, ridge_factor(second), 6).dense().double()
     best = torch.linalg.lstsq(x * root, target * root).solution.T
     assert error(whole) == pytest.approx(error(best), rel=1e-2)  # but for the ridge
-    ranked = least_squares_delta(up, cross, second, 2)
+    ranked = least_squares_delta(up, cross, ridge_factor(second), 2)
     assert ranked.rank == 2 and error(whole) < error(ranked.dense().double()) < error(torch.zeros(5, 6).double())
     for _ in range(20):
         other = ranked.dense().double() + 0.01 * torch.randn(5, 6, generator=generator).double()
