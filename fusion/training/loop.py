@@ -275,8 +275,7 @@ class _Training:
             GenerationConfig(prompt=prompt, seed=config.seed, num_images=count, clip_skip=skip) for prompt in prompts
         ]
 
-        if isinstance(self.gradients, CapturedGradients):
-            self.gradients.release()  # drawing needs the memory
+        self.gradients.release()  # drawing needs the memory
 
         def report(number: int, done: int, total: int, _: object) -> None:
             if self.on_progress:

@@ -85,6 +85,9 @@ class BatchGradients:
             self._accelerator.backward(batch_loss + loss() if loss else batch_loss)
         return batch_loss.detach()
 
+    def release(self) -> None:
+        """Give back what batches leave in a GPU's memory: nothing, where no graphs are captured."""
+
     def _loss(self, inputs: StepInputs) -> Tensor:
         text = inputs.conditioning or encode_batch(self._pipe, inputs.prompts, self._config.clip_skip)
         prediction = predict(self._pipe, inputs.noisy, inputs.timesteps, text, inputs.time_ids)
