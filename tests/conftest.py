@@ -1,5 +1,6 @@
 """For every test: offline, silent about itself, deterministic, one thread."""
 
+import gc
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until everything is imported: importing takes a fifth less
 
 import numpy as np
 import pytest
@@ -36,6 +38,17 @@ def pytest_collection_modifyitems(config, items):
     long = [item for item in items if item.get_closest_marker("long")]
     items[:] = [item for item in items if item not in long]
     config.hook.pytest_deselected(items=long)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """From here on the garbage collector leaves out what is imported: half a million objects, 0.3 s each time."""
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
