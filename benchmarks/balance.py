@@ -38,7 +38,7 @@ def losses(pipe: Any, seed: int, number: int, *, balanced: bool, steps: int) -> 
 
 def measure(base: Base, log: Callable[[str], None]) -> Section:
     steps, seeds = (WINDOWS, SEEDS[:1]) if base.toy else (STEPS, SEEDS)
-    pipe = fusion.open_pipeline()
+    pipe = base.pipe if base.toy else fusion.open_pipeline()
     rows: list[list[str]] = []
     for balanced in (False, True):
         means: dict[int, list[float]] = {}  # slice -> mean loss per window, over all seeds

@@ -21,12 +21,21 @@ QUICK = {
     "generate": ["--steps", "2"],
     "--distill": ["--max_train_steps", "2"],
 }
+# How much of the base is recorded, and what a distillation measures.
+SMALL = {
+    "training.quiet_loss.NOISE_LEVELS": 1,
+    "distillation.loop.HELD_OUT": 8,
+    "distillation.loop.SCALE_PROMPTS": 4,
+    "distillation.loop.START_PROMPTS": 32,
+}
 
 
 @pytest.mark.slow
 def test_commands_and_python_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
+    for name, count in SMALL.items():
+        monkeypatch.setattr(f"fusion.{name}", count)
     names: dict[str, object] = {}
     for kind, block in [*BLOCKS, *(block for page in PAGES for block in CODE.findall(DOCS[page]))]:
         if kind == "bash":

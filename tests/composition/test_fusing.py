@@ -12,7 +12,7 @@ from fusion.cli import main
 from fusion.composition.compatibility_report import Forecast
 from fusion.errors import BaseMismatch, ConfigError, GatingError, SliceConflict, TokenConflict, UnknownName
 from fusion.methods import METHODS
-from fusion.methods.method import AdapterMerge, LayerMerge
+from fusion.methods.method import AdapterMerge, LayerMerge, MethodOptions
 from trained import attached, draw, trained_adapter
 
 TOKENS = ("<rex>", "<tom>", "<ann>")
@@ -224,7 +224,7 @@ def test_imported_loras_take_part_in_every_method(toy, method, tmp_path, caplog)
     fusion.export(trained_adapter(toy, "<tom>", k=1, gated=False, scale=0.1), tmp_path / "style.safetensors", "kohya")
     style = fusion.load(tmp_path / "style.safetensors")
     assert not style.info.concepts and not style.gated
-    fused = fusion.fuse([own, style], method=method, pipe=toy)
+    fused = fusion.fuse([own, style], method=method, pipe=toy, options=MethodOptions(iterations=10))
     assert set(fused.layer_names) == {*own.layer_names, *style.layer_names}
     assert all(delta.dense().isfinite().all() and delta.dense().any() for delta in fused.deltas().values())
     fusion.save(fused, tmp_path / "fused.safetensors")

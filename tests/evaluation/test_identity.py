@@ -167,6 +167,9 @@ def test_the_embedded_judge_tells_the_example_concepts_apart_and_knows_subjects_
     assert len(folders) == 5 and reliability([seeing.pictures(pictures) for pictures in shown]) == 1
     names = ("pizza", "fox", "house", "guitar", "umbrella", "ghost", "banana", "rocket")
     pipe = fusion.open_pipeline(device="cpu")
-    drawn = [fusion.generate(pipe, f"a {name} on a blue background")[0].image for name in names]
+    configs = [
+        fusion.GenerationConfig(prompt=f"a {name} on a blue background", num_inference_steps=6) for name in names
+    ]
+    drawn = [fusion.generate(pipe, config)[0].image for config in configs]
     cosines = seeing.pictures(drawn) @ seeing.texts([f"a {name}" for name in names]).T
     assert (cosines.argmax(dim=1) == torch.arange(len(names))).all()
