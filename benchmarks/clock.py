@@ -25,6 +25,14 @@ class Timing:
         """The fastest run, which was disturbed least."""
         return min(self.seconds)
 
+    @property
+    def most(self) -> float:
+        return max(self.seconds)
+
+    def milliseconds(self) -> list[str]:
+        """Median, least and most, as cells of a table."""
+        return [f"{1000 * value:.1f} ms" for value in (self.median, self.least, self.most)]
+
 
 def interleaved(work: Mapping[str, Callable[[], float]], rounds: int, log: Callable[[str], None]) -> dict[str, Timing]:
     """Run every task once a round, and once before to warm up; a task returns the seconds it took."""

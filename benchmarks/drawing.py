@@ -1,11 +1,12 @@
 """What attached adapters cost a denoising step, and what attaching them costs."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bases import Base
@@ -21,6 +22,7 @@ from fusion.models.model_state import state_of
 ROUNDS = 7
 LIMIT = 1.05  # a step with gated adapters attached, to one of the base
 ATTACHING = {"at first": 0.3, "base known": 0.06}  # seconds for ten
+LORAS = "{} of diffusers' LoRA"
 PLAIN, ONE = "a photo of a dog", "a photo of a <concept-0>"
 Log = Callable[[str], None]
 
@@ -56,6 +58,21 @@ def seconds(base: Base, adapters: Sequence[Adapter], prompt: str) -> float:
         denoising = Denoising(base, prompt)
         denoising.call()
         return timed(denoising.call)
+
+
+def lora_calls(base: Base) -> dict[str, Callable[[], float]]:
+    """Seconds of UNet calls with LoRAs as diffusers attaches them, 1 and 10, on a copy of the base."""
+    denoising, names = Denoising(base.copy(), PLAIN), [f"lora-{k}" for k in range(10)]
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    for name in names:
+        denoising.unet.add_adapter(LoraConfig(r=base.rank, init_lora_weights=False, target_modules=targets), name)
+
+    def seconds(count: int) -> float:
+        denoising.unet.set_adapters(names[:count])
+        denoising.call()
+        return timed(denoising.call)
+
+    return {LORAS.format(count): partial(seconds, count) for count in (1, 10)}
 
 
 class _Operators(TorchDispatchMode):
@@ -96,7 +113,8 @@ def time_attaching(base: Base, adapters: Sequence[Adapter], *, known: bool) -> f
     return duration
 
 
-def measure(base: Base, log: Log) -> Section:
+def measure(base: Base, log: Log, others: Mapping[str, Callable[[], float]] | None = None) -> Section:
+    """`others` are further UNet calls, in seconds, to compare with."""
     one, ten, most = (1, 2, 3) if base.toy else (1, 10, 50)
     gated = [base.adapter("additive", k, gated=True) for k in range(most)]
     ungated = [base.adapter("additive", k) for k in range(ten)]
@@ -110,14 +128,15 @@ def measure(base: Base, log: Log) -> Section:
     counts = {name: operators(base, *alternative) for name, alternative in alternatives.items()}
     log(f"operators, those that project the prompt: {counts}")
     rounds = 2 if base.toy else ROUNDS
-    timing = interleaved({n: partial(seconds, base, *a) for n, a in alternatives.items()}, rounds, log)
+    calls = {name: partial(seconds, base, *alternative) for name, alternative in alternatives.items()}
+    timing = interleaved({**calls, **(others or {})}, rounds, log)
     attaching = {
         "at first": Timing(tuple(time_attaching(base, gated[:ten], known=False) for _ in range(rounds))),
         "base known": Timing(tuple(time_attaching(base, gated[:ten], known=True) for _ in range(rounds))),
     }
     rows = [
-        [name, f"{t.median * 1000:.0f} ms", f"{t.least * 1000:.0f} ms", _ratio(base, name, paired(t, timing["base"]))]
-        + [str(count) for count in counts[name]]
+        [name, *t.milliseconds(), _ratio(base, name, paired(t, timing["base"]))]
+        + [str(count) for count in counts.get(name, ("", ""))]
         for name, t in timing.items()
     ]
     text = (
@@ -126,7 +145,7 @@ def measure(base: Base, log: Log) -> Section:
         f"keys and values of the prompt are kept; all are additive, rank {base.rank}. Ratios are medians over rounds, "
         "in which all took turns. Operators are counted as the device gets them."
     )
-    columns = ["attached", "median", "least", "to the base", "operators", "that project the prompt"]
+    columns = ["attached", "median", "least", "most", "to the base", "operators", "that project the prompt"]
     limits = [
         [f"attach {ten} gated, {name}", f"{t.median * 1000:.0f} ms", bar(t.median, ATTACHING[name], " s")]
         for name, t in attaching.items()

@@ -7,10 +7,12 @@ also inside operators and in the backward pass, and gives the same number on eve
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,3 +33,24 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind some tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+@contextmanager
+def card_memory(device: torch.device, limit: float | None = None) -> Generator[list[float]]:
+    """During the block a GPU has `limit` gigabytes. Afterwards the list has the most that tensors took at once, and the
+    most that torch reserved for them, in gigabytes; on a CPU it stays empty.
+    """
+    peaks: list[float] = []
+    if device.type != "cuda":
+        yield peaks
+        return
+    card = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(card).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(card)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total) if limit else 1.0, card)
+    try:
+        yield peaks
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, card)
+        peaks += [torch.cuda.max_memory_allocated(card) / 1e9, torch.cuda.max_memory_reserved(card) / 1e9]

@@ -1,7 +1,8 @@
 """A training step and its peak memory: our adapters, PEFT's LoRA and the dense formulation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -10,54 +11,70 @@ from benchmarks.clock import Timing, interleaved, paired, timed
 from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table
 from benchmarks.variants import VARIANTS, Variant
-from fusion.models.denoising import encode_batch
+from fusion.models.denoising import encode_batch, predict
 from fusion.models.prompt_layout import prepared, prompt_batch
-from fusion.training.cuda_graphs import CudaGraph
+from fusion.training.cuda_graphs import CudaGraph, can_capture
 
 ROUNDS = 9
 
 
-class Steps:
-    """The training steps of one variant, on the same batch as all others."""
+class Batch(NamedTuple):
+    """What a step denoises; all on the device."""
 
-    def __init__(self, base: Base, variant: Variant) -> None:
+    noisy: torch.Tensor  # (B, 4, H, W)
+    noise: torch.Tensor  # (B, 4, H, W)
+    time_ids: torch.Tensor  # (B, 6), of SDXL
+
+
+class Steps:
+    """The training steps of one variant, on the same batches as all others: one of each size (H, W) of the latents."""
+
+    def __init__(
+        self, base: Base, variant: Variant, *, batch: int = 1, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
-        size = (1, 4, base.latents, base.latents)
         device, dtype = base.device, base.pipe.unet.dtype
-        self.noisy, self.noise = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
-        self.time = torch.tensor([500], device=device)
+        self.batches: list[Batch] = []
+        for size in sizes or [(base.latents, base.latents)]:
+            noisy, noise = (torch.randn(batch, 4, *size, generator=generator).to(device, dtype) for _ in range(2))
+            height, width = (side * base.pipe.vae_scale_factor for side in size)
+            time_ids = torch.tensor([(height, width, 0, 0, height, width)] * batch, device=device)
+            self.batches.append(Batch(noisy, noise, time_ids))
+        self.time = torch.tensor([500] * batch, device=device)
         self.pipe, self.variant = base.pipe, variant
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         # As in a training: where tokens stand is laid out before the step.
         with variant.installed(), torch.no_grad():
-            self.prompts = prompt_batch(self.pipe, [variant.prompt or "a photo of a dog"])
+            self.prompts = prompt_batch(self.pipe, [variant.prompt or "a photo of a dog"] * batch)
             with prepared(self.pipe, self.prompts):
-                self.cached = encode_batch(self.pipe, self.prompts).states  # (1, T, D)
+                self.cached = encode_batch(self.pipe, self.prompts)
         self.optimizer = torch.optim.AdamW(variant.parameters) if variant.parameters else None
 
     def step(self) -> None:
-        """Forward, backward and update."""
-        self.gradients()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        """Forward, backward and update, with each batch."""
+        for batch in self.batches:
+            self.gradients(batch)
+            if self.optimizer is not None:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
-    def gradients(self) -> torch.Tensor:
+    def gradients(self, batch: Batch) -> torch.Tensor:
         """Forward and backward; returns the loss."""
         with self.variant.computed(), prepared(self.pipe, self.prompts):
             with self.autocast():
                 if self.variant.prompt:
-                    text = encode_batch(self.pipe, self.prompts).states
+                    text = encode_batch(self.pipe, self.prompts)
                 else:
-                    text = self.cached.detach().requires_grad_(self.optimizer is None)
-                prediction = self.pipe.unet(self.noisy, self.time, encoder_hidden_states=text).sample
-            loss = torch.nn.functional.mse_loss(prediction.float(), self.noise.float())
+                    states = self.cached.states.detach().requires_grad_(self.optimizer is None)
+                    text = self.cached._replace(states=states)
+                prediction = predict(self.pipe, batch.noisy, self.time, text, batch.time_ids)
+            loss = torch.nn.functional.mse_loss(prediction.float(), batch.noise.float())
             loss.backward()
         return loss.detach()
 
-    def captured(self) -> Callable[[], float]:
-        """Seconds of a step whose gradients are captured as a CUDA graph, as a training captures them."""
-        graph, optimizer = CudaGraph(self.pipe.device, CudaGraph.memory_pool()), self.optimizer
+    def captured(self, pool: object) -> Callable[[], float]:
+        """As `seconds`, with gradients that are captured as CUDA graphs, as a training captures them."""
+        optimizer, graphs = self.optimizer, list[CudaGraph]()
         sums = [torch.zeros_like(parameter) for parameter in self.variant.parameters]
 
         def attach_sums() -> None:
@@ -66,24 +83,34 @@ class Steps:
 
         def step() -> None:
             attach_sums()
-            graph.replay()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=False)
+            for graph in graphs:
+                graph.replay()
+                if optimizer is not None:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=False)
 
         attach_sums()
         with self.variant.installed():
-            graph.capture(self.gradients)
-        return lambda: timed(step)
+            for batch in self.batches:
+                graphs.append(CudaGraph(self.pipe.device, pool))
+                graphs[-1].capture(partial(self.gradients, batch))
+        return lambda: timed(step) / len(graphs)
 
     def seconds(self) -> float:
+        """Of a step, the mean over batches."""
         with self.variant.installed():
-            return timed(self.step)
+            return timed(self.step) / len(self.batches)
 
     def peak(self) -> int:
         """Bytes beyond the base: the variant's tensors, its optimizer's state, and a step's peak activations."""
         with self.variant.installed():
             return storage_bytes(self.variant.tensors) + peak_bytes(lambda: (self.step(), self.step()))
+
+
+def captured(steps: Mapping[str, Steps], device: torch.device) -> dict[str, Callable[[], float]]:
+    """`Steps.captured` of all, which share a pool of memory; of none where a device has no CUDA graphs."""
+    pool = CudaGraph.memory_pool() if can_capture(device) else None
+    return {name: one.captured(pool) for name, one in steps.items() if can_capture(device)}
 
 
 def measure(base: Base, log: Callable[[str], None]) -> Section:

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from recorded_kernels import Kernels
 
-from benchmarks import drawing, gpu
+from benchmarks import drawing
 from benchmarks.__main__ import measurement
 from benchmarks.bases import Base
 from benchmarks.clock import Timing, interleaved, paired
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.memory import peak_bytes, storage_bytes
 from benchmarks.report import Section, bar, table, write
-from benchmarks.training import Steps
+from benchmarks.training import Steps, captured
 from benchmarks.variants import VARIANTS
 from fusion.models.layer_sites import sites
 
@@ -42,12 +44,39 @@ def test_after_a_pictures_first_call_gated_adapters_cost_no_operator(base):
 
 
 @pytest.mark.long
-def test_the_check_of_a_gpu_runs_on_a_cpu_at_toy_size(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "headings"),
+    [((), ("## GPU", "## Drawing")), (("--compiled",), ("## Compiled",)), (("--sdxl",), ("## SDXL",))],
+    ids=["checks and numbers", "compiled", "sdxl"],
+)
+def test_the_check_of_a_gpu_runs_on_a_cpu_at_toy_size(flags, headings, monkeypatch, tmp_path, capsys):
+    """With a recorder of operators in place of CUDA graphs."""
     monkeypatch.setenv("FUSION_CACHE", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--steps", "2"])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--steps", "2", *flags])
+    monkeypatch.setattr("benchmarks.training.can_capture", lambda _: True)
+    monkeypatch.setattr("benchmarks.training.CudaGraph", Kernels)
     assert gpu.main() == 0
     shown = capsys.readouterr().out
-    assert "FAIL" not in shown and "## GPU" in shown and "## Drawing" in shown
+    assert "FAIL" not in shown and all(heading in shown for heading in headings)
+    if "--compiled" not in flags:
+        assert "| additive, token-gated, captured |" in shown
+
+
+def test_a_captured_step_of_two_sizes_has_the_eager_steps_gradients(monkeypatch):
+    monkeypatch.setattr("benchmarks.training.can_capture", lambda _: True)
+    monkeypatch.setattr("benchmarks.training.CudaGraph", Kernels)
+    monkeypatch.setattr("fusion.models.prompt_layout.has_fixed_kernels", lambda _: True)
+    base, parameters = Base(toy=True, family="sdxl"), []
+    for is_captured in (False, True):
+        variant = VARIANTS["additive, token-gated"](base)
+        steps = {"": Steps(base, variant, batch=2, sizes=[(8, 8), (6, 10)])}
+        call = captured(steps, base.device)[""] if is_captured else steps[""].seconds
+        if is_captured:
+            for parameter in variant.parameters:
+                parameter.grad.zero_()  # a recorder computes while it captures
+        call()
+        parameters.append(variant.parameters)
+    assert all(torch.equal(one, other) for one, other in zip(*parameters, strict=True))
 
 
 @pytest.mark.slow

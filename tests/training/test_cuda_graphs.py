@@ -1,14 +1,13 @@
 """A step's kernels, captured with one batch and repeated for others, train the same adapter.
 
-There is no GPU here: `Kernels` records the operators of a step, as a CUDA graph does, and repeats them in the memory of
-the first run, without any of the Python between them.
+There is no GPU here: `recorded_kernels.Kernels` stands for CUDA graphs.
 """
 
 import logging
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorded_kernels import Kernels
 from toy_training import config, run, same
 
 import tiny
@@ -17,44 +16,6 @@ from fusion.training import cuda_graphs, loop
 from fusion.training.step import BatchGradients
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
-
-
-class Kernels(TorchDispatchMode):
-    """Stands for CudaGraph on a CPU."""
-
-    captured = 0
-
-    def __init__(self, device, pool):
-        super().__init__()
-        self.calls = []
-
-    @staticmethod
-    def memory_pool():
-        return None
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-    def capture(self, function):
-        Kernels.captured += 1
-        with self:
-            return function()
-
-    @torch.no_grad()
-    def replay(self):
-        for function, args, kwargs, result in self.calls:
-            if function.is_view:
-                continue
-            again = function(*args, **kwargs)
-            for place, value in zip(tensors(result), tensors(again), strict=True):
-                if place is not value:
-                    place.copy_(value)
-
-
-def tensors(value):
-    return [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, torch.Tensor)]
 
 
 @pytest.fixture

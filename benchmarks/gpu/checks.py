@@ -1,25 +1,20 @@
-"""`python -m benchmarks.gpu`: what of the toolkit holds on a GPU, then what it costs there. Under four minutes.
+"""What of the product holds on a GPU: on the embedded base, in the precision that the device rule chooses."""
 
-Checks come first, a line each, on the embedded base in the precision that the device rule chooses; then the table "GPU"
-at Stable Diffusion 1.5's shape. `--device cpu` runs the same at toy size. Exits with 1 if a check fails.
-"""
-
-import argparse
 import contextlib
 import copy
-import os
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 200  # after them, no further measurement is begun
-ROUNDS = 5
+from benchmarks.report import bar
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEP = 25  # ms of a training step on the embedded base
 PROMPTS = ("a dog face on a blue background", "a <robot> on a red background", "a <robot> and an <octopus>")
 
 
@@ -45,6 +40,9 @@ class Checks:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    def log(self, line: str) -> None:
+        print(f"{self.seconds():6.1f} s  {line}", file=sys.stderr)
+
 
 def require(condition: object, problem: str) -> None:
     if not condition:
@@ -64,10 +62,9 @@ def check_product(device: str, checks: Checks, steps: int) -> None:
         with checks.check(f"a concept is taught, {steps} steps") as notes:
             step, seconds = teach(pipe, name, steps, slice=len(adapters))
             adapters.append(step.adapter)
-            notes += [
-                step.adapter.info.provenance.settings["mixed_precision"],
-                f"{1000 * seconds / steps:.0f} ms a step",
-            ]
+            each = 1000 * seconds / steps
+            notes.append(step.adapter.info.provenance.settings["mixed_precision"])
+            notes.append(f"a step {bar(each, STEP, ' ms')}" if pipe.device.type == "cuda" else f"{each:.0f} ms a step")
     with checks.check("gates are exact") as notes:
         base, one = picture(pipe, PROMPTS[0]), picture(pipe, PROMPTS[1], adapters[:1])
         require(equal(base, picture(pipe, PROMPTS[0], adapters)), "adapters change a prompt without their tokens")
@@ -130,19 +127,6 @@ def teach(pipe: Any, name: str, steps: int, **settings: object) -> tuple[Any, fl
     return step, (seconds[-1] - seconds[1]) * steps / max(1, steps - 1)
 
 
-def trained(pipe: Any, **settings: object) -> Any:
-    """The parameters after three steps."""
-    return list(teach(pipe, "robot", 3, slice=5, **settings)[0].parameters())
-
-
-def difference(one: Any, other: Any) -> float:
-    return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
-
-
-def captured_difference(pipe: Any, **settings: object) -> float:
-    return difference(*(trained(pipe, cuda_graphs=on, **settings) for on in (True, False)))
-
-
 def parameters(training: tuple[Any, float]) -> list[Any]:
     return [parameter.detach() for parameter in training[0].adapter.parameters()]
 
@@ -174,93 +158,3 @@ def picture(pipe: Any, prompt: str, adapters: Any = ()) -> Any:
 
 def equal(one: Any, other: Any) -> bool:
     return one.tobytes() == other.tobytes()
-
-
-def check_compilation(device: str, checks: Checks) -> None:
-    """Compiled, the UNet predicts what it predicts eagerly, whatever is attached, and is compiled once."""
-    import torch
-
-    import fusion
-    from benchmarks.bases import Base
-    from benchmarks.drawing import ONE, PLAIN, Denoising, all_attached
-
-    with checks.check("torch.compile") as notes:
-        base = Base(toy=True, device=device)
-        gated = [base.adapter("additive", k, gated=True) for k in range(2)]
-        cases = [(gated, ONE), (gated, PLAIN), (gated[1:], PLAIN), (gated[::-1], ONE)]
-
-        def predictions() -> Generator[torch.Tensor]:
-            for adapters, prompt in cases:
-                with all_attached(base, adapters):
-                    yield Denoising(base, prompt).call().float()
-
-        eager, graphs = list(predictions()), list[int]()
-        fusion.compile_unet(base.pipe)
-        for expected, compiled in zip(eager, predictions(), strict=True):
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-            tolerance = 1e-4 if compiled.dtype == base.pipe.unet.dtype else 5e-2 * float(expected.abs().max())
-            require(torch.allclose(compiled, expected, atol=tolerance, rtol=0), "compiled predictions differ")
-        require(len(set(graphs)) == 1, f"graphs were compiled anew: {graphs}")
-        notes.append(f"{graphs[-1]} graphs")
-
-
-def measure(device: str, checks: Checks, *, toy: bool) -> None:
-    """Print the table of training steps, then that of drawing."""
-    import torch
-
-    from benchmarks import drawing
-    from benchmarks.bases import Base
-    from benchmarks.clock import interleaved, paired
-    from benchmarks.report import Section, machine, table
-    from benchmarks.training import Steps
-    from benchmarks.variants import VARIANTS
-
-    log: Callable[[str], None] = lambda line: print(f"{checks.seconds():6.1f} s  {line}", file=sys.stderr)  # noqa: E731
-    base = Base(toy=toy, device=device, latents=64)
-    names = [name for name in VARIANTS if not name.startswith("dense")]
-    steps, memory = {}, {}
-    with checks.check("training steps are measured") as notes:
-        for name in names:
-            steps[name] = Steps(base, VARIANTS[name](base))
-            if base.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                steps[name].seconds()
-                memory[name] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        functions = {name: s.seconds for name, s in steps.items()}
-        if base.device.type == "cuda":
-            functions |= {f"{name}, captured": s.captured() for name, s in steps.items()}
-        timing = interleaved(functions, 2 if toy else ROUNDS, log)
-        to_lora = {name: f"{paired(t, timing['PEFT LoRA']):.2f}×" for name, t in timing.items()}
-        rows = [
-            [name, f"{t.median * 1000:.1f} ms", f"{t.least * 1000:.1f} ms", memory.get(name, ""), to_lora[name]]
-            for name, t in timing.items()
-        ]
-        card = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else machine()
-        text = f"{card}, {base.pipe.unet.dtype}, {base.latents}×{base.latents} latents, batch 1, rank {base.rank}."
-        print(Section("GPU", text, [table(["step", "median", "least", "memory", "to LoRA"], rows)]).markdown())
-        notes.append(f"{len(rows)} variants")
-    if checks.seconds() < SECONDS:
-        with checks.check("drawing is measured"):
-            print(drawing.measure(base, log).markdown())
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, cuda:1, mps; cpu: toy size")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of each training among the checks")
-    parser.add_argument("--only", choices=("checks", "numbers"))
-    options = parser.parse_args()
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read at import: advice for their own users
-        os.environ.setdefault(name, "error")
-    checks, toy = Checks(), options.device == "cpu"
-    if options.only != "numbers":
-        check_product(options.device, checks, options.steps)
-        check_compilation(options.device, checks)
-    if options.only != "checks":
-        measure(options.device, checks, toy=toy)
-    print(f"{checks.failed} failed, {checks.seconds():.0f} s")
-    return 1 if checks.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

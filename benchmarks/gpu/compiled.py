@@ -1,0 +1,98 @@
+"""Drawing with compiled UNets: they predict what the eager one does, are compiled once, and are faster."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+import fusion
+from benchmarks import drawing
+from benchmarks.bases import Base
+from benchmarks.clock import interleaved, paired
+from benchmarks.drawing import ONE, PLAIN, Denoising
+from benchmarks.gpu.checks import Checks, require
+from benchmarks.gpu.numbers import ROUNDS, SECONDS, setting
+from benchmarks.report import Section, bar, table
+from fusion.adapters.adapter import Adapter
+from fusion.models.attachment import attach
+
+CHANGES = 20  # of concepts, strengths and prompts
+SPEED = 1.5  # times the speed of diffusers' eager call
+STRENGTHS = (1.0, 0.5, 0.0, -2.0)
+PROMPTS = (ONE, PLAIN, "a <concept-1> and a <concept-0>")
+
+
+def predictions(base: Base, adapters: Sequence[Adapter]) -> Generator[torch.Tensor]:
+    """One for each change, in float32."""
+    choices = (adapters, adapters[:1], adapters[1:2], adapters[::-1])
+    for change in range(CHANGES):
+        with ExitStack() as attached:
+            for adapter in choices[change % 4]:
+                handle = attached.enter_context(attach(base.pipe, adapter))
+                handle.strength(adapter.branches[0].name, STRENGTHS[change // 4 % 4])
+            yield Denoising(base, PROMPTS[change % 3]).call().float().clone()
+
+
+def compiled_base(
+    eager: Base, adapters: Sequence[Adapter], checks: Checks, way: str, compile_base: Callable[[Base], None]
+) -> Base | None:
+    """A copy of the base with a compiled UNet, if it predicts as the eager one through all changes."""
+    with checks.check(f"compiled by {way}") as notes:
+        base, graphs = eager.copy(), list[int]()
+        compile_base(base)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for expected, other in zip(predictions(eager, adapters), predictions(base, adapters), strict=True):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+            exact = base.pipe.unet.dtype == torch.float32
+            tolerance = 1e-4 if exact else 5e-2 * float(expected.abs().max())
+            require(torch.allclose(other, expected, atol=tolerance, rtol=0), "predictions differ")
+        require(len(set(graphs)) == 1, f"graphs are compiled anew: {graphs}")
+        notes.append(f"{graphs[-1]} graphs over {CHANGES} changes of concepts, strengths and prompts")
+        return base
+    return None
+
+
+def compile_blocks(base: Base) -> None:
+    fusion.compile_unet(base.pipe)
+
+
+def compile_whole(base: Base) -> None:
+    """What replays CUDA graphs."""
+    base.pipe.unet = torch.compile(base.pipe.unet, mode="reduce-overhead")
+
+
+def check_toy(device: str, checks: Checks) -> None:
+    base = Base(toy=True, device=device)
+    compiled_base(base, gated(base, 2), checks, "fusion.compile_unet", compile_blocks)
+
+
+def gated(base: Base, count: int) -> list[Adapter]:
+    return [base.adapter("additive", k, gated=True) for k in range(count)]
+
+
+def measure(device: str, checks: Checks, *, toy: bool) -> None:
+    """Print the table of UNet calls, eager and compiled."""
+    base, ten = Base(toy=toy, device=device, latents=64), 2 if toy else 10
+    adapters = gated(base, ten)
+    bases = {"eager": base}
+    ways = {"fusion.compile_unet": compile_blocks}
+    if base.device.type == "cuda":
+        ways['torch.compile, "reduce-overhead"'] = compile_whole
+    for way, compile_base in ways.items():
+        if checks.seconds() < SECONDS and (other := compiled_base(base, adapters, checks, way, compile_base)):
+            bases[way] = other
+    with checks.check("drawing is measured"):
+        calls = {"base, eager": partial(drawing.seconds, base, [], PLAIN), **drawing.lora_calls(base)}
+        for way, each in bases.items():
+            for count in (1, ten):
+                calls[f"{count} gated, {way}"] = partial(drawing.seconds, each, adapters[:count], ONE)
+        timing, rows = interleaved(calls, 2 if toy else ROUNDS, checks.log), list[list[str]]()
+        for name, t in timing.items():
+            ratios = [paired(t, timing[other]) for other in ("base, eager", drawing.LORAS.format(1))]
+            has_bar = not toy and any(name.endswith(way) for way in ways)
+            to_base = bar(ratios[0], round(1 / SPEED, 3)) if has_bar else f"{ratios[0]:.3f}×"
+            rows.append([name, *t.milliseconds(), to_base, f"{ratios[1]:.3f}×"])
+        columns = ["UNet call", "median", "least", "most", "to the base, eager", "to 1 LoRA"]
+        text = f"{setting(base)}, {base.latents}×{base.latents} latents with guidance, not a picture's first call."
+        print(Section("Compiled", text, [table(columns, rows)]).markdown())
