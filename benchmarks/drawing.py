@@ -1,5 +1,6 @@
 """What attached adapters cost a denoising step, and what attaching them costs."""
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -64,8 +65,11 @@ def lora_calls(base: Base) -> dict[str, Callable[[], float]]:
     """Seconds of UNet calls with LoRAs as diffusers attaches them, 1 and 10, on a copy of the base."""
     denoising, names = Denoising(base.copy(), PLAIN), [f"lora-{k}" for k in range(10)]
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    for name in names:
-        denoising.unet.add_adapter(LoraConfig(r=base.rank, init_lora_weights=False, target_modules=targets), name)
+    config = LoraConfig(r=base.rank, init_lora_weights=False, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        for name in names:
+            denoising.unet.add_adapter(config, name)
 
     def seconds(count: int) -> float:
         denoising.unet.set_adapters(names[:count])

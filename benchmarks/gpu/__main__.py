@@ -9,8 +9,6 @@ import argparse
 import os
 import sys
 
-from benchmarks.gpu.checks import Checks, check_product
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False)

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.report import bar
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SECONDS = 200  # after them, no further measurement is begun
 STEP = 25  # ms of a training step on the embedded base
 PROMPTS = ("a dog face on a blue background", "a <robot> on a red background", "a <robot> and an <octopus>")
 
@@ -39,6 +40,9 @@ class Checks:
 
     def seconds(self) -> float:
         return time.monotonic() - self.start
+
+    def has_time(self) -> bool:
+        return self.seconds() < SECONDS
 
     def log(self, line: str) -> None:
         print(f"{self.seconds():6.1f} s  {line}", file=sys.stderr)

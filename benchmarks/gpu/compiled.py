@@ -12,7 +12,7 @@ from benchmarks.bases import Base
 from benchmarks.clock import interleaved, paired
 from benchmarks.drawing import ONE, PLAIN, Denoising
 from benchmarks.gpu.checks import Checks, require
-from benchmarks.gpu.numbers import ROUNDS, SECONDS, setting
+from benchmarks.gpu.numbers import ROUNDS, setting
 from benchmarks.report import Section, bar, table
 from fusion.adapters.adapter import Adapter
 from fusion.models.attachment import attach
@@ -80,7 +80,7 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
     if base.device.type == "cuda":
         ways['torch.compile, "reduce-overhead"'] = compile_whole
     for way, compile_base in ways.items():
-        if checks.seconds() < SECONDS and (other := compiled_base(base, adapters, checks, way, compile_base)):
+        if checks.has_time() and (other := compiled_base(base, adapters, checks, way, compile_base)):
             bases[way] = other
     with checks.check("drawing is measured"):
         calls = {"base, eager": partial(drawing.seconds, base, [], PLAIN), **drawing.lora_calls(base)}
