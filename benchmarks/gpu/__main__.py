@@ -24,6 +24,7 @@ def main() -> int:
     import torch
 
     from benchmarks.gpu import compiled, numbers, sdxl
+    from benchmarks.gpu.checks import Checks, check_product
 
     if options.device.startswith("cuda:"):
         torch.cuda.set_device(options.device)  # which is what is waited for, and measured
