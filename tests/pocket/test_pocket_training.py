@@ -142,6 +142,28 @@ def test_a_denoiser_with_more_channels_starts_by_predicting_those_of_the_older_o
     assert torch.allclose(ours[:, :4], theirs, atol=1e-4) and not ours[:, 4:].any()
 
 
+def test_a_denoiser_of_larger_latents_has_the_older_one_inside():
+    shipped = Path(__file__).parents[2] / "assets" / "pocket"
+    tokenizer = CLIPTokenizer.from_pretrained(shipped, subfolder="tokenizer")
+    model = denoiser.fresh(tokenizer, Settings(256, 8, 4)).eval()
+    denoiser.start_from(model, shipped)
+    older = UNet2DConditionModel.from_pretrained(shipped, subfolder="unet").eval()
+    x, t, text = torch.randn(2, 4, 32, 32), torch.tensor([50, 900]), torch.randn(2, 64, 192)
+    ours, theirs, pairs = model.unet, older, [("down_blocks.1.attentions.0", "down_blocks.0.attentions.0")]
+    pairs += [(f"down_blocks.{k + 1}", f"down_blocks.{k}") for k in (1, 2)] + [("mid_block", "mid_block")]
+    pairs += [(f"up_blocks.{k}", f"up_blocks.{k}") for k in (0, 1)]
+    for one, other in pairs:
+        weights = theirs.get_submodule(other).state_dict()
+        assert all(torch.equal(weights[name], w) for name, w in ours.get_submodule(one).state_dict().items())
+    times = torch.arange(0, 1000, 7)
+    with torch.no_grad():
+        assert ours(x, t, text).sample.shape == x.shape
+        one, other = (unet.time_embedding(unet.time_proj(times)) for unet in (ours, theirs))
+    assert (one - other).norm() < 0.05 * other.norm()
+    blocks = [type(block).__name__ for block in (*ours.down_blocks, *ours.up_blocks)]
+    assert blocks[0] == "DownBlock2D" and blocks[-1] == "UpBlock2D" and len(blocks) == 8
+
+
 def test_a_start_gives_what_both_have():
     model = torch.nn.Linear(3, 4)
     other = torch.nn.Linear(3, 2)
