@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 import fusion
+from fusion.config import read_base_defaults
 from fusion_studio.distillation_jobs import THOROUGHNESS
 from fusion_studio.interface import build
 from fusion_studio.session import Session
@@ -25,9 +26,17 @@ PICTURES = os.environ.get("STUDIO_PICTURES")  # a folder for them
 expect.set_options(timeout=PATIENCE)
 
 
+def quick_defaults(base, table):
+    """The base's own, with fewer denoising steps."""
+    return read_base_defaults(base, table) | ({"steps": 6} if table == "generation" else {})
+
+
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if not PICTURES:
+        monkeypatch.setattr("fusion.training.quiet_loss.NOISE_LEVELS", 1)
+        monkeypatch.setattr("fusion.models.pipelines.read_base_defaults", quick_defaults)
     return Session(library="out")
 
 
@@ -88,7 +97,7 @@ def make_one_lora(tab) -> None:
 
 def test_teach_combine_draw_two_regions_and_export(tab, session, monkeypatch):
     if not PICTURES:
-        monkeypatch.setitem(THOROUGHNESS, "quick", 0.02)
+        monkeypatch.setitem(THOROUGHNESS, "quick", 0.005)
         for name, count in (("HELD_OUT", 8), ("SCALE_PROMPTS", 4), ("START_PROMPTS", 32)):
             monkeypatch.setattr(f"fusion.distillation.loop.{name}", count)
     expect(tab.locator("#prompt textarea")).to_have_value(fusion.base_example().prompt)  # something to draw at once
