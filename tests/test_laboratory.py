@@ -34,9 +34,7 @@ def laboratory(tmp_path):
     store = Store(tmp_path / "store", wait=False)
     small = {"max_train_steps": 2, "train_batch_size": 4, "rank": 2}
     trainer = Trainer(store, Size(2, 2, 2), tmp_path / "base", "cpu", small)
-    prompts = Prompts(
-        "a {first}", "{first} and {second}", ("dog",), ("a dog", "a cat", "a bird")
-    )  # short as the toys are
+    prompts = Prompts("a {first}", "{first} and {second}", ("dog",), ("a dog", "a cat"))  # short as the toys are
     return Laboratory(store, trainer, tmp_path / "judge", range(2), prompts)
 
 

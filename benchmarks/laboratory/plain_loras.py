@@ -62,7 +62,8 @@ def train(
     """A LoRA by PEFT, as diffusers' scripts train and save it, loaded from its file."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        pixels = pipe.image_processor.preprocess(list(pictures)).to(pipe.device)
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        pixels = pipe.image_processor.preprocess(list(pictures), side, side).to(pipe.device)
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     pipe.unet.requires_grad_(False)

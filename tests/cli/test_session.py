@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -34,13 +35,30 @@ def pictures(tmp_path_factory):
 def train(base, pictures, tmp_path, monkeypatch):
     """`fusion train` of three steps in an empty working folder."""
     monkeypatch.chdir(tmp_path)
+    return lambda token, *more: main(training(base, pictures, token, *more))
 
-    def run(token: str, *more: str) -> int:
-        words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", pictures, "--token", token]
-        settings = ["--noun", "dog", "--rank", "4", "--max_train_steps", "3", "--resolution", "16"]
-        return main(["train", *words, *settings, "--learning_rate", "0.1", *more])
 
-    return run
+def training(base: str, pictures: str, token: str, *more: str) -> list[str]:
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", pictures, "--token", token]
+    settings = ["--noun", "dog", "--rank", "4", "--max_train_steps", "3", "--resolution", "16"]
+    return ["train", *words, *settings, "--learning_rate", "0.1", *more]
+
+
+@pytest.fixture(scope="module")
+def library(base, pictures, tmp_path_factory):
+    """A library with <dog> and <cat>, trained once."""
+    folder = tmp_path_factory.mktemp("library")
+    for token in ("<dog>", "<cat>"):
+        more = ["--output_dir", str(folder), "--num_validation_images", "0"]
+        assert main(training(base, pictures, token, *more)) == 0
+    return folder
+
+
+@pytest.fixture
+def pets(library, tmp_path, monkeypatch):
+    """A working folder with a copy of that library in `out`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(library, "out")
 
 
 def test_the_picture_of_a_trained_adapter_can_be_skipped_and_left_out(train, tmp_path, monkeypatch, capsys):
@@ -89,8 +107,7 @@ def test_from_pictures_to_a_picture_of_both(train, base, tmp_path, capsys):
     assert main(["inspect", "lora.safetensors"]) == 0
 
 
-def test_a_picture_is_drawn_again_from_its_recipe(train, base, tmp_path, capsys):
-    assert train("<dog>") == 0
+def test_a_picture_is_drawn_again_from_its_recipe(pets, train, base, tmp_path, capsys):
     prompt = ["--prompt", "a <dog>", "--base", base, "--strength", "0.5"]
     assert (
         main(["generate", "out/dog.safetensors", *prompt, "--num_images", "2", "--seed", "3", "-o", "first.png"]) == 0
@@ -117,10 +134,8 @@ def test_a_recipe_of_another_base_asks_for_it(base, tmp_path, monkeypatch, capsy
     assert "--base" in capsys.readouterr().err
 
 
-def test_inspect_and_evaluate_speak_json(train, base, capsys):
-    assert train("<dog>") == train("<cat>") == 0
+def test_inspect_and_evaluate_speak_json(pets, base, capsys):
     files = ["out/dog.safetensors", "out/cat.safetensors"]
-    capsys.readouterr()
     assert main(["inspect", *files, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [a["branches"][0]["slices"] for a in told["adapters"]] == [[[0, 4, 1]], [[4, 4, 1]]]
@@ -132,8 +147,7 @@ def test_inspect_and_evaluate_speak_json(train, base, capsys):
     assert measured["ungated"]["drift"] > 0 and measured["identity"] is None
 
 
-def test_pictures_are_judged_against_references(train, base, pictures, tmp_path, capsys):
-    assert train("<dog>") == train("<cat>") == 0
+def test_pictures_are_judged_against_references(pets, base, pictures, tmp_path, capsys):
     tiny.save_judge(tmp_path / "judge")
     words = ["evaluate", "out/dog.safetensors", "out/cat.safetensors", "--base", base, "--seeds", "1"]
     words += ["--prompts", "a {token}", "--concept_free", "a bird", "--judge", str(tmp_path / "judge")]
@@ -195,9 +209,7 @@ def test_a_training_that_died_before_its_adapter_was_written_is_finished(train, 
     assert "was made with rank = 4, not 2" in capsys.readouterr().err
 
 
-def test_words_nobody_taught_are_pointed_out(train, base, capsys):
-    assert train("<dog>") == 0
-    capsys.readouterr()
+def test_words_nobody_taught_are_pointed_out(pets, base, capsys):
     assert main(["generate", "out/dog.safetensors", "--prompt", "a <dgo>", "--base", base]) == 0
     shown = capsys.readouterr().err
     assert "warning: No adapter given knows <dgo>; did you mean '<dog>'?" in shown
@@ -238,9 +250,8 @@ def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, cap
     assert "in shares of the picture" in capsys.readouterr().err
 
 
-def test_regions_are_found_where_several_concepts_are_named(train, base):
-    assert train("<rex>") == train("<tom>") == 0
-    words = ["out/rex.safetensors", "out/tom.safetensors", "--base", base, "-o"]
-    assert main(["generate", "--prompt", "a <rex> and a <tom>", "--region", "auto", *words, "found.png"]) == 0
+def test_regions_are_found_where_several_concepts_are_named(pets, base):
+    words = ["out/dog.safetensors", "out/cat.safetensors", "--base", base, "-o"]
+    assert main(["generate", "--prompt", "a <dog> and a <cat>", "--region", "auto", *words, "found.png"]) == 0
     assert main(["generate", "--from", "found.png", *words, "again.png"]) == 0
     assert (pixels("again.png") == pixels("found.png")).all()
