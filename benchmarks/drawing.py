@@ -61,22 +61,26 @@ def seconds(base: Base, adapters: Sequence[Adapter], prompt: str) -> float:
         return timed(denoising.call)
 
 
-def lora_calls(base: Base) -> dict[str, Callable[[], float]]:
-    """Seconds of UNet calls with LoRAs as diffusers attaches them, 1 and 10, on a copy of the base."""
-    denoising, names = Denoising(base.copy(), PLAIN), [f"lora-{k}" for k in range(10)]
+def lora_calls(
+    base: Base, suffix: str = "", compile_unet: Callable[[Any], object] = lambda _: None
+) -> dict[str, Callable[[], float]]:
+    """Seconds of UNet calls with LoRAs as diffusers attaches them, 1 and 10 (of a toy 2), on a copy of the base."""
+    counts = (1, 2) if base.toy else (1, 10)
+    denoising, names = Denoising(base.copy(), PLAIN), [f"lora-{k}" for k in range(counts[-1])]
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     config = LoraConfig(r=base.rank, init_lora_weights=False, target_modules=targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
         for name in names:
             denoising.unet.add_adapter(config, name)
+    compile_unet(denoising.unet)
 
     def seconds(count: int) -> float:
         denoising.unet.set_adapters(names[:count])
         denoising.call()
         return timed(denoising.call)
 
-    return {LORAS.format(count): partial(seconds, count) for count in (1, 10)}
+    return {LORAS.format(count) + suffix: partial(seconds, count) for count in counts}
 
 
 class _Operators(TorchDispatchMode):

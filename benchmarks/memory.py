@@ -5,6 +5,7 @@ varies more than the differences measured here. The profiler records every alloc
 also inside operators and in the backward pass, and gives the same number on every run.
 """
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -46,6 +47,7 @@ def card_memory(device: torch.device, limit: float | None = None) -> Generator[l
         return
     card = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(card).total_memory
+    gc.collect()  # what lies in cycles still holds memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(card)
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total) if limit else 1.0, card)

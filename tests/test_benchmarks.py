@@ -48,22 +48,23 @@ def test_after_a_pictures_first_call_gated_adapters_cost_no_operator(base):
     ("flags", "headings"),
     [
         (("--only", "checks"), ()),
-        (("--only", "numbers"), ("## GPU", "## Drawing")),
-        (("--compiled",), ("## Compiled",)),
-        (("--sdxl",), ("## SDXL",)),
+        (("--only", "numbers"), ("batch 1", "batch 4", "drawing")),
+        (("--compiled",), ("compiled UNets",)),
+        (("--sdxl",), ("SDXL's training step",)),
     ],
     ids=["checks", "numbers", "compiled", "sdxl"],
 )
 def test_the_check_of_a_gpu_runs_on_a_cpu_at_toy_size(flags, headings, monkeypatch, tmp_path, capsys):
     """With a recorder of operators in place of CUDA graphs."""
     monkeypatch.setenv("FUSION_CACHE", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--steps", "2", *flags])
+    output = tmp_path / "results.md"
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--steps", "2", "--output", str(output), *flags])
     monkeypatch.setattr("benchmarks.gpu.checks.SECONDS", 3600)
     monkeypatch.setattr("benchmarks.training.can_capture", lambda _: True)
     monkeypatch.setattr("benchmarks.training.CudaGraph", Kernels)
     assert gpu.main() == 0
-    shown = capsys.readouterr().out
-    assert "FAIL" not in shown and all(heading in shown for heading in headings)
+    shown, written = capsys.readouterr().out, output.read_text(encoding="utf-8")
+    assert "FAIL" not in shown and all(f"{heading}\n" in text for heading in headings for text in (shown, written))
     if "numbers" in flags or "--sdxl" in flags:
         assert "| additive, token-gated, captured |" in shown
 

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import bar
+from benchmarks.report import Section, bar
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 200  # after them, no further measurement is begun
@@ -20,10 +20,11 @@ PROMPTS = ("a dog face on a blue background", "a <robot> on a red background", "
 
 
 class Checks:
-    """Runs checks, prints a line for each, and counts those that fail."""
+    """Runs checks, prints a line for each and the tables, keeps both, and counts the checks that fail."""
 
     def __init__(self) -> None:
         self.start, self.failed = time.monotonic(), 0
+        self.rows, self.sections = list[list[str]](), list[Section]()
 
     @contextlib.contextmanager
     def check(self, name: str) -> Generator[list[object]]:
@@ -36,7 +37,12 @@ class Checks:
             self.failed, result = self.failed + 1, "FAIL"
             notes.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
             traceback.print_exc(limit=-3)
-        print(f"{self.seconds():6.1f} s  {result}  {name}: {', '.join(map(str, notes))}", flush=True)
+        self.rows.append([name, result.strip(), ", ".join(map(str, notes))])
+        print(f"{self.seconds():6.1f} s  {result}  {name}: {self.rows[-1][-1]}", flush=True)
+
+    def show(self, section: Section) -> None:
+        self.sections.append(section)
+        print(section.markdown(), flush=True)
 
     def seconds(self) -> float:
         return time.monotonic() - self.start

@@ -1,10 +1,11 @@
 """Drawing with compiled UNets: they predict what the eager one does, are compiled once, and are faster."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import torch
+from diffusers import UNet2DConditionModel
 
 import fusion
 from benchmarks import drawing
@@ -24,14 +25,16 @@ PROMPTS = (ONE, PLAIN, "a <concept-1> and a <concept-0>")
 
 
 def predictions(base: Base, adapters: Sequence[Adapter]) -> Generator[torch.Tensor]:
-    """One for each change, in float32."""
+    """One for each change, in float32: of a call that is not the picture's first."""
     choices = (adapters, adapters[:1], adapters[1:2], adapters[::-1])
     for change in range(CHANGES):
         with ExitStack() as attached:
             for adapter in choices[change % 4]:
                 handle = attached.enter_context(attach(base.pipe, adapter))
                 handle.strength(adapter.branches[0].name, STRENGTHS[change // 4 % 4])
-            yield Denoising(base, PROMPTS[change % 3]).call().float().clone()
+            denoising = Denoising(base, PROMPTS[change % 3])
+            denoising.call()
+            yield denoising.call().float().clone()  # before a CUDA graph writes the next one there
 
 
 def compiled_base(
@@ -73,26 +76,48 @@ def gated(base: Base, count: int) -> list[Adapter]:
 
 def measure(device: str, checks: Checks, *, toy: bool) -> None:
     """Print the table of UNet calls, eager and compiled."""
-    base, ten = Base(toy=toy, device=device, latents=64), 2 if toy else 10
-    adapters = gated(base, ten)
+    base, counts = Base(toy=toy, device=device, latents=64), (1, 2, 3) if toy else (1, 10, 50)
+    adapters = gated(base, counts[-1])
     bases = {"eager": base}
     ways = {"fusion.compile_unet": compile_blocks}
     if base.device.type == "cuda":
         ways['torch.compile, "reduce-overhead"'] = compile_whole
     for way, compile_base in ways.items():
-        if checks.has_time() and (other := compiled_base(base, adapters, checks, way, compile_base)):
+        if checks.has_time() and (other := compiled_base(base, adapters[: counts[1]], checks, way, compile_base)):
             bases[way] = other
+    calls = {"base, eager": partial(drawing.seconds, base, [], PLAIN), **drawing.lora_calls(base, ", eager")}
+    for way, each in bases.items():
+        calls |= {f"{n} gated, {way}": partial(drawing.seconds, each, adapters[:n], ONE) for n in counts}
+    # With and without adapters, layers have graphs of their own; those above torch's limit of 8 would run eagerly.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        if (other := bases.get("fusion.compile_unet")) and checks.has_time():
+            calls["base, fusion.compile_unet"] = partial(drawing.seconds, other, [], PLAIN)
+            backend = "eager" if toy else "inductor"  # LoRAs take a C++ compiler minutes
+            compile_blocks_of = partial(UNet2DConditionModel.compile_repeated_blocks, backend=backend)
+            calls |= drawing.lora_calls(base, ", compiled", compile_blocks_of)
+        time_calls(base, {name: call for name, call in calls.items() if first_call(name, call, checks)}, checks)
+
+
+def first_call(name: str, call: Callable[[], float], checks: Checks) -> bool:
+    """Whether there was time for it, and it succeeded."""
+    if not checks.has_time():
+        return False
+    with checks.check(f"{name}, first call") as notes:
+        start = checks.seconds()
+        call()
+        notes.append(f"{checks.seconds() - start:.1f} s")
+        return True
+    return False
+
+
+def time_calls(base: Base, calls: Mapping[str, Callable[[], float]], checks: Checks) -> None:
     with checks.check("drawing is measured"):
-        calls = {"base, eager": partial(drawing.seconds, base, [], PLAIN), **drawing.lora_calls(base)}
-        for way, each in bases.items():
-            for count in (1, ten):
-                calls[f"{count} gated, {way}"] = partial(drawing.seconds, each, adapters[:count], ONE)
-        timing, rows = interleaved(calls, 2 if toy else ROUNDS, checks.log), list[list[str]]()
+        timing, rows = interleaved(calls, 2 if base.toy else ROUNDS, checks.log), list[list[str]]()
         for name, t in timing.items():
-            ratios = [paired(t, timing[other]) for other in ("base, eager", drawing.LORAS.format(1))]
-            has_bar = not toy and any(name.endswith(way) for way in ways)
+            ratios = [paired(t, timing[other]) for other in ("base, eager", drawing.LORAS.format(1) + ", eager")]
+            has_bar = not base.toy and "gated" in name and not name.endswith("eager")
             to_base = bar(ratios[0], round(1 / SPEED, 3)) if has_bar else f"{ratios[0]:.3f}×"
             rows.append([name, *t.milliseconds(), to_base, f"{ratios[1]:.3f}×"])
-        columns = ["UNet call", "median", "least", "most", "to the base, eager", "to 1 LoRA"]
+        columns = ["UNet call", "median", "least", "most", "to the base, eager", "to 1 LoRA, eager"]
         text = f"{setting(base)}, {base.latents}×{base.latents} latents with guidance, not a picture's first call."
-        print(Section("Compiled", text, [table(columns, rows)]).markdown())
+        checks.show(Section("GPU: compiled UNets", text, [table(columns, rows)]))

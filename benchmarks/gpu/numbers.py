@@ -36,10 +36,12 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
             with checks.check(f"training steps, batch {batch}"):
                 rows = step_rows(base, variants, checks, limits=(EAGER, limit), batch=batch)
                 text = f"{setting(base)}, {base.latents}×{base.latents} latents, batch {batch}, rank {base.rank}."
-                print(Section("GPU", text, [step_table(rows)]).markdown())
+                checks.show(Section(f"GPU: training step, batch {batch}", text, [step_table(rows)]))
     if checks.has_time():
         with checks.check("drawing is measured"):
-            print(drawing.measure(base, checks.log, drawing.lora_calls(base)).markdown())
+            section = drawing.measure(base, checks.log, drawing.lora_calls(base))
+            section.title, section.text = "GPU: drawing", f"{setting(base)}. {section.text}"
+            checks.show(section)
     if checks.has_time():
         with checks.check("singular directions") as notes:
             notes.append(time_svd(base))
@@ -47,8 +49,13 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
 
 def setting(base: Base) -> str:
     """The card, or the CPU, and the precision."""
-    card = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else machine()
-    return f"{card}, {base.pipe.unet.dtype}"
+    return f"{card(base.device)}, {base.pipe.unet.dtype}"
+
+
+def card(device: torch.device) -> str:
+    if device.type != "cuda":
+        return machine().rstrip(".")
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def peak_of_training(base: Base, limit: float, **settings: object) -> str:

@@ -24,13 +24,11 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
     base = Base(toy=toy, device=device, latents=128, family="sdxl")
     pixels = base.latents * base.pipe.vae_scale_factor
     adapters = list[Adapter]()
-    with checks.check("the base and two adapters") as notes:
-        adapters += [base.adapter("additive", k, gated=True) for k in range(2)]
-        notes.append(setting(base))
-    with checks.check(f"drawing at {pixels} px") as notes:
-        notes.append(peak_of_drawing(base, adapters, DRAWING))
     with checks.check(f"training at {pixels} px with gradient checkpointing") as notes:
-        notes.append(peak_of_training(base, TRAINING, gradient_checkpointing=True))
+        notes += [setting(base), peak_of_training(base, TRAINING, gradient_checkpointing=True)]
+    with checks.check(f"drawing at {pixels} px with two concepts") as notes:
+        adapters += [base.adapter("additive", k, gated=True) for k in range(2)]
+        notes.append(peak_of_drawing(base, adapters, DRAWING))
     with checks.check("training steps of two sizes"):
         side = base.latents
         sizes = [(side, side), (side * 3 // 4, side * 5 // 4)]
@@ -39,7 +37,7 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
         rows = step_rows(base, variants, checks, limits=LIMITS, sizes=sizes)
         shapes = " and ".join(f"{height}×{width}" for height, width in sizes)
         text = f"{setting(base)}, {shapes} latents, batch 1, rank {base.rank}, gradient checkpointing. A step's mean."
-        print(Section("SDXL", text, [step_table(rows)]).markdown())
+        checks.show(Section("GPU: SDXL's training step", text, [step_table(rows)]))
         base.pipe.unet.disable_gradient_checkpointing()
     with checks.check(f"drawing at {pixels} px, the VAE in tiles, models on the GPU while they compute") as notes:
         base.pipe.vae.enable_tiling()
