@@ -59,6 +59,13 @@ def equal_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Three denoising steps where a test sets none, as if the toy base's `fusion.toml` said so."""
+    values = {"generation": {"steps": 3}}
+    monkeypatch.setattr("fusion.models.pipelines.read_base_defaults", lambda _, table: values.get(table, {}))
+
+
 @pytest.fixture(params=tiny.FAMILIES)
 def family(request) -> str:
     return request.param

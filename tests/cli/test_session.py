@@ -12,6 +12,9 @@ import tiny
 from fusion.cli import main
 
 pytestmark = pytest.mark.slow
+# For what depends on no family.
+LONG_FOR_XL = ["sd1", pytest.param("sdxl", marks=pytest.mark.long)]
+any_family = pytest.mark.parametrize("base", LONG_FOR_XL, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
@@ -61,6 +64,7 @@ def pets(library, tmp_path, monkeypatch):
     shutil.copytree(library, "out")
 
 
+@any_family
 def test_the_picture_of_a_trained_adapter_can_be_skipped_and_left_out(train, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         assert (tmp_path / "out/dog.safetensors").is_file()  # saved first
@@ -127,6 +131,7 @@ def test_a_picture_is_drawn_again_from_its_recipe(pets, train, base, tmp_path, c
     assert "is gone" in capsys.readouterr().err
 
 
+@any_family
 def test_a_recipe_of_another_base_asks_for_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--prompt", "a dog", "--base", base, "-o", "dog.png"]) == 0
@@ -161,6 +166,7 @@ def test_pictures_are_judged_against_references(pets, base, pictures, tmp_path, 
     assert '--references takes "<token>=FOLDER"' in capsys.readouterr().err
 
 
+@any_family
 def test_one_token_twice_is_refused_until_renamed(train, capsys):
     assert train("<dog>", "--output_name", "rex") == train("<dog>", "--output_name", "fido", "--slice", "1") == 0
     fuse = ["fuse", "out/rex.safetensors", "out/fido.safetensors", "-o", "dogs.safetensors"]
@@ -172,6 +178,7 @@ def test_one_token_twice_is_refused_until_renamed(train, capsys):
     assert main([*fuse, "--rename", "<cat>=<fido>"]) == 2
 
 
+@any_family
 def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
     from fusion.training import loop
 
@@ -196,6 +203,7 @@ def test_an_interrupted_training_says_how_to_go_on(train, capsys, monkeypatch):
     assert "resumed after step 2 of 3" in shown and "3 steps" in shown
 
 
+@any_family
 def test_a_training_that_died_before_its_adapter_was_written_is_finished(train, capsys, tmp_path):
     assert train("<dog>", "--checkpointing_steps", "1") == 0
     file = tmp_path / "out" / "dog.safetensors"
@@ -209,6 +217,7 @@ def test_a_training_that_died_before_its_adapter_was_written_is_finished(train, 
     assert "was made with rank = 4, not 2" in capsys.readouterr().err
 
 
+@any_family
 def test_words_nobody_taught_are_pointed_out(pets, base, capsys):
     assert main(["generate", "out/dog.safetensors", "--prompt", "a <dgo>", "--base", base]) == 0
     shown = capsys.readouterr().err
@@ -218,6 +227,7 @@ def test_words_nobody_taught_are_pointed_out(pets, base, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+@any_family
 def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     start, other = f"{pictures}/0.png", f"{pictures}/1.png"
@@ -231,6 +241,7 @@ def test_a_picture_drawn_from_a_picture_needs_it_again(base, pictures, tmp_path,
     assert "is not the image" in capsys.readouterr().err
 
 
+@any_family
 def test_regions_are_typed_painted_and_repeated(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     mask = Image.new("L", (32, 32))

@@ -61,6 +61,7 @@ def noise(seed=0):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 def test_it_is_trained_fused_drawn_and_evaluated(pipe, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
     steps = list(fusion.train(pipe, config(pictures, token="<rex>", max_train_steps=2, quiet_loss_weight=1.0)))

@@ -152,7 +152,7 @@ def test_gradients_in_parts_of_a_batch_are_those_of_the_batch(family, tmp_path, 
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.long)])
 @pytest.mark.parametrize("native", [True, False])
 def test_a_base_in_half_precision_is_learned_from_in_the_precision_that_is_fast(family, native, tmp_path, monkeypatch):
     """In bfloat16 where the CPU has instructions for it, else in float32: the same loss, within bfloat16's rounding."""

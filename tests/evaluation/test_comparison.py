@@ -9,6 +9,7 @@ from fusion.errors import ConfigError
 from trained import trained_adapter
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_grid_is_drawn_row_by_row_with_its_numbers():
     pipe = tiny.pipeline("sd1")
     adapters = [trained_adapter(pipe, "<rex>"), trained_adapter(pipe, "<tom>", k=1)]

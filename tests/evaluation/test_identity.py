@@ -123,6 +123,7 @@ def test_crops_are_shares_of_the_picture():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 def test_evaluate_draws_and_judges(judge, monkeypatch):
     monkeypatch.setattr(identity, "MIN_EFFECT", -1.0)  # toys draw nothing that a judge could recognise
     pipe = tiny.pipeline("sd1")

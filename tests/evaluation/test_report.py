@@ -7,6 +7,8 @@ import tiny
 from fusion.errors import ConfigError
 from trained import trained_adapter
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 def test_gated_concepts_are_unchanged_and_ungated_ones_are_not():
     pipe = tiny.pipeline("sd1")

@@ -73,6 +73,7 @@ def test_clip_skip_keeps_gates_exact_and_stands_in_the_recipe(pipe):
     assert Recipe.from_json(old).config.clip_skip == 0
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_another_clip_skip_than_the_training_s_is_warned_of_once(caplog):
     pipe, drawing_of_two = tiny.pipeline("sd1"), {"num_inference_steps": 1, "clip_skip": 1}
     parts = [trained_adapter(pipe, token, k=k) for k, token in enumerate(("<mia>", "<leo>"))]

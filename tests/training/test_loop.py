@@ -18,7 +18,7 @@ from fusion.training.loss import denoising_loss
 from fusion.training.setup import named_parameters
 from fusion.training.training_data import TrainingData
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "few_steps")
 
 
 def bits(pipe):

@@ -71,6 +71,7 @@ def test_decoys_are_as_large_as_the_concept_and_leave_with_their_attachment():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("gating", ["tokens", "none"])
 def test_a_quiet_adapter_drifts_less_when_its_gates_are_open(gating, tmp_path, monkeypatch):
     import numpy as np

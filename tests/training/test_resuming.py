@@ -26,7 +26,7 @@ from fusion.training.optimizers import PACKAGES
 from fusion.training.setup import named_parameters, parameter_groups
 from fusion.training.training_data import TrainingData
 
-pytestmark = pytest.mark.usefixtures("shared_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache", "few_steps")
 
 # For every lasting setting, another value than the toy training's.
 OTHER = {
