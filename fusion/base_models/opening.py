@@ -21,6 +21,7 @@ from fusion.models.devices import as_device, as_dtype
 from fusion.models.embedded_models import pocket
 from fusion.models.float32_layers import compute_in_float32
 from fusion.models.layer_sites import components
+from fusion.models.low_memory import enable_low_memory
 from fusion.models.pipelines import family, silent_loading
 from fusion.models.stored_weights import stored_dtype, stored_variants
 
@@ -46,6 +47,7 @@ def open_pipeline(
     base_config: str | Path | None = None,
     pretrained_vae_model_name_or_path: str | Path | None = None,
     other_base: bool = False,
+    low_memory: bool = False,
 ) -> Any:
     """A Stable Diffusion pipeline from a folder, hub id or single file, `pocket` by default, ready on `device`.
 
@@ -55,7 +57,8 @@ def open_pipeline(
     layers compute in it. `prediction_type` and `rescale_betas_zero_snr` are
     for a base that does not say, or wrongly, how it was trained. `base_config` is a diffusers folder with configs for
     a single file, instead of those of its family; `pretrained_vae_model_name_or_path` is a folder, hub id or file with
-    another VAE. With `other_base` adapters of other bases of its shapes can be attached, too.
+    another VAE. With `other_base` adapters of other bases of its shapes can be attached, too. `low_memory` is for
+    drawing large pictures on a small GPU: only the model that computes is on it, and the VAE works in tiles of 512 px.
 
     While it runs, other threads may load adapters, and must not attach, train or draw: diffusers and transformers open
     models under a default dtype, and without memory for parameters, that hold for all threads. Raises BaseMismatch when
@@ -90,6 +93,9 @@ def open_pipeline(
         allow_other_bases(pipe)
     if device.type == "cpu" and pipe.unet.dtype != torch.float32:
         compute_in_float32(pipe.vae, *components(pipe).values())
+    if low_memory:
+        enable_low_memory(pipe, device)
+        return pipe
     return pipe.to(device)
 
 

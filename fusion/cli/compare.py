@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--clip_skip", type=number(int, 0, 32), metavar="N", help=text)
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the sheet")
     add_overwrite(parser)
-    add_base_arguments(parser)
+    add_base_arguments(parser, draws=True)
 
 
 def run(args: Namespace) -> None:

@@ -26,6 +26,10 @@ LARGE_BASE = 5e8  # parameters whose opening is announced
 BASE_NAMES = ("--base", "--pretrained_model_name_or_path")
 # How a base is opened, as open_pipeline takes it.
 BASE_OPTIONS = [s for s in settings_of(TrainingConfig) if s.group == "base" and f"--{s.name}" not in BASE_NAMES]
+SWITCHES = ("other_base", "low_memory")
+LOW_MEMORY = (
+    "for large pictures on a small GPU: only the model that computes is there, and the VAE works in tiles; slower"
+)
 
 
 class UsageError(FusionError):
@@ -167,11 +171,15 @@ def number(kind: type[int | float], least: float, most: float) -> Callable[[str]
     return read
 
 
-def add_base_arguments(parser: ArgumentParser, dtype: str = "bfloat16 or float16 on a GPU, else float32") -> None:
-    """What `open_base` reads; `dtype` says in help what is the default."""
+def add_base_arguments(
+    parser: ArgumentParser, dtype: str = "bfloat16 or float16 on a GPU, else float32", *, draws: bool = False
+) -> None:
+    """What `open_base` reads; `dtype` says in help what is the default, `draws` is for commands that draw."""
     group = parser.add_argument_group("base")
     add_base(group)
     group.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help=f"default: {dtype}")
+    if draws:
+        group.add_argument("--low_memory", action="store_true", help=LOW_MEMORY)
 
 
 def add_base(group: Any, purpose: str = "") -> None:
@@ -191,7 +199,7 @@ def base_flags(name: str | None, options: Namespace | TrainingConfig) -> list[st
     values = {"base": name, **{s.name: getattr(options, s.name, None) for s in BASE_OPTIONS}}
     texts = {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in values.items()}
     words = [word for key, text in texts.items() if values[key] is not None for word in (f"--{key}", text)]
-    return words + ["--other_base"] * getattr(options, "other_base", False)
+    return words + [f"--{name}" for name in SWITCHES if getattr(options, name, False)]
 
 
 def add_file_arguments(parser: ArgumentParser, what: str) -> None:
@@ -225,9 +233,9 @@ def open_base(name: str | None, args: Namespace, dtype: str | None, settings: Tr
     from fusion.base_models.opening import open_pipeline
 
     options = {setting.name: getattr(settings or args, setting.name, None) for setting in BASE_OPTIONS}
-    other_base = getattr(args, "other_base", False)  # training uses no adapters
+    switches = {name: getattr(args, name, False) for name in SWITCHES}  # which not every command has
     announce(name)
-    return open_pipeline(name, device=args.device, dtype=dtype, other_base=other_base, **options)
+    return open_pipeline(name, device=args.device, dtype=dtype, **switches, **options)
 
 
 def announce(name: str | None) -> None:

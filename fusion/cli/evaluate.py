@@ -51,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "denoising steps of the pictures (default: the base's own)"
     add("--num_inference_steps", "--steps", type=number(int, 1, 1000), metavar="N", help=text)
     add("--json", action="store_true", help="print everything as JSON, for programs")
-    add_base_arguments(parser)
+    add_base_arguments(parser, draws=True)
 
 
 def run(args: Namespace) -> None:

@@ -66,7 +66,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--lora_dir", type=Path, metavar="DIR", help=text)
     add_settings(parser, GenerationConfig, leave=("regions",), defaults={"prompt_weighting": WEIGHTING})
     add_overwrite(parser)
-    add_base_arguments(parser)
+    add_base_arguments(parser, draws=True)
     text = "compile the UNet with torch.compile: worth it for many pictures, as the first takes longer"
     parser.add_argument("--compile", action="store_true", help=text)
 
