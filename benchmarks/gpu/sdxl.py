@@ -12,6 +12,7 @@ from benchmarks.memory import card_memory
 from benchmarks.report import Section
 from benchmarks.variants import VARIANTS
 from fusion.adapters.adapter import Adapter
+from fusion.models.low_memory import enable_low_memory
 from fusion.training.accelerator import CHECKPOINTING
 
 TRAINING, DRAWING, OFFLOADED = 10.5, 9.0, 8.0  # GB
@@ -39,10 +40,8 @@ def measure(device: str, checks: Checks, *, toy: bool) -> None:
         text = f"{setting(base)}, {shapes} latents, batch 1, rank {base.rank}, gradient checkpointing. A step's mean."
         checks.show(Section("GPU: SDXL's training step", text, [step_table(rows)]))
         base.pipe.unet.disable_gradient_checkpointing()
-    with checks.check(f"drawing at {pixels} px, the VAE in tiles, models on the GPU while they compute") as notes:
-        base.pipe.vae.enable_tiling()
-        if base.device.type == "cuda":
-            base.pipe.enable_model_cpu_offload(device=base.device)
+    with checks.check(f"drawing at {pixels} px with low_memory") as notes:
+        enable_low_memory(base.pipe, base.device)
         notes.append(peak_of_drawing(base, adapters, OFFLOADED))
 
 
