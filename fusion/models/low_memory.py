@@ -1,13 +1,13 @@
 """Drawing with less of a GPU's memory: slower, and the VAE's tiles are blended where they meet."""
 
-from typing import Any
-
 import torch
+
+from fusion.models.pipeline import Pipeline
 
 TILE = 512  # pixels of a side that the VAE encodes and decodes at a time
 
 
-def enable_low_memory(pipe: Any, device: torch.device) -> None:
+def enable_low_memory(pipe: Pipeline, device: torch.device) -> None:
     """Let a pipeline draw on `device` with only the model that computes there, and its VAE one tile at a time.
 
     Nothing can be trained on it, and only one thread may draw with it.
