@@ -232,10 +232,10 @@ def open_base(name: str | None, args: Namespace, dtype: str | None, settings: Tr
     """The pipeline of the command's base, device and dtype; how it is opened is in the flags, or in `settings`."""
     from fusion.base_models.opening import open_pipeline
 
-    options = {setting.name: getattr(settings or args, setting.name, None) for setting in BASE_OPTIONS}
-    switches = {name: getattr(args, name, False) for name in SWITCHES}  # which not every command has
+    options: dict[str, Any] = {s.name: getattr(settings or args, s.name, None) for s in BASE_OPTIONS}
+    options |= {name: getattr(args, name, False) for name in SWITCHES}  # which not every command has
     announce(name)
-    return open_pipeline(name, device=args.device, dtype=dtype, **switches, **options)
+    return open_pipeline(name, device=args.device, dtype=dtype, **options)
 
 
 def announce(name: str | None) -> None:
