@@ -214,7 +214,7 @@ class DigestCache:
 
     def digest(self, adapter: Adapter) -> str:
         layers = [layer for branch in adapter.branches for layer in branch.layers.values()]
-        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        tensors = [tensor for layer in layers for tensor in layer.tensors()]
         tensors += [row for rows in adapter.tokens.values() for row in rows.values()]
         if any(tensor.is_inference() for tensor in tensors):  # their changes are not counted
             return digest_of(adapter)

@@ -130,7 +130,7 @@ class Attachment:
 @torch.no_grad()
 def _fixed_delta(layer: AdapterLayer) -> Delta:
     """ΔW of a layer as it is now, computed once for as long as none of its tensors changes."""
-    tensors = [*layer.parameters(), *layer.buffers()]
+    tensors = layer.tensors()
     if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
         return float32(layer).delta().detach()  # changes of these are not counted
     # Fused optimizers do not count versions up, but move the first number.

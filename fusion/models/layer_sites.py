@@ -80,7 +80,10 @@ class _Table:
 
     def holds(self, component: str) -> bool:
         """Whether the tree is the same, module by module, but for what this toolkit has attached."""
-        return component == self.component and all(_children(m) == children for m, children in self._tree)
+        return component == self.component and all(
+            list(module._modules.values()) == children or _children(module) == children
+            for module, children in self._tree
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the component has modules of its own
