@@ -91,7 +91,7 @@ def exit_code(error: Exception) -> int | None:
         from fusion.models.devices import memory_line
 
         if line := memory_line(error):
-            advice = "what helps: --dtype bfloat16, on a GPU --low_memory, and smaller or fewer pictures at a time."
+            advice = "what helps: --dtype bfloat16, in drawing --low_memory, and smaller or fewer pictures at a time."
             print(f"error: {line}; {advice}", file=sys.stderr)
             return 1
     return None

@@ -10,7 +10,7 @@ TILE = 512  # pixels of a side that the VAE encodes and decodes at a time
 def enable_low_memory(pipe: Pipeline, device: torch.device) -> None:
     """Let a pipeline draw on `device` with only the model that computes there, and its VAE one tile at a time.
 
-    Nothing can be trained on it, and only one thread may draw with it.
+    On a GPU nothing can be trained on it then, and only one thread may draw with it.
     """
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
